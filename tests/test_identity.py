@@ -1,0 +1,215 @@
+"""The right answer: patches of any shape and place equal the network applied once to all."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import graphs
+import numpy as np
+import oracle
+import pytest
+
+from znni_dask.executors.serial import SerialExecutor
+from znni_dask.geometry import Box, tiles
+from znni_dask.network import window
+from znni_dask.network.build import Builder
+from znni_dask.network.field_of_view import geometry
+from znni_dask.network.layers import Activation
+from znni_dask.patches import Layout, source_index
+from znni_dask.planner import choose_primitives
+from znni_dask.primitives.table import candidates
+from znni_dask.schedule import Schedules
+
+PATCHES = [
+    (64, 64, 64),
+    (16, 16, 16),
+    (8, 8, 8),
+    (7, 7, 7),
+    (4, 12, 20),
+    (1, 16, 16),
+    (16, 3, 5),
+    (5, 9, 11),
+    (13, 6, 17),
+    (2, 2, 32),
+]
+
+
+def extended(volume, box, boundary):
+    """The volume within a box that may reach beyond it, by the package's own index arithmetic."""
+    for axis, (a, b) in enumerate(zip(box.start, box.stop, strict=True)):
+        index = np.array(source_index(a, b, volume.shape[1 + axis], boundary))
+        volume = np.take(volume, np.maximum(index, 0), axis=1 + axis)
+        np.moveaxis(volume, 1 + axis, 0)[index < 0] = 0
+    return volume
+
+
+def in_patches(network, volume, boundary, patch, primitives=None):
+    layout = Layout(network, volume.shape[1:], boundary)
+    chosen = primitives or choose_primitives(layout)
+    schedules = Schedules(layout, chosen)
+    boxes = list(tiles(layout.output_size, patch))
+    arena = schedules.arena(schedules.envelope(boxes))
+    out = np.full((network.out_channels, *layout.output_size), np.nan, np.float32)
+    with SerialExecutor(network, chosen, arena, threads=2) as executor:
+        for box in boxes:
+            todo = schedules.schedule(box)
+            answer = np.empty((network.out_channels, *box.size), np.float32)
+            executor.run(todo, extended(volume, todo.input, boundary), answer)
+            out[(slice(None), *box.slices)] = answer
+    return out
+
+
+def at_once(network, volume, boundary):
+    """The oracle's answer: extend, apply once (dense: at every voxel), crop."""
+    found = geometry(network)
+    n = volume.shape[1:]
+    if boundary == "valid":
+        size = [axis.extension(k, "valid").size for axis, k in zip(found.axes, n, strict=True)]
+        x = volume[:, : size[0], : size[1], : size[2]]
+    else:
+        ends = [axis.extension(k, boundary) for axis, k in zip(found.axes, n, strict=True)]
+        high = [e.size - e.low - k for e, k in zip(ends, n, strict=True)]
+        x = oracle.extend(volume, [e.low for e in ends], high, boundary)
+    answer = (oracle.dense if found.dense else oracle.whole)(network, x)
+    if boundary == "valid":
+        return answer
+    kept = tuple(slice(e.first, e.first + e.outputs) for e in ends)
+    return answer[(slice(None), *kept)]
+
+
+def assert_same(got, want):
+    assert got.shape == want.shape
+    deviation = want.std()
+    assert 0.01 < deviation < 100
+    difference = got - want
+    assert np.linalg.norm(difference) < 1e-5 * np.linalg.norm(want)
+    assert np.abs(difference).max() < 1e-4 * deviation
+
+
+def interior_patch_exists(network, size, patch):
+    layout = Layout(network, size, "reflect")
+    return any(layout.patch(box).input.within(size) for box in tiles(layout.output_size, patch))
+
+
+def volume_for(network, seed=0):
+    """Odd, anisotropic, and large enough that some patch lies wholly inside."""
+    field = geometry(network).field_of_view
+    size = [f + e for f, e in zip(field, (19, 26, 31), strict=True)]
+    random = np.random.default_rng(seed)
+    return random.standard_normal((network.in_channels, *size)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("family", "seed"), graphs.ALL)
+def test_every_graph_in_every_patch_shape_equals_the_oracle(family, seed):
+    network = graphs.graph(family, seed)
+    volume = volume_for(network)
+    want = at_once(network, volume, "reflect")
+    inside = False
+    for patch in PATCHES:
+        assert_same(in_patches(network, volume, "reflect", patch), want)
+        inside |= interior_patch_exists(network, volume.shape[1:], patch)
+    assert inside
+
+
+@pytest.mark.parametrize("boundary", ["reflect", "nearest", "constant", "valid"])
+@pytest.mark.parametrize(
+    ("family", "seed"),
+    [("chain", 0), ("residual", 1), ("unet", 2), ("valid_unet", 0), ("strided", 0), ("finer", 0)],
+)
+def test_every_boundary_equals_the_oracle(family, seed, boundary):
+    network = graphs.graph(family, seed)
+    volume = volume_for(network)
+    got = in_patches(network, volume, boundary, (7, 9, 16))
+    assert_same(got, at_once(network, volume, boundary))
+
+
+@pytest.mark.parametrize("size", [(1, 40, 41), (3, 3, 3), (1, 1, 64), (40, 2, 5)])
+@pytest.mark.parametrize(("family", "seed"), [("chain", 3), ("unet", 1), ("valid_unet", 1)])
+def test_thin_volumes_equal_the_oracle(family, seed, size):
+    network = graphs.graph(family, seed)
+    volume = np.random.default_rng(1).standard_normal((network.in_channels, *size), np.float32)
+    got = in_patches(network, volume, "reflect", (4, 16, 16))
+    assert_same(got, at_once(network, volume, "reflect"))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plain_pooling_per_offset_equals_fragments(seed):
+    network = graphs.graph("chain", seed)
+    volume = volume_for(network)
+    layout = Layout(network, volume.shape[1:], "reflect")
+    assert geometry(network).dense
+    plain = {
+        node.name: next(p for p in candidates(node.layer) if not p.fragments)
+        for node in network
+        if node.inputs
+    }
+    want = at_once(network, volume, "reflect")
+    assert_same(in_patches(network, volume, "reflect", (8, 16, 16), plain), want)
+    # and a mixture: the first strided layer fragmented where it can be, the others per offset
+    mixed = dict(plain)
+    first = next(name for name in choose_primitives(layout) if name in layout.strided)
+    mixed[first] = choose_primitives(layout)[first]
+    assert_same(in_patches(network, volume, "reflect", (5, 16, 9), mixed), want)
+
+
+@pytest.mark.parametrize(("family", "seed"), [("chain", 0), ("unet", 0), ("residual", 0)])
+def test_a_planted_halo_error_of_one_voxel_is_found(family, seed, monkeypatch):
+    """Windows that claim one input less on their high side: the patch's border must show it."""
+    network = graphs.graph(family, seed)
+    volume = volume_for(network)
+    want = at_once(network, volume, "reflect")
+    honest = window.Window.needs
+
+    def short(self, start, stop):
+        first, last = honest(self, start, stop)
+        return (first, last - 1) if self.extent > 1 and self.up == 1 else (first, last)
+
+    geometry(network)  # what the whole volume needs stays right
+    monkeypatch.setattr(window.Window, "needs", short)
+    got = in_patches(network, volume, "reflect", (8, 8, 8))
+    with pytest.raises(AssertionError):
+        assert_same(got, want)
+
+
+def test_the_last_sigmoid_hides_nothing_because_tests_compare_before_it():
+    for family, seed in graphs.ALL:
+        network = graphs.graph(family, seed)
+        last = network[network.output].layer
+        assert not (isinstance(last, Activation) and last.function == "sigmoid")
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+@pytest.mark.parametrize("boundary", ["reflect", "nearest", "constant"])
+def test_extension_is_numpys_padding(n, boundary):
+    x = np.arange(1, n + 1)
+    mode = {"reflect": "reflect", "nearest": "edge", "constant": "constant"}[boundary]
+    want = np.pad(x, (11, 7), mode=mode)
+    index = np.array(source_index(-11, n + 7, n, boundary))
+    assert np.array_equal(np.where(index < 0, 0, x[index]), want)
+
+
+def test_a_network_of_no_layers_returns_the_volume():
+    b = Builder(1)
+    network = b.network(b.activation(b.input, "relu"))
+    volume = np.random.default_rng(0).standard_normal((1, 5, 6, 7)).astype(np.float32)
+    got = in_patches(network, volume, "reflect", (2, 3, 4))
+    assert np.array_equal(got, np.maximum(volume, 0))
+
+
+def test_patches_tile_the_answer_exactly_once():
+    network = graphs.graph("unet", 0)
+    layout = Layout(network, (21, 34, 55), "reflect")
+    count = np.zeros(layout.output_size, int)
+    for box in layout.blocks((8, 13, 21)):
+        count[box.slices] += 1
+    assert (count == 1).all()
+
+
+def test_geometry_is_a_value_and_boxes_know_their_place():
+    box = Box((1, 2, 3), (4, 6, 8))
+    assert box.size == (3, 4, 5)
+    assert box.voxels == 60
+    assert box.shifted((1, 1, 1)).within((5, 7, 9))
+    assert not box.within((4, 6, 7))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        box.start = (0, 0, 0)

@@ -1,0 +1,214 @@
+"""The command ``znni``: info, infer, verify.
+
+Exit codes: 0 done; 1 blocks failed, or a verification does not hold; 2 the input cannot be used
+(nothing was written); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from znni_dask import report
+from znni_dask.errors import InputError, RunError
+from znni_dask.geometry import Size, triple
+from znni_dask.importers import load_network
+from znni_dask.patches import BOUNDARIES
+from znni_dask.run import run
+from znni_dask.storage.output import DTYPES
+from znni_dask.verify import verify
+
+_PLAIN_SECONDS = 5.0
+_FILE_WIDTH = 160
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except InputError as error:
+        errors.print(f"znni: {error}")
+        return 2
+    except RunError as error:
+        errors.print(f"znni: {error}")
+        return 1
+    except KeyboardInterrupt:
+        errors.print("znni: interrupted; the output holds the blocks finished so far")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="znni",
+        description="Trained 3D ConvNets applied to volumes far larger than memory.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    info = commands.add_parser("info", help="show a network: geometry and layers")
+    _add_network(info)
+    info.set_defaults(command=_info)
+
+    infer = commands.add_parser("infer", help="apply a network to a volume")
+    _add_network(infer)
+    infer.add_argument("input", help="volume: Zarr, OME-Zarr, TIFF stack (file or folder), .npy")
+    infer.add_argument("output", help="OME-Zarr store to make")
+    infer.add_argument("--boundary", choices=BOUNDARIES, default="reflect")
+    infer.add_argument("--memory", metavar="SIZE", help="bound for the process, like 12GiB")
+    infer.add_argument("--patch", type=_size, metavar="Z,Y,X", help="output computed at once")
+    infer.add_argument("--threads", type=int, metavar="N")
+    infer.add_argument("--dtype", choices=DTYPES, default="float32")
+    infer.add_argument(
+        "--range",
+        type=_range,
+        default=(0.0, 1.0),
+        metavar="LOW,HIGH",
+        help="values that uint8 output maps to 0 and 255 (default 0,1)",
+    )
+    infer.add_argument("--chunks", type=_size, metavar="Z,Y,X", help="of the output (default 64³)")
+    infer.add_argument("--shards", type=_size, metavar="Z,Y,X", help="of the output (default none)")
+    infer.add_argument("--nan", type=float, metavar="VALUE", help="replaces NaN and infinity")
+    infer.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    infer.set_defaults(command=_infer)
+
+    check = commands.add_parser("verify", help="recompute random places of an output")
+    _add_network(check)
+    check.add_argument("input", help="the volume the output was made from")
+    check.add_argument("output", help="the output of znni infer")
+    check.add_argument("--places", type=int, default=8, metavar="N")
+    check.add_argument("--size", type=_size, default=(32, 32, 32), metavar="Z,Y,X")
+    check.add_argument("--seed", type=int, default=0)
+    check.add_argument("--threads", type=int, metavar="N")
+    check.set_defaults(command=_verify)
+    return parser
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("network", help="ONNX or .znni file, or n337, n537, n726, n926")
+
+
+def _size(text: str) -> Size:
+    try:
+        return triple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not z,y,x like 64,64,64") from None
+
+
+def _range(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not low,high like 0,1") from None
+    return low, high
+
+
+def _console() -> Console:
+    """Standard output; where it is no terminal, wide enough for whole tables."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
+
+
+def _info(options: argparse.Namespace) -> int:
+    network = load_network(options.network)
+    console = _console()
+    for line in report.network_lines(network):
+        console.print(line, soft_wrap=True)
+    console.print(report.geometry_table(network))
+    console.print(report.layer_table(network))
+    return 0
+
+
+def _infer(options: argparse.Namespace) -> int:
+    console = _console()
+    with _progress(console) as progress:
+        summary = run(
+            options.network,
+            options.input,
+            options.output,
+            boundary=options.boundary,
+            memory=options.memory,
+            patch=options.patch,
+            threads=options.threads,
+            dtype=options.dtype,
+            value_range=options.range,
+            chunks=options.chunks,
+            shards=options.shards,
+            nan=options.nan,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    for line in report.run_lines(summary):
+        console.print(line, soft_wrap=True)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    found = verify(
+        options.network,
+        options.input,
+        options.output,
+        places=options.places,
+        size=options.size,
+        seed=options.seed,
+        threads=options.threads,
+    )
+    console = _console()
+    for line in report.verification_lines(found):
+        console.print(line, soft_wrap=True)
+    return 0 if found.holds else 1
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; elsewhere a plain line now and then."""
+    if not console.is_terminal:
+        yield _plain(console)
+        return
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    ) as bar:
+        task = bar.add_task("voxels", total=None, rate="")
+        begin = time.perf_counter()
+
+        def show(done: int, total: int) -> None:
+            rate = done / (time.perf_counter() - begin)
+            bar.update(task, completed=done, total=total, rate=f"{rate:,.0f} voxels/s")
+
+        yield show
+
+
+def _plain(console: Console) -> Callable[[int, int], None]:
+    begin = shown = time.perf_counter()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.perf_counter()
+        if now - shown >= _PLAIN_SECONDS or done == total:
+            shown = now
+            console.print(report.progress_line(done, total, now - begin))
+
+    return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Every error that znni_dask raises on purpose.
+
+    ZnniError
+    ├── InputError            what the user handed in cannot be used (command line: exit code 2)
+    │   ├── NetworkError      the network: unreadable, unsupported, inconsistent
+    │   ├── VolumeError       the volume: missing, unreadable, of the wrong kind
+    │   ├── OutputError       the place or form of the output
+    │   ├── OptionError       an option or argument
+    │   └── MemoryLimitError  no plan fits the memory allowed
+    └── RunError              blocks failed while running (command line: exit code 1)
+
+A message says what was asked, what was found and what to do.
+"""
+
+
+class ZnniError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class InputError(ZnniError):
+    """What the user handed in cannot be used; nothing has been written."""
+
+
+class NetworkError(InputError):
+    """The network cannot be read, is not supported or contradicts itself."""
+
+
+class VolumeError(InputError):
+    """The volume cannot be read or does not suit the network."""
+
+
+class OutputError(InputError):
+    """The output cannot be written where or as it was asked for."""
+
+
+class OptionError(InputError):
+    """An option or argument has a value that cannot be used."""
+
+
+class MemoryLimitError(InputError):
+    """No plan fits into the memory allowed."""
+
+
+class RunError(ZnniError):
+    """Blocks failed while running; what finished before is kept."""

@@ -1,0 +1,100 @@
+"""Run a plan on one patch, layer after layer: the reference for every other executor.
+
+"Serial" is the order of the layers; each layer is computed by all threads of the team. One
+arena holds all activations; it is allocated once and serves every patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from znni_dask.geometry import Size, ceil_divide
+from znni_dask.kernels.convolution import SLACK_BYTES
+from znni_dask.kernels.team import Team
+from znni_dask.network.network import Network
+from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Shape
+from znni_dask.schedule import ALIGN, Arena, Schedule
+
+
+class SerialExecutor:
+    """Computes patches of one network on the CPU; prepared weights are kept between patches.
+
+    Not for use by several threads at once. Use it as a context manager, or `close` it.
+    """
+
+    def __init__(
+        self, network: Network, primitives: Mapping[str, Primitive], arena: Arena, threads: int
+    ) -> None:
+        self.network = network
+        self._team = Team(threads)
+        self._prepared = {
+            node.name: primitives[node.name].prepare(node.layer, network.weights.get(node.name, {}))
+            for node in network
+            if node.inputs
+        }
+        self._places = arena.places
+        memory = np.empty(arena.bytes + ALIGN + SLACK_BYTES, np.uint8)
+        self._arena = memory[-memory.ctypes.data % ALIGN :]
+
+    def run(self, todo: Schedule, volume: NDArray[np.generic], out: Array) -> None:
+        """Compute one patch.
+
+        ``volume`` is the extended volume within ``todo.input``, (channel, z, y, x), of any real
+        dtype; ``out`` takes the answer, (channel, z, y, x) of size ``todo.output.size``.
+        """
+        source = self.network.input.name
+        for offset in todo.offsets:
+            z, y, x = (slice(o, o + n) for o, n in zip(offset, todo.input_shape[2:], strict=True))
+            arrays = {source: self._view(source, todo.input_shape)}
+            arrays[source][0] = volume[:, z, y, x]
+            for step in todo.steps:
+                name = step.node.name
+                arrays[name] = self._view(name, step.problem.output)
+                step.primitive.apply(
+                    self._prepared[name],
+                    step.problem,
+                    [arrays[i] for i in step.node.inputs],
+                    arrays[name],
+                    self._team,
+                )
+            _recombine(todo, arrays[self.network.output], offset, out)
+
+    def close(self) -> None:
+        """End the threads and free the arena."""
+        self._team.close()
+        self._arena = np.empty(0, np.uint8)
+
+    def __enter__(self) -> SerialExecutor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _view(self, name: str, shape: Shape) -> Array:
+        first = self._places[name]
+        part = self._arena[first : first + ITEM_BYTES * prod(shape)]
+        return part.view(np.float32).reshape(shape)
+
+
+def _recombine(todo: Schedule, fragments: Array, offset: Size, out: Array) -> None:
+    """Interleave the fragments of one offset (Zlateski et al. 2016, section V)."""
+    size = todo.output.size
+    for fragment, position in zip(fragments, todo.positions, strict=True):
+        start = [p + o for p, o in zip(position, offset, strict=True)]
+        if any(a >= n for a, n in zip(start, size, strict=True)):
+            continue  # of a patch that is not a whole number of fragments
+        here = tuple(slice(a, None, s) for a, s in zip(start, todo.spacing, strict=True))
+        kept = tuple(
+            slice(ceil_divide(n - a, s)) for n, a, s in zip(size, start, todo.spacing, strict=True)
+        )
+        out[(slice(None), *here)] = fragment[(slice(None), *kept)]

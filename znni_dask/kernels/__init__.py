@@ -1,0 +1,1 @@
+"""Compiled inner loops that the CPU primitives share."""

@@ -1,0 +1,270 @@
+"""Compiled loops of direct convolution, transposed convolution and pooling.
+
+Arrays are (batch, channel, z, y, x), float32, contiguous. ``offset`` (z, y, x) is where the first
+tap of output 0 lies in the input given; taps that fall outside that input are padding. Work is
+numbered so that a range ``[first, last)`` of items can be given to any thread.
+
+A convolution adds taps to *runs* of outputs, `CHANNELS` output channels at a time, in a buffer
+that stays in the first-level cache; each run of the input is read once for all of them. A run is
+a row; where nothing pads or strides in y and x it is a whole plane, counted with the input's
+pitch, so that the few voxels between rows are computed too and dropped, and short rows cost no
+more than long ones. Runs go in blocks of `LANES` voxels, so a last block may read (never write)
+up to ``LANES - 1`` voxels beyond the input: arrays given must be followed by `SLACK_BYTES`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+CHANNELS = 4
+RUN = 512
+LANES = 16
+SLACK_BYTES = 4 * LANES
+_OPTIONS = {
+    "nogil": True,
+    "cache": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "nsz"},
+}
+
+
+@njit(**_OPTIONS)
+def convolve(x, weight, bias, out, offset, stride, dilation, first, last):
+    """Items are (batch, group, block of `CHANNELS` output channels, z).
+
+    ``weight`` is (groups, blocks, in / groups, z, y, x, CHANNELS), ``bias`` (groups, blocks,
+    CHANNELS), both padded with zeros to whole blocks.
+    """
+    groups, blocks, fan_in, kz, ky, kx = weight.shape[:6]
+    _, channels, size_z, size_y, size_x = x.shape
+    _, _, out_z, out_y, out_x = out.shape
+    values = x.reshape(-1)
+    runs = np.empty(CHANNELS * RUN, np.float32)
+    planes = (
+        stride[1] == 1
+        and stride[2] == 1
+        and min(offset[1], offset[2]) >= 0
+        and out_y + (ky - 1) * dilation[1] + offset[1] <= size_y
+        and out_x + (kx - 1) * dilation[2] + offset[2] <= size_x
+    )
+    rows = 1 if planes else out_y
+    length = (out_y - 1) * size_x + out_x if planes else out_x
+    for item in range(first, last):
+        z = item % out_z
+        block = item // out_z % blocks
+        group = item // (out_z * blocks) % groups
+        batch = item // (out_z * blocks * groups)
+        for y in range(rows):
+            for begin in range(0, length, RUN):
+                count = min(RUN, length - begin)
+                for c in range(CHANNELS):
+                    runs[c * RUN : (c + 1) * RUN] = bias[group, block, c]
+                for f in range(fan_in):
+                    channel = batch * channels + group * fan_in + f
+                    for tz in range(kz):
+                        iz = z * stride[0] + tz * dilation[0] + offset[0]
+                        if iz < 0 or iz >= size_z:
+                            continue
+                        for ty in range(ky):
+                            iy = y * stride[1] + ty * dilation[1] + offset[1]
+                            if iy < 0 or iy >= size_y:
+                                continue
+                            row = ((channel * size_z + iz) * size_y + iy) * size_x
+                            taps = weight[group, block, f, tz, ty]
+                            if planes:
+                                start = row + begin + offset[2]
+                                _add_taps(runs, values, start, taps, dilation[2], count)
+                            else:
+                                shift = begin * stride[2] + offset[2]
+                                _add_clipped(
+                                    runs,
+                                    values,
+                                    row,
+                                    taps,
+                                    shift,
+                                    stride[2],
+                                    dilation[2],
+                                    count,
+                                    size_x,
+                                )
+                pitch = size_x if planes else out_x
+                _store(out, runs, batch, group, groups, block, z, y, begin, count, pitch)
+
+
+@njit(**_OPTIONS)
+def _store(out, runs, batch, group, groups, block, z, y, begin, count, pitch):
+    """Write the runs' outputs to their rows, leaving out what lies between rows."""
+    _, channels, _, _, out_x = out.shape
+    per_group = channels // groups
+    for c in range(min(CHANNELS, per_group - block * CHANNELS)):
+        plane = out[batch, group * per_group + block * CHANNELS + c, z]
+        at = 0
+        while at < count:
+            row, column = divmod(begin + at, pitch)
+            width = min(out_x - column, count - at)
+            for i in range(width):
+                plane[y + row, column + i] = runs[c * RUN + at + i]
+            at += pitch - column
+
+
+@njit(**_OPTIONS)
+def _add_taps(runs, values, start, taps, dilation, count):
+    """Add all taps of a kernel row to runs whose inputs all exist, three taps in one pass."""
+    blocks = (count + LANES - 1) // LANES
+    kx = taps.shape[0]
+    t = 0
+    while t + 3 <= kx:
+        a, b, c = start + t * dilation, start + (t + 1) * dilation, start + (t + 2) * dilation
+        a0, a1, a2, a3 = taps[t, 0], taps[t, 1], taps[t, 2], taps[t, 3]
+        b0, b1, b2, b3 = taps[t + 1, 0], taps[t + 1, 1], taps[t + 1, 2], taps[t + 1, 3]
+        c0, c1, c2, c3 = taps[t + 2, 0], taps[t + 2, 1], taps[t + 2, 2], taps[t + 2, 3]
+        for block in range(blocks):
+            at = block * LANES
+            for i in range(LANES):
+                u, v, w = values[a + at + i], values[b + at + i], values[c + at + i]
+                runs[at + i] += a0 * u + b0 * v + c0 * w
+                runs[RUN + at + i] += a1 * u + b1 * v + c1 * w
+                runs[2 * RUN + at + i] += a2 * u + b2 * v + c2 * w
+                runs[3 * RUN + at + i] += a3 * u + b3 * v + c3 * w
+        t += 3
+    while t < kx:
+        _add_blocks(runs, values, 0, start + t * dilation, taps[t], blocks)
+        t += 1
+
+
+@njit(**_OPTIONS)
+def _add_blocks(runs, values, target, source, tap, blocks):
+    """Add one tap to whole blocks of voxels."""
+    w0, w1, w2, w3 = tap[0], tap[1], tap[2], tap[3]
+    for block in range(blocks):
+        at = target + block * LANES
+        begin = source + block * LANES
+        for i in range(LANES):
+            v = values[begin + i]
+            runs[at + i] += w0 * v
+            runs[RUN + at + i] += w1 * v
+            runs[2 * RUN + at + i] += w2 * v
+            runs[3 * RUN + at + i] += w3 * v
+
+
+@njit(**_OPTIONS)
+def _add_clipped(runs, values, row, taps, shift, stride, dilation, count, size_x):
+    """Add all taps of a kernel row to runs that may reach beyond the row of the input."""
+    for t in range(taps.shape[0]):
+        begin = shift + t * dilation
+        low, high = _reach(begin, stride, count, size_x)
+        if high <= low:
+            continue
+        done = low
+        if stride == 1:
+            # a block may run on beyond the run's end, where nothing is kept, but not beyond the
+            # row's end, where padding begins
+            blocks = (high - low) // LANES
+            if high == count and low + (blocks + 1) * LANES <= RUN:
+                blocks += 1
+            _add_blocks(runs, values, low, row + begin + low, taps[t], blocks)
+            done = low + blocks * LANES
+        for i in range(done, high):
+            v = values[row + begin + i * stride]
+            for c in range(CHANNELS):
+                runs[c * RUN + i] += taps[t, c] * v
+
+
+@njit(**_OPTIONS)
+def _reach(shift, stride, count, size_x):
+    """The outputs of ``range(count)`` whose input i · stride + shift is in ``range(size_x)``."""
+    low = max(0, (-shift + stride - 1) // stride)
+    high = min(count, (size_x - shift + stride - 1) // stride)
+    return low, high
+
+
+@njit(**_OPTIONS)
+def convolve_transposed(x, weight, bias, out, offset, up, dilation, first, last):
+    """Items are (batch, output channel, z); ``weight`` is (out, in / groups, z, y, x).
+
+    ``offset`` counts in steps of the output: output ``q`` reads input ``i`` through tap ``t``
+    where q + offset = i · up + t · dilation.
+    """
+    out_channels, fan_in, kz, ky, kx = weight.shape
+    _, channels, size_z, size_y, size_x = x.shape
+    _, _, out_z, out_y, out_x = out.shape
+    per_group = out_channels // (channels // fan_in)
+    for item in range(first, last):
+        z = item % out_z
+        c = item // out_z % out_channels
+        batch = item // (out_z * out_channels)
+        group = c // per_group
+        plane = out[batch, c, z]
+        plane[:] = bias[c]
+        for tz in range(kz):
+            at_z = z + offset[0] - tz * dilation[0]
+            iz = at_z // up[0]
+            if at_z % up[0] != 0 or iz < 0 or iz >= size_z:
+                continue
+            for y in range(out_y):
+                target = plane[y]
+                for ty in range(ky):
+                    at_y = y + offset[1] - ty * dilation[1]
+                    iy = at_y // up[1]
+                    if at_y % up[1] != 0 or iy < 0 or iy >= size_y:
+                        continue
+                    for tx in range(kx):
+                        at_x = offset[2] - tx * dilation[2]
+                        low = (-at_x) % up[2]  # the first output that this tap reaches
+                        ix = (low + at_x) // up[2]
+                        for f in range(fan_in):
+                            w = weight[c, f, tz, ty, tx]
+                            row = x[batch, group * fan_in + f, iz, iy]
+                            for i in range(max(0, -ix), size_x - ix):
+                                q = low + i * up[2]
+                                if q >= out_x:
+                                    break
+                                target[q] += w * row[ix + i]
+
+
+@njit(**_OPTIONS)
+def max_pool(x, out, offset, kernel, stride, dilation, first, last):
+    """Items are (batch, channel, z); padding never wins."""
+    _, channels, size_z, size_y, size_x = x.shape
+    _, _, out_z, out_y, out_x = out.shape
+    for item in range(first, last):
+        z = item % out_z
+        c = item // out_z % channels
+        batch = item // (out_z * channels)
+        for y in range(out_y):
+            target = out[batch, c, z, y]
+            target[:] = -np.inf
+            for tz in range(kernel[0]):
+                iz = z * stride[0] + tz * dilation[0] + offset[0]
+                if iz < 0 or iz >= size_z:
+                    continue
+                for ty in range(kernel[1]):
+                    iy = y * stride[1] + ty * dilation[1] + offset[1]
+                    if iy < 0 or iy >= size_y:
+                        continue
+                    row = x[batch, c, iz, iy]
+                    for tx in range(kernel[2]):
+                        shift = tx * dilation[2] + offset[2]
+                        _max_row(target, row, shift, stride[2], out_x, size_x)
+
+
+@njit(**_OPTIONS)
+def _max_row(target, row, shift, stride, width, size_x):
+    """Raise every ``target[i]`` to ``row[i · stride + shift]``; NaN, once met, stays."""
+    low, high = _reach(shift, stride, width, size_x)
+    for i in range(low, high):
+        v = row[i * stride + shift]
+        if v > target[i] or v != v:
+            target[i] = v
+
+
+def compile_kernels() -> None:
+    """Compile all kernels, or load them from the cache on disk, by running each on one voxel."""
+    x = np.zeros(1 + LANES, np.float32)[:1].reshape(1, 1, 1, 1, 1)
+    out = np.zeros_like(x)
+    zeros, ones = np.zeros(3, np.int64), np.ones(3, np.int64)
+    weight = np.zeros((1, 1, 1, 1, 1, 1, CHANNELS), np.float32)
+    convolve(x, weight, np.zeros((1, 1, CHANNELS), np.float32), out, zeros, ones, ones, 0, 1)
+    convolve_transposed(x, x, np.zeros(1, np.float32), out, zeros, ones, ones, 0, 1)
+    max_pool(x, out, zeros, ones, ones, ones, 0, 1)

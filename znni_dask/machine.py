@@ -1,0 +1,127 @@
+"""What the machine offers: cores and memory, and what this process uses of them.
+
+Memory is counted as anonymous memory, resident pages that no file backs (RssAnon + RssShmem):
+what `--memory` bounds. Pages of mapped files can be dropped at any time and do not count.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from znni_dask.errors import OptionError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+def cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_bytes() -> int:
+    """Memory that this process may come to use, by the machine's state and its cgroup's limit."""
+    limits = [psutil.virtual_memory().available + anonymous_bytes()]
+    for name in _CGROUP_LIMITS:
+        path = Path(name)
+        if path.is_file() and (value := path.read_text().strip()).isdigit():
+            limits.append(int(value))
+    return min(limits)
+
+
+def anonymous_bytes(pid: int | None = None) -> int:
+    """Anonymous memory of a process (this one unless named) and its children, in bytes."""
+    process = psutil.Process(pid)
+    total = 0
+    for member in [process, *process.children(recursive=True)]:
+        try:
+            total += _anonymous_bytes_of(member)
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def _anonymous_bytes_of(process: psutil.Process) -> int:
+    status = Path(f"/proc/{process.pid}/status")
+    try:
+        text = status.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return int(process.memory_full_info().uss)
+    found = re.findall(r"^(?:RssAnon|RssShmem):\s+(\d+) kB", text, re.MULTILINE)
+    return 1024 * sum(int(value) for value in found)
+
+
+class MemoryMeter:
+    """Samples the anonymous memory of this process and its children while it is entered.
+
+    >>> with MemoryMeter() as meter:
+    ...     _ = bytearray(1 << 20)
+    >>> meter.peak_bytes > 0
+    True
+    """
+
+    def __init__(self, seconds: float = 0.02, measure: Callable[[], int] = anonymous_bytes) -> None:
+        self.peak_bytes = 0
+        self._seconds = seconds
+        self._measure = measure
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="znni-memory", daemon=True)
+
+    def __enter__(self) -> MemoryMeter:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak_bytes = max(self.peak_bytes, self._measure())
+
+    def _sample(self) -> None:
+        while True:
+            self.peak_bytes = max(self.peak_bytes, self._measure())
+            if self._stop.wait(self._seconds):
+                return
+
+
+def parse_bytes(text: str | int) -> int:
+    """``"12GiB"``, ``"512MB"``, ``"2e9"`` or a number, in bytes."""
+    if isinstance(text, int):
+        value = text
+    else:
+        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+]?\d+)?)\s*([kKmMgGtT]?[iI]?)[bB]?\s*", text)
+        unit = match[2].upper() if match else "?"
+        factor = _UNITS.get(unit) or _BINARY.get(unit)
+        try:
+            value = int(float(match[1]) * factor) if match and factor else 0
+        except ValueError:
+            value = 0
+    if value <= 0:
+        raise OptionError(f"memory {text!r} is not a size: write it like 12GiB, 512MiB or 2e9")
+    return value
+
+
+def show_bytes(value: float) -> str:
+    """A size for people, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

@@ -1,0 +1,184 @@
+"""Build a network in a few lines of Python.
+
+Every method adds a layer and returns its name, which later layers read. Weights that are not
+given are drawn from a seeded generator (He et al. 2015, so that activations keep their scale).
+
+>>> b = Builder(channels=1, seed=0)
+>>> x = b.relu(b.conv(b.input, 8, kernel=3))
+>>> x = b.max_pool(x, 2)
+>>> x = b.conv(x, 2, kernel=3)
+>>> b.network(x)
+<Network of 4 layers, 1 → 2 channels, 658 parameters>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from znni_dask.errors import NetworkError
+from znni_dask.geometry import Size, triple
+from znni_dask.network import layers
+from znni_dask.network.layers import NO_PADDING, ONES, Activation, Function, Layer, Padding
+from znni_dask.network.network import Network, Node, without_unused
+
+Extent = int | tuple[int, int, int]
+
+
+def sizes(value: Extent) -> Size:
+    """A triple in (z, y, x); one number stands for all three axes."""
+    return (value, value, value) if isinstance(value, int) else triple(value)
+
+
+class Builder:
+    """Collects the layers of a network whose volume has ``channels`` channels."""
+
+    def __init__(self, channels: int, seed: int = 0) -> None:
+        self.input = "input"
+        self._nodes: list[Node] = []
+        self._weights: dict[str, dict[str, NDArray[np.generic]]] = {}
+        self._channels: dict[str, int] = {}
+        self._random = np.random.default_rng(seed)
+        self.add(layers.Input(channels), name=self.input)
+
+    def add(
+        self,
+        layer: Layer,
+        *inputs: str,
+        name: str | None = None,
+        weights: Mapping[str, ArrayLike] | None = None,
+    ) -> str:
+        """Add any layer; ``weights`` are its arrays by name. Returns the layer's name."""
+        name = name or f"{layer.kind.lower()}_{len(self._nodes)}"
+        unknown = [i for i in inputs if i not in self._channels]
+        if unknown:
+            raise NetworkError(f"layer {name!r} reads {unknown[0]!r}, which was not added before")
+        self._channels[name] = layer.channels([self._channels[i] for i in inputs])
+        self._nodes.append(Node(name, layer, tuple(inputs)))
+        self._weights[name] = {k: np.asarray(v) for k, v in (weights or {}).items()}
+        return name
+
+    def channels(self, name: str) -> int:
+        """Channels of a layer added before."""
+        return self._channels[name]
+
+    def conv(
+        self,
+        x: str,
+        channels: int,
+        kernel: Extent,
+        *,
+        stride: Extent = 1,
+        dilation: Extent = 1,
+        padding: Extent | str = 0,
+        groups: int = 1,
+        weight: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+    ) -> str:
+        """Convolution. ``padding`` is a number of voxels per axis, or ``"same"``."""
+        spacing = sizes(dilation)
+        layer = layers.Conv(
+            self._channels[x],
+            channels,
+            sizes(kernel),
+            sizes(stride),
+            spacing,
+            _padding(padding, sizes(kernel), spacing),
+            groups,
+        )
+        return self.add(layer, x, weights=self._filters(layer, weight, bias))
+
+    def conv_transpose(
+        self,
+        x: str,
+        channels: int,
+        kernel: Extent,
+        *,
+        stride: Extent = 1,
+        padding: Extent = 0,
+        groups: int = 1,
+        weight: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+    ) -> str:
+        """Transposed convolution; ``padding`` voxels are trimmed from each side of the output."""
+        trim = sizes(padding)
+        layer = layers.ConvTranspose(
+            self._channels[x],
+            channels,
+            sizes(kernel),
+            sizes(stride),
+            padding=(trim, trim),
+            groups=groups,
+        )
+        return self.add(layer, x, weights=self._filters(layer, weight, bias))
+
+    def max_pool(
+        self, x: str, kernel: Extent, stride: Extent | None = None, padding: Extent = 0
+    ) -> str:
+        """Max-pooling; the stride is the kernel unless given."""
+        pad = sizes(padding)
+        return self.add(
+            layers.MaxPool(
+                sizes(kernel), sizes(kernel if stride is None else stride), padding=(pad, pad)
+            ),
+            x,
+        )
+
+    def activation(self, x: str, function: Function, alpha: float = 0.0) -> str:
+        """An activation function of every value."""
+        return self.add(Activation(function, alpha), x)
+
+    def relu(self, x: str) -> str:
+        """max(x, 0)."""
+        return self.activation(x, "relu")
+
+    def concat(self, *inputs: str) -> str:
+        """Channels behind one another."""
+        return self.add(layers.Concat(), *inputs)
+
+    def plus(self, *inputs: str) -> str:
+        """Sum."""
+        return self.add(layers.Add(), *inputs)
+
+    def resize(self, x: str, factor: Extent) -> str:
+        """Nearest-neighbour up-sampling."""
+        return self.add(layers.Resize(sizes(factor)), x)
+
+    def crop(self, x: str, low: Extent, high: Extent | None = None) -> str:
+        """Drop ``low`` first and ``high`` (as many unless given) last voxels per axis."""
+        return self.add(layers.Crop(sizes(low), sizes(low if high is None else high)), x)
+
+    def network(self, output: str) -> Network:
+        """The network that ends in ``output``; layers it does not depend on are left out."""
+        return without_unused(self._nodes, output, self._weights)
+
+    def _filters(
+        self,
+        layer: layers.Conv | layers.ConvTranspose,
+        weight: ArrayLike | None,
+        bias: ArrayLike | None,
+    ) -> dict[str, ArrayLike]:
+        shapes = layer.weight_shapes()
+        if weight is None:
+            per_output = layer.multiply_adds() / layer.out_channels
+            deviation = np.sqrt(2 / max(per_output, 1))
+            weight = self._random.standard_normal(shapes["weight"], np.float32) * deviation
+        if bias is None:
+            bias = 0.1 * self._random.standard_normal(shapes["bias"], np.float32)
+        return {"weight": weight, "bias": bias}
+
+
+def _padding(padding: Extent | str, kernel: Size, dilation: Size) -> Padding:
+    if padding == "same":
+        total = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
+        low = triple(n // 2 for n in total)
+        return low, triple(n - n // 2 for n in total)
+    if isinstance(padding, str):
+        raise NetworkError(f'padding is a number of voxels or "same", not {padding!r}')
+    both = sizes(padding)
+    return NO_PADDING if both == (0, 0, 0) else (both, both)
+
+
+__all__ = ["ONES", "Builder", "sizes"]

@@ -1,0 +1,184 @@
+"""Volume ↔ blocks ↔ patches: which outputs are made where, from which part of the volume.
+
+A `Layout` says how a whole volume is extended and what the whole answer looks like. A *block* is
+what one writer writes: whole output chunks. A *patch* is what is computed at once: a part of a
+block. `Layout.patch` gives for any output box the box of every layer behind it, so that patches
+of any size and place give the same answer as the whole volume at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+from znni_dask.errors import OptionError, VolumeError
+from znni_dask.geometry import AXES, Box, Size, ceil_divide, tiles, triple
+from znni_dask.network.field_of_view import (
+    Extension,
+    Interval,
+    NetworkGeometry,
+    demand,
+    geometry,
+)
+from znni_dask.network.network import Network
+
+BOUNDARIES = ("reflect", "nearest", "constant", "valid")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One output box of a run and what lies behind it.
+
+    ``output`` is in voxels of the answer. ``boxes`` are the layers' own boxes, each in the grid
+    of its layer; ``input`` is the box of the volume (it may reach beyond the volume, which is
+    then extended). With ``fragments`` (z, y, x) every layer of a dense network counts from the
+    patch's own corner, the network's output is one fragment of the patch, and ``output.size``
+    is rounded up to whole fragments.
+    """
+
+    output: Box
+    input: Box
+    boxes: dict[str, Box]
+    fragments: Size
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A network applied to a volume of ``size`` voxels (z, y, x), extended by ``boundary``."""
+
+    network: Network
+    size: Size
+    boundary: str
+
+    def __post_init__(self) -> None:
+        if self.boundary not in BOUNDARIES:
+            raise OptionError(
+                f"boundary {self.boundary!r} is not known: choose {', '.join(BOUNDARIES)}"
+            )
+        if min(self.size) < 1:
+            raise VolumeError(f"the volume is empty: its size is {self.size}")
+        _ = self.extensions
+
+    @property
+    def geometry(self) -> NetworkGeometry:
+        """The geometry of the network."""
+        return geometry(self.network)
+
+    @cached_property
+    def extensions(self) -> tuple[Extension, Extension, Extension]:
+        """How each axis is extended; raises `VolumeError` where the volume is too thin."""
+        found = []
+        for name, axis, n in zip(AXES, self.geometry.axes, self.size, strict=True):
+            try:
+                found.append(axis.extension(n, self.boundary))
+            except VolumeError as error:
+                raise VolumeError(f"axis {name}: {error}") from None
+        z, y, x = found
+        return z, y, x
+
+    @property
+    def output_size(self) -> Size:
+        """Size of the answer, (z, y, x)."""
+        return triple(e.outputs for e in self.extensions)
+
+    @property
+    def translation(self) -> tuple[Fraction, Fraction, Fraction]:
+        """Centre of output voxel 0 in voxels of the volume."""
+        z, y, x = (
+            axis.origin - extension.low + axis.output_stride * extension.first
+            if axis.output_stride != 1
+            else Fraction(axis.shift - extension.low + extension.first)
+            for axis, extension in zip(self.geometry.axes, self.extensions, strict=True)
+        )
+        return z, y, x
+
+    @cached_property
+    def strided(self) -> frozenset[str]:
+        """Layers of a dense network that stride: each makes fragments or runs per offset."""
+        if not self.geometry.dense:
+            return frozenset()
+        return frozenset(
+            node.name
+            for node in self.network
+            if any(node.layer.window(axis).stride > 1 for axis in range(3))
+        )
+
+    @property
+    def fragments(self) -> Size:
+        """Fragments per axis that a dense network's output falls into; 1 for all others."""
+        if not self.geometry.dense:
+            return (1, 1, 1)
+        return triple(int(s) for s in self.network.spacing[self.network.output])
+
+    def blocks(self, block: Size) -> Iterator[Box]:
+        """All blocks, covering the answer exactly once."""
+        return tiles(self.output_size, block)
+
+    def patch(self, output: Box) -> Patch:
+        """The patch that makes ``output``, every strided layer of a dense network fragmented."""
+        return self.patch_with(output, self.strided)
+
+    def patch_with(self, output: Box, fragmented: frozenset[str]) -> Patch:
+        """The patch that makes ``output`` (for a dense network: one fragment of it for every
+        offset that the layers not in ``fragmented`` leave open)."""
+        dense = self.geometry.dense
+        starts, stops = [], []
+        per_axis = []
+        for axis in range(3):
+            first = self.extensions[axis].first
+            begin, end = output.start[axis], output.stop[axis]
+            if dense:
+                interval = (0, ceil_divide(end - begin, self.fragments[axis]))
+            else:
+                interval = (begin + first, end + first)
+            stretch = self._demand(axis, interval, fragmented)
+            per_axis.append(stretch)
+            start, stop = stretch[self.network.input.name]
+            shift = (begin if dense else 0) - self.extensions[axis].low
+            starts.append(start + shift)
+            stops.append(stop + shift)
+        boxes = {
+            name: Box(
+                triple(stretch[name][0] for stretch in per_axis),
+                triple(stretch[name][1] for stretch in per_axis),
+            )
+            for name in per_axis[0]
+        }
+        return Patch(output, Box(triple(starts), triple(stops)), boxes, self.fragments)
+
+    @cached_property
+    def _demands(self) -> dict[tuple[int, Interval, frozenset[str]], dict[str, Interval]]:
+        return {}
+
+    def _demand(
+        self, axis: int, interval: Interval, fragmented: frozenset[str]
+    ) -> dict[str, Interval]:
+        key = (axis, interval, fragmented)
+        if key not in self._demands:
+            sizes = None
+            if not self.geometry.dense:
+                sizes = self.geometry.axes[axis].sizes(self.extensions[axis].size)
+            self._demands[key] = demand(
+                self.network, axis, interval, sizes=sizes, fragmented=fragmented
+            )
+        return self._demands[key]
+
+
+def source_index(start: int, stop: int, n: int, boundary: str) -> list[int]:
+    """For every place in ``[start, stop)`` the voxel of a volume of length ``n`` that stands
+    there; -1 for the constant.
+
+    ``reflect`` does not repeat the edge (numpy's meaning) and goes to and fro as often as it
+    takes. What ``valid`` reads beyond the volume is cropped away afterwards, so anything serves.
+
+    >>> source_index(-3, 5, 4, "reflect")
+    [3, 2, 1, 0, 1, 2, 3, 2]
+    """
+    if boundary == "constant":
+        return [i if 0 <= i < n else -1 for i in range(start, stop)]
+    if boundary == "reflect":
+        period = max(2 * (n - 1), 1)
+        return [min(i % period, period - i % period) if n > 1 else 0 for i in range(start, stop)]
+    return [min(max(i, 0), n - 1) for i in range(start, stop)]

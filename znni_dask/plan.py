@@ -1,0 +1,90 @@
+"""The plan: what was decided, as a value that can be printed, saved, edited and handed back.
+
+A plan never changes the answer, only how it is reached: the patch computed at once, the block
+written at once, and for every layer the primitive that computes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from znni_dask.errors import OptionError
+from znni_dask.geometry import Size, triple
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The primitive (by its name in the table) that computes one layer."""
+
+    layer: str
+    primitive: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of layers on one device. ``samples``: fragments taken at once; None for all."""
+
+    device: str
+    choices: tuple[Choice, ...]
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a network is applied to a volume on one worker.
+
+    ``patch`` and ``block`` are sizes of the output (z, y, x); a block is a whole number of
+    output chunks or shards. Up to ``blocks_in_flight`` blocks are read, computed and written at
+    the same time, one of them computed, by ``threads`` threads. ``predicted_bytes`` is the peak
+    of the whole process, ``allowed_bytes`` the limit it was planned for.
+    """
+
+    patch: Size
+    block: Size
+    stages: tuple[Stage, ...]
+    threads: int
+    blocks_in_flight: int
+    predicted_bytes: int
+    allowed_bytes: int
+    flops_per_voxel: float
+
+    @property
+    def primitives(self) -> dict[str, str]:
+        """The primitive of every layer, over all stages."""
+        return {c.layer: c.primitive for stage in self.stages for c in stage.choices}
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `from_json` reads it back."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan from JSON; raises `OptionError` where it is not one."""
+        try:
+            return cls._from_mapping(json.loads(text))
+        except (KeyError, TypeError, ValueError) as error:
+            raise OptionError(f"this is not a plan: {type(error).__name__}: {error}") from None
+
+    @classmethod
+    def _from_mapping(cls, values: Mapping[str, Any]) -> Plan:
+        stages = tuple(
+            Stage(
+                str(stage["device"]),
+                tuple(Choice(str(c["layer"]), str(c["primitive"])) for c in stage["choices"]),
+                stage["samples"],
+            )
+            for stage in values["stages"]
+        )
+        return cls(
+            patch=triple(values["patch"]),
+            block=triple(values["block"]),
+            stages=stages,
+            threads=int(values["threads"]),
+            blocks_in_flight=int(values["blocks_in_flight"]),
+            predicted_bytes=int(values["predicted_bytes"]),
+            allowed_bytes=int(values["allowed_bytes"]),
+            flops_per_voxel=float(values["flops_per_voxel"]),
+        )

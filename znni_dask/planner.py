@@ -1,0 +1,263 @@
+"""The planner: which patch and block, which primitive for every layer, within the memory allowed.
+
+Arithmetic on shapes and costs only. Every candidate's memory is computed from the schedules of
+the patches it would run, so what is promised is what will be allocated. Candidates are blocks of
+whole output chunks, computed in one patch, and single chunks, cut into smaller patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from znni_dask.costs import estimated_seconds
+from znni_dask.errors import MemoryLimitError, OptionError
+from znni_dask.geometry import (
+    Box,
+    Size,
+    ceil_divide,
+    multiply,
+    round_up,
+    text,
+    tiles,
+    triple,
+    volume,
+)
+from znni_dask.machine import show_bytes
+from znni_dask.network.layers import Layer
+from znni_dask.patches import Layout
+from znni_dask.plan import Choice, Plan, Stage
+from znni_dask.primitives.base import ITEM_BYTES, Primitive
+from znni_dask.primitives.table import candidates, named
+from znni_dask.schedule import ALIGN, Schedules
+
+OVERHEAD_BYTES = 48 << 20  # scheduler, messages and allocator slack beside what is counted
+WEIGHT_COPIES = 4  # the plugin as sent, as kept by the scheduler, as received, as prepared
+MOST_BLOCKS_IN_FLIGHT = 3  # one being read, one computed, one written
+_WORTH_FEWER_IN_FLIGHT = 1.1  # times slower that overlapping reads and writes may make computing
+_MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16)
+_PARTS = (2, 3, 4, 6, 8, 12, 16)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a plan is asked for.
+
+    ``unit`` is the output's chunk or shard; ``read_bytes`` the memory that reading a box of a
+    size takes, ``write_bytes`` the memory that writing takes beside the values, of
+    ``item_bytes`` each. ``baseline_bytes`` is what the process uses before it computes.
+    """
+
+    layout: Layout
+    unit: Size
+    item_bytes: int
+    read_bytes: Callable[[Size], int]
+    write_bytes: int
+    baseline_bytes: int
+    allowed_bytes: int
+    threads: int
+    patch: Size | None = None
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    block: Size
+    patch: Size
+    seconds_per_voxel: float
+    flops_per_voxel: float
+
+
+def plan(request: Request) -> Plan:
+    """The fastest plan that fits; raises `MemoryLimitError` where none does."""
+    primitives = choose_primitives(request.layout)
+    schedules = Schedules(request.layout, primitives)
+    ranked = sorted(
+        (_rate(request, schedules, block, patch) for block, patch in _sizes(request)),
+        key=lambda c: (c.seconds_per_voxel, -volume(c.block)),
+    )
+    best: tuple[_Candidate, int, int] | None = None
+    for in_flight in range(MOST_BLOCKS_IN_FLIGHT, 0, -1):
+        for candidate in ranked:
+            if (
+                best
+                and candidate.seconds_per_voxel * _WORTH_FEWER_IN_FLIGHT > best[0].seconds_per_voxel
+            ):
+                break
+            needed = predicted_bytes(
+                request, schedules, candidate.block, candidate.patch, in_flight
+            )
+            if needed <= request.allowed_bytes:
+                best = (candidate, in_flight, needed)
+                break
+    if best is None:
+        smallest = min(ranked, key=lambda c: (volume(c.patch), volume(c.block)))
+        raise MemoryLimitError(_refusal(request, schedules, smallest))
+    candidate, in_flight, needed = best
+    choices = tuple(Choice(name, primitive.name) for name, primitive in primitives.items())
+    return Plan(
+        patch=candidate.patch,
+        block=candidate.block,
+        stages=(Stage("cpu", choices),),
+        threads=request.threads,
+        blocks_in_flight=in_flight,
+        predicted_bytes=needed,
+        allowed_bytes=request.allowed_bytes,
+        flops_per_voxel=candidate.flops_per_voxel,
+    )
+
+
+def choose_primitives(layout: Layout) -> dict[str, Primitive]:
+    """For every layer the first primitive of the table that takes it.
+
+    Fragments are for dense networks alone; of a dense network's strided layers those that no
+    primitive can fragment run once per offset.
+    """
+    return {
+        node.name: _first(node.layer, node.name in layout.strided)
+        for node in layout.network
+        if node.inputs
+    }
+
+
+def chosen_primitives(layout: Layout, plan: Plan) -> dict[str, Primitive]:
+    """The primitives that a plan names; raises `OptionError` where it does not fit the network."""
+    names = plan.primitives
+    layers = {node.name: node.layer for node in layout.network if node.inputs}
+    if set(names) != set(layers):
+        odd = sorted(set(names) ^ set(layers))[0]
+        raise OptionError(f"the plan is for another network: they differ in layer {odd!r}")
+    unknown = [n for n in layers if all(p.name != names[n] for p in candidates(layers[n]))]
+    if unknown:
+        raise OptionError(f"the plan's primitive {names[unknown[0]]!r} cannot take {unknown[0]!r}")
+    return {name: named(names[name], layer) for name, layer in layers.items()}
+
+
+def predicted_bytes(
+    request: Request, schedules: Schedules, block: Size, patch: Size, in_flight: int
+) -> int:
+    """Peak memory of the whole process for this block and patch."""
+    network = request.layout.network
+    sizes = schedules.envelope(patches_to_try(request.layout, block, patch))
+    computing = (
+        schedules.arena(sizes).bytes
+        + ALIGN
+        + schedules.workspace_bytes(sizes, request.threads)
+        + ITEM_BYTES * network.out_channels * volume(patch)
+    )
+    largest = _largest_box(request.layout, block)
+    reading = request.read_bytes(request.layout.patch(largest).input.size)
+    written = request.item_bytes * network.out_channels * volume(largest.size)
+    per_block = max(reading + written, written + request.write_bytes)
+    return (
+        request.baseline_bytes
+        + OVERHEAD_BYTES
+        + WEIGHT_COPIES * ITEM_BYTES * network.parameters
+        + computing
+        + in_flight * per_block
+    )
+
+
+def patches_of(block: Box, patch: Size) -> Iterator[Box]:
+    """The patches of one block, covering it exactly once."""
+    for box in tiles(block.size, patch):
+        yield box.shifted(block.start)
+
+
+def patches_to_try(layout: Layout, block: Size, patch: Size) -> Iterator[Box]:
+    """Patches among which, along every axis, each length that the run will meet occurs."""
+    per_axis: list[list[tuple[int, int]]] = []
+    for axis in range(3):
+        n = layout.output_size[axis]
+        spans = [
+            (start, min(start + patch[axis], first + block[axis], n))
+            for first in range(0, n, block[axis])
+            for start in range(first, min(first + block[axis], n), patch[axis])
+        ]
+        per_axis.append(spans)
+    for index in range(max(len(spans) for spans in per_axis)):
+        chosen = [spans[min(index, len(spans) - 1)] for spans in per_axis]
+        yield Box(triple(a for a, _ in chosen), triple(b for _, b in chosen))
+
+
+def _largest_box(layout: Layout, block: Size) -> Box:
+    """A block in the middle of the answer, clipped to it."""
+    size = triple(min(b, n) for b, n in zip(block, layout.output_size, strict=True))
+    start = triple(
+        min(n // 2 // s * s, n - s) for n, s in zip(layout.output_size, size, strict=True)
+    )
+    return Box(start, triple(a + s for a, s in zip(start, size, strict=True)))
+
+
+def _sizes(request: Request) -> list[tuple[Size, Size]]:
+    """Pairs (block, patch) to consider."""
+    layout, unit = request.layout, request.unit
+    if request.patch is not None:
+        if min(request.patch) < 1:
+            raise OptionError(f"patch {text(request.patch)} must be positive")
+        patch = triple(min(p, n) for p, n in zip(request.patch, layout.output_size, strict=True))
+        block = triple(round_up(p, u) for p, u in zip(patch, unit, strict=True))
+        return [(block, patch)]
+    granules = multiply(layout.fragments, _alignment(layout))
+    per_axis = [
+        _axis_sizes(n, u, granule)
+        for n, u, granule in zip(layout.output_size, unit, granules, strict=True)
+    ]
+    return [
+        (triple(b for b, _ in chosen), triple(p for _, p in chosen))
+        for chosen in product(*per_axis)
+    ]
+
+
+def _axis_sizes(n: int, unit: int, granule: int) -> list[tuple[int, int]]:
+    """(block, patch) along one axis: whole chunks at once, or one chunk in parts."""
+    found = {(unit * m, min(unit * m, n)) for m in _MULTIPLES if unit * (m - 1) < n}
+    small = min(unit, n)
+    found |= {(unit, min(round_up(ceil_divide(small, k), granule), small)) for k in _PARTS}
+    found.add((unit, min(granule, small)))
+    return sorted(found)
+
+
+def _alignment(layout: Layout) -> Size:
+    """The network's alignment in voxels of its output."""
+    return triple(
+        max(1, int(alignment / stride))
+        for alignment, stride in zip(
+            layout.geometry.alignment, layout.geometry.output_stride, strict=True
+        )
+    )
+
+
+def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _Candidate:
+    box = _largest_box(request.layout, patch)
+    schedule = schedules.schedule(box)
+    seconds = estimated_seconds(schedule, request.threads)
+    # patches at the ragged end make fewer voxels, but cost nearly the same in halo
+    used = 1.0
+    for n, b in zip(request.layout.output_size, block, strict=True):
+        used *= n / (ceil_divide(n, b) * min(b, n))
+    return _Candidate(block, patch, seconds / (box.voxels * used), schedule.flops / box.voxels)
+
+
+def _refusal(request: Request, schedules: Schedules, smallest: _Candidate) -> str:
+    sizes = schedules.envelope([_largest_box(request.layout, smallest.patch)])
+    layer = schedules.largest_layer(sizes)
+    needed = predicted_bytes(request, schedules, smallest.block, smallest.patch, 1)
+    remedy = f"allow at least {show_bytes(needed)}"
+    if request.patch is not None:
+        remedy += ", or a smaller patch"
+    elif volume(request.unit) > 32**3:
+        remedy += ", or choose smaller chunks for the output"
+    return (
+        f"no plan fits {show_bytes(request.allowed_bytes)}: the smallest patch "
+        f"(output {text(smallest.patch)}, in blocks of {text(smallest.block)}) needs "
+        f"{show_bytes(needed)}, of which {show_bytes(request.baseline_bytes)} the process already "
+        f"uses; its largest layer is {layer!r} ({request.layout.network[layer].layer.kind}). "
+        f"To go on, {remedy}"
+    )
+
+
+def _first(layer: Layer, fragment: bool) -> Primitive:
+    found = candidates(layer)
+    fitting = [p for p in found if p.fragments == fragment] or [p for p in found if not p.fragments]
+    return fitting[0]

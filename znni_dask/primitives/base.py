@@ -1,0 +1,103 @@
+"""The contract of a primitive: one algorithm for one kind of layer on one device.
+
+A primitive is asked in this order: `refusal` whether it takes a layer at all, `flops` and
+`memory_bytes` what a problem costs, `prepare` once per worker for what depends on the weights
+alone, then `apply` for every patch. It works on any box of its input: a `Problem` says where the
+outputs lie relative to the inputs given, and what lies outside those inputs is padding.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from znni_dask.geometry import Size
+from znni_dask.kernels.team import Team
+from znni_dask.network.layers import ONES, Layer
+from znni_dask.network.network import Weights
+
+Array = NDArray[np.float32]
+Shape = tuple[int, int, int, int, int]
+ITEM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer on one box: shapes are (batch, channel, z, y, x).
+
+    ``offsets[i]`` is where, in input i, the first tap of output voxel 0 lies (z, y, x); of an
+    up-sampling layer it counts in steps of the output's grid (`Window.offset`).
+    """
+
+    layer: Layer
+    inputs: tuple[Shape, ...]
+    output: Shape
+    offsets: tuple[Size, ...]
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the output."""
+        return ITEM_BYTES * prod(self.output)
+
+
+class Primitive(ABC):
+    """Abstract; subclasses are final, have no state and stand in `table.TABLE`.
+
+    ``in_place``: `apply` may be given its first input as output. ``fragments``: the layer is
+    evaluated at all offsets of its stride, the fragments joining the batch.
+    """
+
+    name: ClassVar[str]
+    layer: ClassVar[type[Layer]]
+    in_place: ClassVar[bool] = False
+    fragments: ClassVar[bool] = False
+
+    def refusal(self, layer: Layer) -> str | None:
+        """Why the primitive cannot take this layer; None where it can."""
+        if isinstance(layer, self.layer):
+            return None
+        return f"{self.name} computes {self.layer.__name__} layers, not {layer.kind}"
+
+    def flops(self, problem: Problem) -> int:
+        """Arithmetic operations, a multiply-add counting as two."""
+        return prod(problem.output)
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        """Peak memory beyond inputs and output while `apply` runs."""
+        return 0
+
+    def memory_bytes(self, problem: Problem, threads: int) -> int:
+        """Peak memory beyond the inputs: output and workspace."""
+        return problem.output_bytes + self.workspace_bytes(problem, threads)
+
+    def planes_to_keep(self, layer: Layer, axis: int) -> int:
+        """Planes of its input that later outputs read again, when ``axis`` is streamed."""
+        return layer.window(axis).planes_to_keep
+
+    def fragments_of(self, layer: Layer) -> Size:
+        """Fragments per axis that the layer's output falls into."""
+        if not self.fragments:
+            return ONES
+        z, y, x = (layer.window(axis).stride for axis in range(3))
+        return z, y, x
+
+    def prepare(self, layer: Layer, weights: Weights) -> Any:
+        """What depends on the weights alone; handed to every `apply`."""
+        return None
+
+    @abstractmethod
+    def apply(
+        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+    ) -> None:
+        """Compute the problem into ``out``; inputs and ``out`` are C-contiguous."""
+
+
+def indices(*values: int) -> NDArray[np.int64]:
+    """A triple as the array that compiled kernels take."""
+    return np.array(values, np.int64)

@@ -1,0 +1,73 @@
+"""Direct convolution: every tap of every kernel, run by run of voxels.
+
+Zlateski et al. 2016, section IV.A, "direct convolution": work is shared over batch, output
+channels and planes. The right choice for small kernels and few channels, and the reference for
+every faster one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import ClassVar, cast, final
+
+import numpy as np
+
+from znni_dask.geometry import ceil_divide
+from znni_dask.kernels import convolution
+from znni_dask.kernels.team import Team
+from znni_dask.network.layers import Conv, Layer
+from znni_dask.network.network import Weights
+from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, indices
+
+
+@final
+class ConvDirect(Primitive):
+    """Direct convolution on the CPU, any stride, dilation, groups and padding."""
+
+    name: ClassVar[str] = "direct"
+    layer: ClassVar[type[Layer]] = Conv
+
+    def flops(self, problem: Problem) -> int:
+        batch, _, z, y, x = problem.output
+        return 2 * problem.layer.multiply_adds() * batch * z * y * x
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        return threads * convolution.CHANNELS * convolution.RUN * ITEM_BYTES
+
+    def prepare(self, layer: Layer, weights: Weights) -> tuple[Array, Array]:
+        """Output channels in blocks, the channels of a block side by side."""
+        conv = cast("Conv", layer)
+        out, fan_in, *kernel = weights["weight"].shape
+        per_group = out // conv.groups
+        wide = convolution.CHANNELS
+        blocks = ceil_divide(per_group, wide)
+        weight = np.zeros((conv.groups, blocks * wide, fan_in, *kernel), np.float32)
+        weight[:, :per_group] = weights["weight"].reshape(conv.groups, per_group, fan_in, *kernel)
+        blocked = weight.reshape(conv.groups, blocks, wide, fan_in, *kernel)
+        bias = np.zeros((conv.groups, blocks * wide), np.float32)
+        bias[:, :per_group] = weights["bias"].reshape(conv.groups, per_group)
+        return (
+            np.ascontiguousarray(np.moveaxis(blocked, 2, -1)),
+            bias.reshape(conv.groups, blocks, wide),
+        )
+
+    def apply(
+        self,
+        prepared: tuple[Array, Array],
+        problem: Problem,
+        inputs: Sequence[Array],
+        out: Array,
+        team: Team,
+    ) -> None:
+        weight, bias = prepared
+        conv = cast("Conv", problem.layer)
+        offset = indices(*problem.offsets[0])
+        stride, dilation = indices(*conv.stride), indices(*conv.dilation)
+
+        def work(first: int, last: int) -> None:
+            convolution.convolve(
+                inputs[0], weight, bias, out, offset, stride, dilation, first, last
+            )
+
+        team.share(work, out.shape[0] * prod(weight.shape[:2]) * out.shape[2])

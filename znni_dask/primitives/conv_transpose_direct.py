@@ -1,0 +1,67 @@
+"""Transposed convolution, tap by tap: each output row gathers the input rows that reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, cast, final
+
+import numpy as np
+
+from znni_dask.kernels import convolution
+from znni_dask.kernels.team import Team
+from znni_dask.network.layers import ConvTranspose, Layer
+from znni_dask.network.network import Weights
+from znni_dask.primitives.base import Array, Primitive, Problem, indices
+
+
+@final
+class ConvTransposeDirect(Primitive):
+    """Direct transposed convolution on the CPU."""
+
+    name: ClassVar[str] = "direct transposed"
+    layer: ClassVar[type[Layer]] = ConvTranspose
+
+    def flops(self, problem: Problem) -> int:
+        batch, _, z, y, x = problem.output
+        return 2 * problem.layer.multiply_adds() * batch * z * y * x
+
+    def prepare(self, layer: Layer, weights: Weights) -> tuple[Array, Array]:
+        """Kernels as (out, in / groups, z, y, x)."""
+        conv = cast("ConvTranspose", layer)
+        channels, per_group, *kernel = weights["weight"].shape
+        grouped = weights["weight"].reshape(
+            conv.groups, channels // conv.groups, per_group, *kernel
+        )
+        weight = np.moveaxis(grouped, 2, 1).reshape(
+            conv.out_channels, channels // conv.groups, *kernel
+        )
+        return np.ascontiguousarray(weight), weights["bias"]
+
+    def apply(
+        self,
+        prepared: tuple[Array, Array],
+        problem: Problem,
+        inputs: Sequence[Array],
+        out: Array,
+        team: Team,
+    ) -> None:
+        weight, bias = prepared
+        conv = cast("ConvTranspose", problem.layer)
+        up, dilation = indices(*conv.stride), indices(*conv.dilation)
+        offset = indices(*self._offset(conv, problem))
+
+        def work(first: int, last: int) -> None:
+            convolution.convolve_transposed(
+                inputs[0], weight, bias, out, offset, up, dilation, first, last
+            )
+
+        team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
+
+    @staticmethod
+    def _offset(conv: ConvTranspose, problem: Problem) -> list[int]:
+        """Offsets in steps of the output. An axis of stride 1 counts as convolution does, from
+        the last tap of the turned kernel, so it lies the kernel's extent further on."""
+        return [
+            start if conv.stride[axis] > 1 else start + conv.window(axis).extent - 1
+            for axis, start in enumerate(problem.offsets[0])
+        ]

@@ -1,0 +1,67 @@
+"""The table of all primitives: one row each, the default first among those of one layer kind.
+
+Third parties add rows through the entry point group ``znni_dask.primitives``: each entry is a
+`Primitive` class.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+
+from znni_dask.network.layers import Layer
+from znni_dask.primitives.base import Primitive
+from znni_dask.primitives.conv_direct import ConvDirect
+from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
+from znni_dask.primitives.max_pooling import MaxPooling, MaxPoolingFragments
+from znni_dask.primitives.pointwise import (
+    ActivationFunction,
+    AffineMap,
+    Product,
+    SoftmaxOverChannels,
+    Sum,
+)
+from znni_dask.primitives.rearranging import (
+    ChannelSlicing,
+    Concatenation,
+    Cropping,
+    NearestResizing,
+    Padding,
+)
+
+TABLE: tuple[Primitive, ...] = (
+    ConvDirect(),
+    ConvTransposeDirect(),
+    MaxPoolingFragments(),
+    MaxPooling(),
+    ActivationFunction(),
+    AffineMap(),
+    SoftmaxOverChannels(),
+    Sum(),
+    Product(),
+    Concatenation(),
+    Cropping(),
+    ChannelSlicing(),
+    Padding(),
+    NearestResizing(),
+)
+
+
+@cache
+def table() -> tuple[Primitive, ...]:
+    """All primitives: the project's own and those of installed packages."""
+    others = entry_points(group="znni_dask.primitives")
+    return TABLE + tuple(entry.load()() for entry in others)
+
+
+def candidates(layer: Layer) -> list[Primitive]:
+    """The primitives that take ``layer``, in the table's order."""
+    return [primitive for primitive in table() if primitive.refusal(layer) is None]
+
+
+def named(name: str, layer: Layer) -> Primitive:
+    """The primitive of this name that takes ``layer``; raises `KeyError` where there is none."""
+    for primitive in candidates(layer):
+        if primitive.name == name:
+            return primitive
+    raise KeyError(f"no primitive {name!r} takes a {layer.kind} layer")

@@ -1,0 +1,130 @@
+"""What is shown to people: networks, runs and verifications as tables and lines.
+
+Computes nothing beyond what it formats.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from znni_dask.geometry import AXES, text
+from znni_dask.machine import show_bytes
+from znni_dask.network.field_of_view import geometry
+from znni_dask.network.network import Network
+
+if TYPE_CHECKING:
+    from znni_dask.run import Summary
+    from znni_dask.verify import Verification
+
+_SIZES_SHOWN = 4
+
+
+def geometry_table(network: Network) -> Table:
+    """Field of view, halo, stride, alignment and valid sizes per axis."""
+    found = geometry(network)
+    table = Table(
+        title="geometry, in voxels of the volume", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    for column in ("axis", "field of view", "halo (low, high)", "output stride", "alignment"):
+        table.add_column(column)
+    table.add_column('sizes for boundary="valid"')
+    for name, axis in zip(AXES, found.axes, strict=True):
+        sizes = axis.valid_sizes(_SIZES_SHOWN)
+        table.add_row(
+            name,
+            str(axis.field_of_view),
+            f"{axis.halo[0]}, {axis.halo[1]}",
+            str(axis.output_stride),
+            str(axis.alignment),
+            ", ".join(map(str, sizes)) + ", …",
+        )
+    return table
+
+
+def layer_table(network: Network) -> Table:
+    """A row per layer: what it is, what it reads, channels, spacing, weights, and multiply-adds
+    per voxel of its own output."""
+    table = Table(title="layers", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("layer", "kind", "form", "reads"):
+        table.add_column(column, overflow="fold")
+    for column in ("channels", "spacing", "weights", "MACs/voxel"):
+        table.add_column(column, justify="right")
+    for node in network:
+        weights = sum(w.size for w in network.weights.get(node.name, {}).values())
+        work = node.layer.multiply_adds()
+        table.add_row(
+            node.name,
+            node.layer.kind,
+            node.layer.summary,
+            ", ".join(node.inputs),
+            str(network.channels[node.name]),
+            _spacing(network.spacing[node.name]),
+            f"{weights:,}" if weights else "",
+            f"{work:,}" if work else "",
+        )
+    return table
+
+
+def network_lines(network: Network) -> list[str]:
+    """What the network is, in a few lines."""
+    found = geometry(network)
+    lines = [
+        f"{network.in_channels} → {network.out_channels} channels, {network.parameters:,} weights",
+    ]
+    if found.dense:
+        lines.append("slides: neither pads nor up-samples; evaluated at every voxel (dense)")
+    elif any(s != 1 for s in found.output_stride):
+        lines.append(f"keeps its own grid: output stride {_spacing(found.output_stride)}")
+    else:
+        lines.append("one output voxel per voxel of the volume")
+    return lines
+
+
+def run_lines(summary: Summary) -> list[str]:
+    """What a run did."""
+    plan = summary.plan
+    channels = f"{summary.channels} × " if summary.channels > 1 else ""
+    return [
+        f"{summary.output}: {channels}{text(summary.size)} voxels in {summary.blocks} blocks of "
+        f"{text(plan.block)}, patches of {text(plan.patch)}",
+        f"{show_seconds(summary.seconds)}, {summary.voxels_per_second:,.0f} voxels/s, "
+        f"{plan.flops_per_voxel:,.0f} operations per voxel, {plan.threads} threads, "
+        f"{plan.blocks_in_flight} blocks in flight",
+        f"memory: {show_bytes(summary.peak_bytes)} measured, {show_bytes(plan.predicted_bytes)} "
+        f"predicted, {show_bytes(plan.allowed_bytes)} allowed",
+    ]
+
+
+def verification_lines(found: Verification) -> list[str]:
+    """What a verification found."""
+    verdict = "holds" if found.holds else "DIFFERS"
+    return [
+        f"{verdict}: largest difference {found.largest_difference:.3g} at z, y, x = {found.at} "
+        f"among {found.voxels:,} values at {found.places} places",
+        f"allowed {found.allowed:.3g}; standard deviation of the answer "
+        f"{found.standard_deviation:.3g}",
+    ]
+
+
+def progress_line(done: int, total: int, seconds: float) -> str:
+    """One line of plain progress."""
+    rate = done / seconds if seconds > 0 else 0.0
+    left = (total - done) / rate if rate else 0.0
+    return f"{100 * done / total:5.1f} %  {rate:,.0f} voxels/s  {show_seconds(left)} left"
+
+
+def show_seconds(seconds: float) -> str:
+    """A duration for people."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _spacing(values: tuple[Fraction, Fraction, Fraction]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else "·".join(map(str, values))

@@ -1,0 +1,246 @@
+"""A plan spelt out for its patches: problems in order, and where every array lies in memory.
+
+Arithmetic on shapes only. The planner reads memory and operations from it and the executor runs
+it, so that what is predicted is what is done. All arrays share one arena whose layout is made
+once for the largest patch: an array's place is free again after the step that reads it last, and
+a layer that can work in place takes the place of an input that nobody else reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import prod
+
+from znni_dask.geometry import Box, Size, round_up, triple
+from znni_dask.network.network import Node
+from znni_dask.patches import Layout, Patch
+from znni_dask.primitives.base import ITEM_BYTES, Primitive, Problem, Shape
+
+ALIGN = 64  # bytes: a cache line, and the widest vector
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer to compute."""
+
+    node: Node
+    primitive: Primitive
+    problem: Problem
+
+
+@dataclass(frozen=True)
+class Arena:
+    """The byte at which each layer's output lies, and the bytes of all together."""
+
+    places: Mapping[str, int]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What an executor does for one patch.
+
+    The volume within ``input`` is taken once per entry of ``offsets``, moved by it and cut to
+    ``input_shape``. Fragment i of the output belongs at ``positions[i]`` plus that offset within
+    the patch, its voxels ``spacing`` apart.
+    """
+
+    output: Box
+    input: Box
+    input_shape: Shape
+    steps: tuple[Step, ...]
+    offsets: tuple[Size, ...]
+    positions: tuple[Size, ...]
+    spacing: Size
+
+    @property
+    def flops(self) -> int:
+        """Operations of all steps, at all offsets."""
+        return len(self.offsets) * sum(s.primitive.flops(s.problem) for s in self.steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedules:
+    """The schedules of all patches of one layout, each layer computed by its primitive."""
+
+    layout: Layout
+    primitives: Mapping[str, Primitive]
+
+    def schedule(self, output: Box) -> Schedule:
+        """The schedule of the patch that makes ``output``."""
+        patch = self.patch(output)
+        source = self.layout.network.input.name
+        return Schedule(
+            output=output,
+            # every offset must find what it reads, which is what all fragments together read
+            input=self.layout.patch(output).input,
+            input_shape=(1, self.layout.network.in_channels, *patch.boxes[source].size),
+            steps=self._steps(patch.boxes),
+            offsets=self._offsets,
+            positions=self._positions[self.layout.network.output],
+            spacing=self.layout.fragments,
+        )
+
+    def patch(self, output: Box) -> Patch:
+        """The boxes of all layers for ``output``, for one offset."""
+        return self.layout.patch_with(output, self._fragmented)
+
+    def envelope(self, outputs: Iterable[Box]) -> dict[str, Size]:
+        """For every layer the smallest size that holds its box for any of ``outputs``."""
+        largest: dict[str, Size] = {}
+        for output in outputs:
+            for name, box in self.patch(output).boxes.items():
+                size = box.size
+                before = largest.get(name, size)
+                largest[name] = triple(max(a, b) for a, b in zip(before, size, strict=True))
+        return largest
+
+    def arena(self, sizes: Mapping[str, Size]) -> Arena:
+        """A place for every layer's output, none larger than its entry of ``sizes``.
+
+        Places go to the largest arrays first, each at the lowest byte that no array alive at
+        the same time covers (Pisarchyk and Lee 2020, "greedy by size").
+        """
+        nbytes = {name: self._bytes(name, sizes[name]) for name in self._lives}
+        places: dict[str, int] = {}
+        for name in sorted(nbytes, key=lambda n: (-nbytes[n], self._lives[n])):
+            born, dies = self._lives[name]
+            taken = sorted(
+                (places[other], places[other] + nbytes[other])
+                for other in places
+                if self._lives[other][0] <= dies and born <= self._lives[other][1]
+            )
+            place = 0
+            for start, stop in taken:
+                if place + nbytes[name] <= start:
+                    break
+                place = max(place, stop)
+            places[name] = place
+        total = max(places[name] + nbytes[name] for name in places)
+        return Arena({name: places[owner] for name, owner in self._owners.items()}, total)
+
+    def workspace_bytes(self, sizes: Mapping[str, Size], threads: int) -> int:
+        """The largest workspace of any primitive on boxes of ``sizes``."""
+        steps = self._steps({name: Box((0, 0, 0), size) for name, size in sizes.items()})
+        return max((s.primitive.workspace_bytes(s.problem, threads) for s in steps), default=0)
+
+    def largest_layer(self, sizes: Mapping[str, Size]) -> str:
+        """The layer whose inputs and output together are largest."""
+        network = self.layout.network
+        return max(
+            (node for node in network if node.inputs),
+            key=lambda node: sum(
+                self._bytes(name, sizes[name]) for name in {*node.inputs, node.name}
+            ),
+            default=network.input,
+        ).name
+
+    def _bytes(self, name: str, size: Size) -> int:
+        batch = len(self._positions[name])
+        return round_up(ITEM_BYTES * batch * self.layout.network.channels[name] * prod(size), ALIGN)
+
+    @cached_property
+    def _fragmented(self) -> frozenset[str]:
+        return frozenset(n for n in self.layout.strided if self.primitives[n].fragments)
+
+    @cached_property
+    def _positions(self) -> dict[str, tuple[Size, ...]]:
+        """For every layer the place of each of its fragments, in voxels of the answer."""
+        network = self.layout.network
+        found: dict[str, tuple[Size, ...]] = {network.input.name: ((0, 0, 0),)}
+        for node in network:
+            if not node.inputs:
+                continue
+            found[node.name] = found[node.inputs[0]]
+            if node.name in self._fragmented:
+                moves = _moves(
+                    self.layout, node, self.primitives[node.name].fragments_of(node.layer)
+                )
+                found[node.name] = tuple(
+                    triple(a + b for a, b in zip(move, position, strict=True))
+                    for move in moves
+                    for position in found[node.inputs[0]]
+                )
+        return found
+
+    @cached_property
+    def _offsets(self) -> tuple[Size, ...]:
+        """The moves of the input that layers striding plainly leave to be made one by one."""
+        found: set[Size] = {(0, 0, 0)}
+        for name in self.layout.strided - self._fragmented:
+            node = self.layout.network[name]
+            stride = triple(node.layer.window(axis).stride for axis in range(3))
+            found = {
+                triple(a + b for a, b in zip(move, offset, strict=True))
+                for offset in found
+                for move in _moves(self.layout, node, stride)
+            }
+        return tuple(sorted(found))
+
+    @cached_property
+    def _owners(self) -> dict[str, str]:
+        """The layer whose place each layer's output takes: its own, or its first input's."""
+        network = self.layout.network
+        owners: dict[str, str] = {}
+        for node in network:
+            owners[node.name] = node.name
+            if node.inputs and self.primitives[node.name].in_place:
+                first = node.inputs[0]
+                alone = len(network.readers[first]) == 1 and node.inputs.count(first) == 1
+                alike = network.channels[first] == network.channels[node.name]
+                if alone and alike and first != network.output:
+                    owners[node.name] = owners[first]
+        return owners
+
+    @cached_property
+    def _lives(self) -> dict[str, tuple[int, int]]:
+        """For every place's owner the steps at which it is written first and read last."""
+        network = self.layout.network
+        lives: dict[str, tuple[int, int]] = {}
+        for step, node in enumerate(network):
+            owner = self._owners[node.name]
+            lives[owner] = (lives.get(owner, (step, step))[0], step)
+            for name in node.inputs:
+                read = self._owners[name]
+                lives[read] = (lives[read][0], step)
+        last = self._owners[network.output]
+        lives[last] = (lives[last][0], len(network.nodes))
+        return lives
+
+    def _steps(self, boxes: Mapping[str, Box]) -> tuple[Step, ...]:
+        return tuple(
+            Step(node, self.primitives[node.name], self._problem(node, boxes))
+            for node in self.layout.network
+            if node.inputs
+        )
+
+    def _problem(self, node: Node, boxes: Mapping[str, Box]) -> Problem:
+        windows = [node.layer.window(axis) for axis in range(3)]
+        start = boxes[node.name].start
+        return Problem(
+            layer=node.layer,
+            inputs=tuple(self._shape(name, boxes[name].size) for name in node.inputs),
+            output=self._shape(node.name, boxes[node.name].size),
+            offsets=tuple(
+                triple(
+                    window.offset(start[axis], boxes[name].start[axis])
+                    for axis, window in enumerate(windows)
+                )
+                for name in node.inputs
+            ),
+        )
+
+    def _shape(self, name: str, size: Size) -> Shape:
+        return (len(self._positions[name]), self.layout.network.channels[name], *size)
+
+
+def _moves(layout: Layout, node: Node, stride: Size) -> list[Size]:
+    """All offsets of a layer's stride, in voxels of the volume."""
+    spacing = layout.network.spacing[node.inputs[0]]
+    return [
+        triple(int(o * s) for o, s in zip(offset, spacing, strict=True))
+        for offset in product(*(range(s) for s in stride))
+    ]

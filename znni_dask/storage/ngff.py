@@ -1,0 +1,103 @@
+"""OME-NGFF metadata: read from OME-Zarr 0.4 and 0.5, written as 0.5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from znni_dask.errors import VolumeError
+
+VERSION = "0.5"
+_SPACE = "zyx"
+Three = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of an image: where it lies and what its axes mean."""
+
+    path: str
+    axes: str
+    scale: Three
+    translation: Three
+    units: tuple[str | None, str | None, str | None]
+
+
+def first_level(group: Any, place: str) -> Level:
+    """The full resolution of the image in a zarr group; raises `VolumeError` where none is."""
+    attributes = dict(group.attrs)
+    ome = attributes.get("ome", attributes)
+    images = ome.get("multiscales") if isinstance(ome, Mapping) else None
+    if not images:
+        arrays = ", ".join(repr(k) for k in group.array_keys()) or "none"
+        raise VolumeError(
+            f"{place} is a Zarr group without OME multiscales: name one of its arrays ({arrays})"
+        )
+    try:
+        return _level(images[0])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise VolumeError(f"{place}: its OME metadata cannot be read: {error!r}") from None
+
+
+def _level(image: Mapping[str, Any]) -> Level:
+    axes = [a if isinstance(a, Mapping) else {"name": a} for a in image["axes"]]
+    names = "".join(str(a["name"]).lower() for a in axes)
+    dataset = image["datasets"][0]
+    scale = dict.fromkeys(names, 1.0)
+    translation = dict.fromkeys(names, 0.0)
+    inner = dataset.get("coordinateTransformations", [])
+    for change in [*inner, *image.get("coordinateTransformations", [])]:
+        values = [float(v) for v in change[change["type"]]] if change["type"] != "identity" else []
+        for name, value in zip(names, values, strict=False):
+            if change["type"] == "scale":
+                scale[name] *= value
+                translation[name] *= value
+            else:
+                translation[name] += value
+    units = {str(a["name"]).lower(): a.get("unit") for a in axes}
+    return Level(
+        path=str(dataset["path"]),
+        axes=names,
+        scale=_three(scale, 1.0),
+        translation=_three(translation, 0.0),
+        units=(units.get("z"), units.get("y"), units.get("x")),
+    )
+
+
+def _three(values: Mapping[str, float], default: float) -> Three:
+    z, y, x = (values.get(axis, default) for axis in _SPACE)
+    return z, y, x
+
+
+def multiscales(
+    name: str,
+    axes: str,
+    scale: Three,
+    translation: Three,
+    units: tuple[str | None, str | None, str | None],
+) -> dict[str, Any]:
+    """The ``ome`` attribute of an image with one resolution, array ``0``."""
+    space = dict(zip(_SPACE, units, strict=True))
+    described = [
+        {"name": a, "type": "channel"}
+        if a == "c"
+        else {"name": a, "type": "space"} | ({"unit": space[a]} if space[a] else {})
+        for a in axes
+    ]
+    steps = dict(zip(_SPACE, scale, strict=True))
+    places = dict(zip(_SPACE, translation, strict=True))
+    changes: list[dict[str, Any]] = [
+        {"type": "scale", "scale": [steps.get(a, 1.0) for a in axes]},
+        {"type": "translation", "translation": [places.get(a, 0.0) for a in axes]},
+    ]
+    return {
+        "version": VERSION,
+        "multiscales": [
+            {
+                "name": name,
+                "axes": described,
+                "datasets": [{"path": "0", "coordinateTransformations": changes}],
+            }
+        ],
+    }

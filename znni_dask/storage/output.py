@@ -1,0 +1,186 @@
+"""OME-Zarr output: an array made once, written block by block, each block whole chunks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from znni_dask.errors import OptionError, OutputError
+from znni_dask.geometry import Box, Size, round_up, text, triple, volume
+from znni_dask.storage import ngff
+
+DTYPES = ("float32", "float16", "uint8")
+_ENCODED_AT_ONCE = 10  # zarr's default `async.concurrency`
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How answers (float32) become stored values.
+
+    float16 and float32 are stored as they are; uint8 maps ``low`` … ``high`` to 0 … 255, clipped
+    and rounded.
+    """
+
+    dtype: str = "float32"
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise OptionError(f"dtype {self.dtype!r} is not known: choose {', '.join(DTYPES)}")
+        if not self.low < self.high:
+            raise OptionError(f"the range {self.low:g}, {self.high:g} is empty: low before high")
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of a stored value."""
+        return np.dtype(self.dtype).itemsize
+
+    def encode(self, values: NDArray[np.float32]) -> NDArray[np.generic]:
+        """Stored values for answers; ``values`` may be overwritten."""
+        if self.dtype == "uint8":
+            np.subtract(values, np.float32(self.low), out=values)
+            np.multiply(values, np.float32(255 / (self.high - self.low)), out=values)
+            np.clip(values, 0, 255, out=values)
+            np.rint(values, out=values)
+        return values.astype(self.dtype, copy=False)
+
+    def step(self, largest: float) -> float:
+        """Distance of neighbouring stored values (float32 counted as exact) around ``largest``."""
+        steps = {
+            "uint8": (self.high - self.low) / 255,
+            "float16": largest * float(np.finfo(np.float16).eps),
+            "float32": 0.0,
+        }
+        return steps[self.dtype]
+
+    def decode(self, stored: NDArray[np.generic]) -> NDArray[np.float32]:
+        """The answers that stored values stand for."""
+        values = stored.astype(np.float32)
+        if self.dtype == "uint8":
+            values = values * np.float32((self.high - self.low) / 255) + np.float32(self.low)
+        return values
+
+
+@dataclass(frozen=True)
+class OutputLayout:
+    """Shape and chunking of an output: ``size``, ``chunks`` and ``shards`` in (z, y, x)."""
+
+    channels: int
+    size: Size
+    chunks: Size
+    shards: Size | None
+
+    @property
+    def axes(self) -> str:
+        """The stored axes: channels only where there are several."""
+        return "czyx" if self.channels > 1 else "zyx"
+
+    @property
+    def unit(self) -> Size:
+        """What one writer must write whole: a shard, else a chunk."""
+        return self.shards or self.chunks
+
+    def write_bytes(self, item_bytes: int) -> int:
+        """Memory that writing takes at most beside the values: chunks copied and compressed."""
+        return 2 * _ENCODED_AT_ONCE * volume(self.unit) * item_bytes
+
+
+def output_layout(
+    channels: int, size: Size, chunks: Size | None, shards: Size | None
+) -> OutputLayout:
+    """Chunks of 64³ unless given, clipped to the output; raises `OptionError` on contradictions."""
+    wanted = chunks or (64, 64, 64)
+    if min(wanted) < 1:
+        raise OptionError(f"chunks {text(wanted)} must be positive")
+    if shards is not None:
+        if any(s % c or s < 1 for s, c in zip(shards, wanted, strict=True)):
+            raise OptionError(
+                f"shards {text(shards)} are not whole numbers of chunks {text(wanted)}"
+            )
+        return OutputLayout(channels, size, wanted, shards)
+    return OutputLayout(
+        channels, size, triple(min(c, n) for c, n in zip(wanted, size, strict=True)), None
+    )
+
+
+def check_place(path: str | Path, source: str | Path, overwrite: bool) -> Path:
+    """Where the output goes; raises `OutputError` where it must not go there."""
+    if "://" in str(path):
+        raise OutputError(f"{path}: only local paths can be written")
+    place, volume_place = Path(path).resolve(), Path(source).resolve()
+    if place == volume_place or volume_place in place.parents:
+        raise OutputError(
+            f"the output {path} is, or lies in, the input {source}: choose another place"
+        )
+    if place in volume_place.parents:
+        raise OutputError(f"the input {source} lies in the output {path}: choose another place")
+    if place.exists():
+        if not overwrite:
+            raise OutputError(f"the output {path} exists: choose another place, or overwrite it")
+        if not any((place / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
+            raise OutputError(
+                f"{path} is not a Zarr store: it will not be overwritten; move it away"
+            )
+    existing = next(parent for parent in place.parents if parent.exists())
+    if not existing.is_dir():
+        raise OutputError(f"the output {path} cannot be made: {existing} is a file")
+    return place
+
+
+def create(
+    place: Path,
+    layout: OutputLayout,
+    encoding: Encoding,
+    *,
+    scale: ngff.Three,
+    translation: ngff.Three,
+    units: tuple[str | None, str | None, str | None],
+    attributes: Mapping[str, Any],
+) -> zarr.Array[Any]:
+    """Make the store (in the place of an old one) and return its array ``0``."""
+    wide = layout.channels > 1
+    lead = (layout.channels,) if wide else ()
+    one = (1,) if wide else ()
+    try:
+        if place.exists():
+            shutil.rmtree(place)
+        group = zarr.create_group(
+            str(place),
+            zarr_format=3,
+            attributes={
+                "ome": ngff.multiscales(place.stem, layout.axes, scale, translation, units),
+                **attributes,
+            },
+        )
+        return group.create_array(
+            "0",
+            shape=lead + layout.size,
+            chunks=one + layout.chunks,
+            shards=one + layout.shards if layout.shards else None,
+            dtype=encoding.dtype,
+            dimension_names=list(layout.axes),
+        )
+    except OSError as error:
+        raise OutputError(f"cannot write {place}: {error}") from None
+
+
+def write(array: zarr.Array[Any], box: Box, values: NDArray[np.generic]) -> None:
+    """Write ``values`` (channel, z, y, x) to ``box``, which must be whole chunks or shards."""
+    unit = (array.shards or array.chunks)[-3:]
+    size = array.shape[-3:]
+    for start, stop, u, n in zip(box.start, box.stop, unit, size, strict=True):
+        if start % u or stop != min(round_up(stop, u), n):
+            raise ValueError(f"box {box} is not a whole number of chunks or shards {unit}")
+    z, y, x = box.slices
+    if array.ndim == 4:
+        array[:, z, y, x] = values
+    else:
+        array[z, y, x] = values[0]

@@ -1,0 +1,142 @@
+"""Check an output: recompute random places of it, each in one large patch of its own.
+
+Half of the places are put across corners of the blocks in which a run writes, where a wrong
+halo would show; the others anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import zarr
+
+from znni_dask import planner
+from znni_dask.errors import OptionError, OutputError
+from znni_dask.executors.serial import SerialExecutor
+from znni_dask.geometry import Box, Size, triple
+from znni_dask.importers import load_network
+from znni_dask.machine import cores
+from znni_dask.network.network import Network
+from znni_dask.network.rewrites import simplify
+from znni_dask.patches import Layout
+from znni_dask.run import lay
+from znni_dask.schedule import Schedules
+from znni_dask.storage.output import Encoding
+from znni_dask.storage.volume import Volume, open_volume
+
+TOLERANCE = 1e-4  # largest difference allowed, in standard deviations of the answer
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found. Differences are between stored and recomputed values.
+
+    ``allowed`` is 1e-4 standard deviations of the recomputed values, plus one step of the stored
+    type (values that differ by less may be rounded apart).
+    """
+
+    places: int
+    voxels: int
+    largest_difference: float
+    at: Size
+    standard_deviation: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing differs by more than is allowed."""
+        return self.largest_difference <= self.allowed
+
+
+def verify(
+    network: str | Path | Network,
+    input: str | Path,
+    output: str | Path,
+    *,
+    places: int = 8,
+    size: Size = (32, 32, 32),
+    seed: int = 0,
+    threads: int | None = None,
+) -> Verification:
+    """Recompute ``places`` boxes of ``size`` (z, y, x) of ``output`` and compare.
+
+    Raises `OutputError` where the output was not made by `run` from this network and volume.
+    """
+    if places < 1 or min(size) < 1:
+        raise OptionError(f"{places} places of size {size}: both must be positive")
+    graph = simplify(load_network(network))
+    source = open_volume(input)
+    written, made = _open_output(output, graph)
+    layout = lay(graph, source, str(made["boundary"]))
+    if written.size != layout.output_size:
+        raise OutputError(
+            f"{output} has the size {written.size}, this network makes {layout.output_size} of "
+            "this volume: was it made from another one?"
+        )
+    encoding = Encoding(str(written.dtype), *made["range"])
+    random = np.random.default_rng(seed)
+    stored, fresh, boxes = [], [], []
+    for index in range(places):
+        box = _place(random, layout.output_size, size, written.chunks if index % 2 else None)
+        stored.append(encoding.decode(written.read(box)))
+        fresh.append(_recompute(layout, source, box, made["nan"], threads or cores()))
+        boxes.append(box)
+    return _compare(stored, fresh, boxes, encoding)
+
+
+def _open_output(path: str | Path, network: Network) -> tuple[Volume, dict[str, Any]]:
+    written = open_volume(path)
+    made = cast("dict[str, Any] | None", zarr.open_group(str(path), mode="r").attrs.get("znni"))
+    if made is None:
+        raise OutputError(f"{path} was not made by znni infer: how it was made is not known")
+    if made["network"] != network.fingerprint:
+        raise OutputError(f"{path} was made by another network, or one with other weights")
+    return written, made
+
+
+def _place(random: np.random.Generator, whole: Size, size: Size, chunks: Size | None) -> Box:
+    start = []
+    for axis, (n, s) in enumerate(zip(whole, size, strict=True)):
+        last = max(n - s, 0)
+        begin = int(random.integers(last + 1))
+        if chunks is not None and n > chunks[axis]:
+            corner = chunks[axis] * int(random.integers(1, -(-n // chunks[axis])))
+            begin = min(max(corner - s // 2, 0), last)
+        start.append(begin)
+    stop = (min(a + s, n) for a, s, n in zip(start, size, whole, strict=True))
+    return Box(triple(start), triple(stop))
+
+
+def _recompute(
+    layout: Layout, source: Volume, box: Box, nan: float | None, threads: int
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    primitives = planner.choose_primitives(layout)
+    schedules = Schedules(layout, primitives)
+    todo = schedules.schedule(box)
+    arena = schedules.arena(schedules.envelope([box]))
+    answer = np.empty((layout.network.out_channels, *box.size), np.float32)
+    with SerialExecutor(layout.network, primitives, arena, threads) as executor:
+        executor.run(todo, source.read_extended(todo.input, layout.boundary, nan), answer)
+    return answer
+
+
+def _compare(
+    stored: list[Any], fresh: list[Any], boxes: list[Box], encoding: Encoding
+) -> Verification:
+    rounded = [encoding.decode(encoding.encode(values.copy())) for values in fresh]
+    differences = [np.abs(a - b).max(axis=0) for a, b in zip(stored, rounded, strict=True)]
+    worst = int(np.argmax([d.max() for d in differences]))
+    place = np.unravel_index(int(differences[worst].argmax()), differences[worst].shape)
+    values = np.concatenate([f.ravel() for f in fresh])
+    deviation = float(values.std())
+    return Verification(
+        places=len(boxes),
+        voxels=values.size,
+        largest_difference=float(differences[worst].max()),
+        at=triple(int(a + b) for a, b in zip(boxes[worst].start, place, strict=True)),
+        standard_deviation=deviation,
+        allowed=TOLERANCE * deviation + encoding.step(float(np.abs(values).max())),
+    )
