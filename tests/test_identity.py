@@ -45,9 +45,15 @@ def extended(volume, box, boundary):
 
 def in_patches(network, volume, boundary, patch, primitives=None):
     layout = Layout(network, volume.shape[1:], boundary)
+    boxes = list(tiles(layout.output_size, patch))
+    return at_boxes(network, volume, boundary, boxes, primitives)
+
+
+def at_boxes(network, volume, boundary, boxes, primitives=None):
+    """The answer within ``boxes``, each computed as a patch of its own; NaN elsewhere."""
+    layout = Layout(network, volume.shape[1:], boundary)
     chosen = primitives or choose_primitives(layout)
     schedules = Schedules(layout, chosen)
-    boxes = list(tiles(layout.output_size, patch))
     arena = schedules.arena(schedules.envelope(boxes))
     out = np.full((network.out_channels, *layout.output_size), np.nan, np.float32)
     with SerialExecutor(network, chosen, arena, threads=2) as executor:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.geometry import Size, ceil_divide
-from znni_dask.kernels.convolution import SLACK_BYTES
+from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.team import Team
 from znni_dask.network.network import Network
 from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Shape

@@ -127,8 +127,8 @@ class Builder:
         )
 
     def activation(self, x: str, function: Function, alpha: float = 0.0) -> str:
-        """An activation function of every value."""
-        return self.add(Activation(function, alpha), x)
+        """An activation function of every value; ``alpha`` is rounded to float32, as ONNX does."""
+        return self.add(Activation(function, float(np.float32(alpha))), x)
 
     def relu(self, x: str) -> str:
         """max(x, 0)."""

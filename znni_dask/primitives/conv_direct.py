@@ -14,7 +14,7 @@ from typing import ClassVar, cast, final
 import numpy as np
 
 from znni_dask.geometry import ceil_divide
-from znni_dask.kernels import convolution
+from znni_dask.kernels import direct
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
@@ -33,14 +33,14 @@ class ConvDirect(Primitive):
         return 2 * problem.layer.multiply_adds() * batch * z * y * x
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        return threads * convolution.CHANNELS * convolution.RUN * ITEM_BYTES
+        return threads * direct.CHANNELS * direct.RUN * ITEM_BYTES
 
     def prepare(self, layer: Layer, weights: Weights) -> tuple[Array, Array]:
         """Output channels in blocks, the channels of a block side by side."""
         conv = cast("Conv", layer)
         out, fan_in, *kernel = weights["weight"].shape
         per_group = out // conv.groups
-        wide = convolution.CHANNELS
+        wide = direct.CHANNELS
         blocks = ceil_divide(per_group, wide)
         weight = np.zeros((conv.groups, blocks * wide, fan_in, *kernel), np.float32)
         weight[:, :per_group] = weights["weight"].reshape(conv.groups, per_group, fan_in, *kernel)
@@ -66,7 +66,7 @@ class ConvDirect(Primitive):
         stride, dilation = indices(*conv.stride), indices(*conv.dilation)
 
         def work(first: int, last: int) -> None:
-            convolution.convolve(
+            direct.convolve(
                 inputs[0], weight, bias, out, offset, stride, dilation, first, last
             )
 

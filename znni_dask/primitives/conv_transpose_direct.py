@@ -7,7 +7,7 @@ from typing import ClassVar, cast, final
 
 import numpy as np
 
-from znni_dask.kernels import convolution
+from znni_dask.kernels import direct
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import ConvTranspose, Layer
 from znni_dask.network.network import Weights
@@ -51,7 +51,7 @@ class ConvTransposeDirect(Primitive):
         offset = indices(*self._offset(conv, problem))
 
         def work(first: int, last: int) -> None:
-            convolution.convolve_transposed(
+            direct.convolve_transposed(
                 inputs[0], weight, bias, out, offset, up, dilation, first, last
             )
 

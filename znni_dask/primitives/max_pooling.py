@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any, ClassVar, cast, final
 
 from znni_dask.geometry import Size, add, triple
-from znni_dask.kernels import convolution
+from znni_dask.kernels import direct
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Layer, MaxPool
 from znni_dask.primitives.base import Array, Primitive, Problem, indices
@@ -31,7 +31,7 @@ def _pool(problem: Problem, x: Array, out: Array, offset: Size, team: Team) -> N
     dilation, start = indices(*layer.dilation), indices(*offset)
 
     def work(first: int, last: int) -> None:
-        convolution.max_pool(x, out, start, kernel, stride, dilation, first, last)
+        direct.max_pool(x, out, start, kernel, stride, dilation, first, last)
 
     team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
 

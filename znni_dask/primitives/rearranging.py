@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast, final
 
-import numpy as np
-
+from znni_dask.kernels import direct
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import ChannelSlice, Concat, Crop, Layer, Pad, Resize
-from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem
+from znni_dask.primitives.base import Array, Primitive, Problem, indices
 from znni_dask.primitives.pointwise import crop
 
 
@@ -100,25 +99,13 @@ class NearestResizing(Primitive):
     name: ClassVar[str] = "nearest"
     layer: ClassVar[type[Layer]] = Resize
 
-    def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        # the gather of one channel before it is copied to its place
-        _, _, z, y, x = problem.output
-        return threads * z * y * x * ITEM_BYTES
-
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        factor = cast("Resize", problem.layer).factor
-        index = np.ix_(
-            *(
-                (np.arange(n) + offset) // up
-                for n, offset, up in zip(out.shape[2:], problem.offsets[0], factor, strict=True)
-            )
-        )
+        offset = indices(*problem.offsets[0])
+        factor = indices(*cast("Resize", problem.layer).factor)
 
         def work(first: int, last: int) -> None:
-            for item in range(first, last):
-                at = divmod(item, out.shape[1])
-                out[at] = inputs[0][at][index]
+            direct.repeat(inputs[0], out, offset, factor, first, last)
 
-        team.share(work, out.shape[0] * out.shape[1])
+        team.share(work, out.shape[0] * out.shape[1] * out.shape[2])

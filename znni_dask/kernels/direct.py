@@ -1,4 +1,4 @@
-"""Compiled loops of direct convolution, transposed convolution and pooling.
+"""Compiled loops of direct convolution, transposed convolution, pooling and resizing.
 
 Arrays are (batch, channel, z, y, x), float32, contiguous. ``offset`` (z, y, x) is where the first
 tap of output 0 lies in the input given; taps that fall outside that input are padding. Work is
@@ -259,6 +259,23 @@ def _max_row(target, row, shift, stride, width, size_x):
             target[i] = v
 
 
+@njit(**_OPTIONS)
+def repeat(x, out, offset, factor, first, last):
+    """Items are (batch, channel, z); every voxel stands ``factor`` times, ``offset`` counting in
+    steps of the output."""
+    _, channels, out_z, out_y, out_x = out.shape
+    for item in range(first, last):
+        z = item % out_z
+        c = item // out_z % channels
+        batch = item // (out_z * channels)
+        iz = (z + offset[0]) // factor[0]
+        for y in range(out_y):
+            source = x[batch, c, iz, (y + offset[1]) // factor[1]]
+            target = out[batch, c, z, y]
+            for i in range(out_x):
+                target[i] = source[(i + offset[2]) // factor[2]]
+
+
 def compile_kernels() -> None:
     """Compile all kernels, or load them from the cache on disk, by running each on one voxel."""
     x = np.zeros(1 + LANES, np.float32)[:1].reshape(1, 1, 1, 1, 1)
@@ -268,3 +285,4 @@ def compile_kernels() -> None:
     convolve(x, weight, np.zeros((1, 1, CHANNELS), np.float32), out, zeros, ones, ones, 0, 1)
     convolve_transposed(x, x, np.zeros(1, np.float32), out, zeros, ones, ones, 0, 1)
     max_pool(x, out, zeros, ones, ones, ones, 0, 1)
+    repeat(x, out, zeros, ones, 0, 1)

@@ -1,0 +1,266 @@
+"""Every row of the table passes the same contract: shapes, oracle, refusals, memory."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import oracle
+import pytest
+
+from znni_dask.geometry import Box, tiles
+from znni_dask.kernels.direct import SLACK_BYTES
+from znni_dask.kernels.team import Team
+from znni_dask.network import layers
+from znni_dask.network.layers import NO_PADDING
+from znni_dask.primitives.base import Problem
+from znni_dask.primitives.table import TABLE, candidates, named, table
+
+SIZE = (9, 14, 37)
+ODD = ((1, 0, 2), (0, 2, 1))
+LAYERS = {
+    "conv": (layers.Conv(3, 5, (3, 3, 3)), 1),
+    "conv even": (layers.Conv(2, 3, (2, 4, 2)), 1),
+    "conv padded": (layers.Conv(3, 6, (3, 3, 3), padding=((1, 1, 1), (1, 1, 1))), 1),
+    "conv odd padding": (layers.Conv(1, 2, (2, 3, 4), padding=ODD), 1),
+    "conv strided": (layers.Conv(2, 4, (3, 3, 3), stride=(2, 1, 3), padding=ODD), 1),
+    "conv dilated": (layers.Conv(2, 3, (2, 3, 3), dilation=(3, 2, 4)), 1),
+    "conv dilated padded": (
+        layers.Conv(2, 3, (1, 3, 5), dilation=(1, 2, 3), padding=((0, 2, 6), (0, 2, 6))),
+        1,
+    ),
+    "conv grouped": (layers.Conv(6, 9, (1, 3, 3), groups=3), 1),
+    "conv depthwise": (layers.Conv(4, 4, (3, 3, 1), groups=4, padding=ODD), 1),
+    "conv 1": (layers.Conv(7, 11, (1, 1, 1)), 1),
+    "conv 5 wide": (layers.Conv(1, 1, (1, 1, 5)), 1),
+    "transposed": (layers.ConvTranspose(3, 4, (2, 2, 2), stride=(2, 2, 2)), 1),
+    "transposed overlapping": (
+        layers.ConvTranspose(4, 6, (3, 4, 5), (1, 2, 3), padding=((1, 1, 0), (0, 1, 2)), groups=2),
+        1,
+    ),
+    "transposed gaps": (layers.ConvTranspose(2, 2, (1, 2, 2), stride=(2, 3, 2)), 1),
+    "transposed dilated": (
+        layers.ConvTranspose(2, 3, (2, 2, 3), stride=(2, 1, 2), dilation=(2, 3, 1)),
+        1,
+    ),
+    "transposed output padding": (
+        layers.ConvTranspose(
+            2, 2, (3, 3, 3), stride=(2, 2, 2), padding=((1, 1, 1), (0, 0, -1))
+        ),
+        1,
+    ),
+    "pool": (layers.MaxPool((2, 2, 2), (2, 2, 2)), 1),
+    "pool overlapping": (layers.MaxPool((3, 2, 3), (2, 1, 2)), 1),
+    "pool padded": (layers.MaxPool((3, 3, 3), (2, 2, 2), padding=((1, 1, 1), (1, 1, 1))), 1),
+    "pool dilated": (layers.MaxPool((2, 2, 2), (1, 2, 1), dilation=(2, 1, 3)), 1),
+    "affine": (layers.Affine(4), 1),
+    "relu": (layers.Activation("relu"), 1),
+    "leaky_relu": (layers.Activation("leaky_relu", 0.2), 1),
+    "prelu": (layers.Activation("prelu", width=3), 1),
+    "elu": (layers.Activation("elu", 1.3), 1),
+    "tanh": (layers.Activation("tanh"), 1),
+    "sigmoid": (layers.Activation("sigmoid"), 1),
+    "softmax": (layers.Softmax(), 1),
+    "add": (layers.Add(), 3),
+    "mul": (layers.Mul(), 2),
+    "concat": (layers.Concat(), 3),
+    "pad": (layers.Pad(ODD, -1.5), 1),
+    "crop": (layers.Crop((1, 0, 3), (2, 5, 0)), 1),
+    "channels": (layers.ChannelSlice(1, 3), 1),
+    "nearest": (layers.Resize((1, 2, 3)), 1),
+}
+CASES = [
+    (label, primitive.name)
+    for label, (layer, _) in LAYERS.items()
+    for primitive in candidates(layer)
+]
+
+
+def slack(array):
+    """A copy that may be read a little beyond its end, as arrays in an arena may."""
+    memory = np.empty(array.nbytes + SLACK_BYTES, np.uint8)
+    copy = memory[: array.nbytes].view(np.float32).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def weights_of(layer, random):
+    return {
+        key: random.standard_normal(shape).astype(np.float32)
+        for key, shape in layer.weight_shapes().items()
+    }
+
+
+def problem_of(layer, primitive, batch, channels, size, box):
+    """The problem of making ``box`` of the layer's output: inputs cut to what it needs."""
+    windows = [layer.window(axis) for axis in range(3)]
+    parts, starts = [], []
+    for axis, window in enumerate(windows):
+        first, last = window.needs(box.start[axis], box.stop[axis])
+        last += (window.stride - 1) * primitive.fragments
+        first, last = min(max(first, 0), size[axis] - 1), min(last, size[axis])
+        last = max(last, first + 1)
+        parts.append(slice(first, last))
+        starts.append(first)
+    offset = tuple(w.offset(box.start[a], starts[a]) for a, w in enumerate(windows))
+    shape = tuple(p.stop - p.start for p in parts)
+    fragments = int(np.prod(primitive.fragments_of(layer)))
+    output = (batch * fragments, layer.channels(channels), *box.size)
+    inputs = tuple((batch, c, *shape) for c in channels)
+    return Problem(layer, inputs, output, (offset,) * len(channels)), parts
+
+
+def inputs_of(layer, count, random, batch=2):
+    wide = next(
+        (n for n in (getattr(layer, "in_channels", 0), getattr(layer, "width", 0)) if n), 4
+    )
+    channels = [wide if not isinstance(layer, layers.Add) or i != 1 else 1 for i in range(count)]
+    arrays = [random.standard_normal((batch, c, *SIZE)).astype(np.float32) for c in channels]
+    return channels, arrays
+
+
+def expected(layer, arrays, weights, offset=(0, 0, 0)):
+    z, y, x = offset
+    return np.stack(
+        [
+            oracle._apply(
+                layer,
+                [a[sample, :, z:, y:, x:].astype(np.float64) for a in arrays],
+                {k: v.astype(np.float64) for k, v in weights.items()},
+            )
+            for sample in range(arrays[0].shape[0])
+        ]
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("label", "name"), CASES)
+def test_any_box_of_the_output_equals_the_oracle(label, name, threads):
+    layer, count = LAYERS[label]
+    primitive = named(name, layer)
+    random = np.random.default_rng(3)
+    channels, arrays = inputs_of(layer, count, random)
+    weights = weights_of(layer, random)
+    prepared = primitive.prepare(layer, weights)
+    stride = [layer.window(axis).stride for axis in range(3)]
+    offsets = list(np.ndindex(*primitive.fragments_of(layer)))
+    wants = [expected(layer, arrays, weights, offset) for offset in offsets]
+    size = np.min([w.shape[2:] for w in wants], axis=0)  # what all fragments have
+    assert all(s >= 1 for s in stride)
+    with Team(threads) as team:
+        for box in tiles(tuple(int(n) for n in size), (3, 5, 20)):
+            problem, parts = problem_of(layer, primitive, 2, channels, SIZE, box)
+            given = [slack(a[(slice(None), slice(None), *parts)]) for a in arrays]
+            before = [g.copy() for g in given]
+            out = slack(np.full(problem.output, np.nan, np.float32))
+            primitive.apply(prepared, problem, given, out, team)
+            got = out.reshape(len(offsets), 2, *problem.output[1:])
+            for part, want in zip(got, wants, strict=True):
+                whole = want[(slice(None), slice(None), *box.slices)]
+                np.testing.assert_allclose(part, whole, rtol=1e-5, atol=2e-5)
+            assert all(np.array_equal(a, b) for a, b in zip(given, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [(label, name) for label, name in CASES if named(name, LAYERS[label][0]).in_place],
+)
+def test_in_place_gives_the_same(label, name):
+    layer, count = LAYERS[label]
+    primitive = named(name, layer)
+    random = np.random.default_rng(4)
+    channels, arrays = inputs_of(layer, count, random)
+    weights = weights_of(layer, random)
+    box = Box((0, 0, 0), SIZE)
+    problem, _ = problem_of(layer, primitive, 2, channels, SIZE, box)
+    want = expected(layer, arrays, weights)
+    given = [slack(a) for a in arrays]
+    with Team(2) as team:
+        primitive.apply(primitive.prepare(layer, weights), problem, given, given[0], team)
+    np.testing.assert_allclose(given[0], want, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("label", "name"), CASES)
+def test_memory_measured_stays_within_memory_predicted(label, name, threads):
+    layer, count = LAYERS[label]
+    primitive = named(name, layer)
+    random = np.random.default_rng(5)
+    channels, arrays = inputs_of(layer, count, random, batch=1)
+    size = (16, 40, 60)
+    arrays = [slack(np.ones((1, a.shape[1], *size), np.float32)) for a in arrays]
+    n = [layer.window(axis).size(size[axis]) for axis in range(3)]
+    if primitive.fragments:
+        n = [k - 1 for k in n]
+    problem, parts = problem_of(layer, primitive, 1, channels, size, Box((0, 0, 0), tuple(n)))
+    given = [slack(a[(slice(None), slice(None), *parts)]) for a in arrays]
+    prepared = primitive.prepare(layer, weights_of(layer, random))
+    out = slack(np.empty(problem.output, np.float32))
+    with Team(threads) as team:
+        primitive.apply(prepared, problem, given, out, team)
+        tracemalloc.start()
+        primitive.apply(prepared, problem, given, out, team)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    objects = 64 << 10  # python's own: views, closures, futures
+    assert peak <= primitive.workspace_bytes(problem, threads) + objects
+    assert primitive.memory_bytes(problem, threads) == (
+        problem.output_bytes + primitive.workspace_bytes(problem, threads)
+    )
+    assert primitive.flops(problem) > 0
+
+
+@pytest.mark.parametrize("primitive", TABLE, ids=lambda p: f"{p.layer.__name__}-{p.name}")
+def test_a_layer_of_another_kind_is_refused_with_a_reason(primitive):
+    other = layers.Softmax() if primitive.layer is not layers.Softmax else layers.Add()
+    reason = primitive.refusal(other)
+    assert reason is not None
+    assert other.kind in reason
+
+
+def test_fragments_refuse_padding():
+    padded = layers.MaxPool((3, 3, 3), (2, 2, 2), padding=((1, 1, 1), (1, 1, 1)))
+    assert [p.name for p in candidates(padded)] == ["pooling"]
+    assert "pad" in named("fragments", layers.MaxPool((2, 2, 2), (2, 2, 2))).refusal(padded)
+
+
+def test_every_kind_of_layer_has_a_primitive_and_every_primitive_a_case():
+    covered = {primitive for label, name in CASES for primitive in [named(name, LAYERS[label][0])]}
+    assert covered == set(table())
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), (2, 2, 1), (3, 2, 2), (1, 3, 1)])
+def test_planes_to_keep_are_those_that_later_outputs_read_again(kernel, stride, dilation):
+    layer = layers.Conv(1, 1, (kernel,) * 3, (stride,) * 3, (dilation,) * 3, NO_PADDING)
+    window = layer.window(0)
+    _, read = window.needs(0, 5)  # inputs read once outputs 0 to 4 are made
+    first, _ = window.needs(5, 6)
+    assert candidates(layer)[0].planes_to_keep(layer, 0) == max(0, read - first)
+
+
+def test_max_pooling_passes_nan_on():
+    layer = layers.MaxPool((1, 1, 3), (1, 1, 1))
+    x = np.zeros((1, 1, 1, 1, 6), np.float32)
+    x[..., 2] = np.nan
+    problem = Problem(layer, (x.shape,), (1, 1, 1, 1, 4), ((0, 0, 0),))
+    out = np.empty(problem.output, np.float32)
+    with Team(1) as team:
+        named("pooling", layer).apply(None, problem, [slack(x)], out, team)
+    assert np.array_equal(np.isnan(out).ravel(), [True, True, True, False])
+
+
+def test_a_team_runs_every_item_once_and_passes_errors_on():
+    seen = np.zeros(1000, int)
+
+    def work(first, last):
+        seen[first:last] += 1
+
+    def fail(first, last):
+        if first <= 500 < last:
+            raise ZeroDivisionError
+
+    with Team(4) as team:
+        team.share(work, 1000)
+        with pytest.raises(ZeroDivisionError):
+            team.share(fail, 1000)
+    assert (seen == 1).all()
