@@ -28,7 +28,9 @@ SECTION = 128  # of the volume, for the picture
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where results go")
     parser.add_argument("--size", type=int, default=256, help="edge of the volume in voxels")
     parser.add_argument("--network", default=str(HERE / "networks" / "boundary_valid.onnx"))

@@ -29,11 +29,10 @@ import numpy as np
 import tifffile
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
-
 from sample import generate
 from score import average_precision, best_baseline
+from torch import Tensor, nn
+from torch.nn import functional
 
 Size = tuple[int, int, int]
 CHANNELS_LAST = torch.channels_last_3d  # several times faster on a CPU, with few channels

@@ -54,7 +54,8 @@ def at_boxes(network, volume, boundary, boxes, primitives=None):
     layout = Layout(network, volume.shape[1:], boundary)
     chosen = primitives or choose_primitives(layout)
     schedules = Schedules(layout, chosen)
-    arena = schedules.arena(schedules.envelope(boxes))
+    spans = [{(b.start[axis], b.stop[axis]) for b in boxes} for axis in range(3)]
+    arena = schedules.arena(schedules.envelope(spans))
     out = np.full((network.out_channels, *layout.output_size), np.nan, np.float32)
     with SerialExecutor(network, chosen, arena, threads=2) as executor:
         for box in boxes:

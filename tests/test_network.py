@@ -44,8 +44,11 @@ def test_layers_that_nothing_reads_are_left_out():
         ([Node("i", layers.Input(1)), Node("i", layers.Activation("relu"), ("i",))], "i", "two"),
         ([Node("i", layers.Input(1))], "z", "not a layer"),
         (
-            [Node("i", layers.Input(1)), Node("j", layers.Input(1)),
-             Node("a", layers.Add(), ("i", "j"))],
+            [
+                Node("i", layers.Input(1)),
+                Node("j", layers.Input(1)),
+                Node("a", layers.Add(), ("i", "j")),
+            ],
             "a",
             "second Input",
         ),
@@ -119,8 +122,9 @@ def depends_on(network, axis, size):
     pairs = []
     for i in range(size):
         y = x.copy()
-        np.moveaxis(y, 1 + axis, 0)[i] += random.standard_normal(y.shape[:1] + tuple(
-            n for a, n in enumerate(shape) if a != axis))
+        np.moveaxis(y, 1 + axis, 0)[i] += random.standard_normal(
+            y.shape[:1] + tuple(n for a, n in enumerate(shape) if a != axis)
+        )
         change = np.abs(apply(network, y) - base).max(
             axis=tuple(a for a in range(4) if a != 1 + axis)
         )

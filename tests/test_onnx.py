@@ -37,7 +37,9 @@ def model(nodes, constants, *, rank=5, channels=2, opset=17, inputs=1, outputs=1
 
 
 def node(operator, inputs, output="y", **attributes):
-    return helper.make_node(operator, inputs.split(), output.split(), f"the_{operator}", **attributes)
+    return helper.make_node(
+        operator, inputs.split(), output.split(), f"the_{operator}", **attributes
+    )
 
 
 def loaded(proto, tmp_path):
@@ -174,7 +176,9 @@ def test_a_2d_network_becomes_a_3d_one_of_flat_kernels(tmp_path):
     network = loaded(proto, tmp_path)
     x = f4(1, 2, 8, 10)
     want = ReferenceEvaluator(proto).run(None, {"x": x})[0][0]
-    np.testing.assert_allclose(oracle.whole(network, x[0][:, None])[:, 0], want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        oracle.whole(network, x[0][:, None])[:, 0], want, rtol=1e-4, atol=1e-5
+    )
     assert geometry(network).field_of_view[0] == 1
 
 
@@ -249,7 +253,9 @@ def test_everything_unsupported_is_listed_at_once(tmp_path):
         (model([node("Relu", "c")], {"c": f4(1, 2, 3, 3, 3)}), "constant where the volume"),
         (model([node("Conv", "x w")], {"w": f4(3, 5, 1, 1, 1)}), "wants 5 channels"),
         (
-            model([node("ConstantOfShape", "s", "c"), node("Add", "x c")], {"s": np.array([1 << 40])}),
+            model(
+                [node("ConstantOfShape", "s", "c"), node("Add", "x c")], {"s": np.array([1 << 40])}
+            ),
             "makes a constant of",
         ),
     ],
@@ -403,7 +409,10 @@ def test_patches_equal_pytorch_on_the_whole_volume(label, dynamo, tmp_path):
 def dense_by_pytorch(reference, network, volume):
     """The sliding window: PyTorch at every offset of the network's stride, interleaved."""
     strides = [int(s) for s in network.spacing[network.output]]
-    size = [axis.output_size(n) for axis, n in zip(geometry(network).axes, volume.shape[1:], strict=True)]
+    size = [
+        axis.output_size(n)
+        for axis, n in zip(geometry(network).axes, volume.shape[1:], strict=True)
+    ]
     out = np.full((network.out_channels, *size), np.nan, np.float32)
     for z, y, x in np.ndindex(*strides):
         with torch.no_grad():

@@ -44,9 +44,7 @@ LAYERS = {
         1,
     ),
     "transposed output padding": (
-        layers.ConvTranspose(
-            2, 2, (3, 3, 3), stride=(2, 2, 2), padding=((1, 1, 1), (0, 0, -1))
-        ),
+        layers.ConvTranspose(2, 2, (3, 3, 3), stride=(2, 2, 2), padding=((1, 1, 1), (0, 0, -1))),
         1,
     ),
     "pool": (layers.MaxPool((2, 2, 2), (2, 2, 2)), 1),
@@ -111,9 +109,7 @@ def problem_of(layer, primitive, batch, channels, size, box):
 
 
 def inputs_of(layer, count, random, batch=2):
-    wide = next(
-        (n for n in (getattr(layer, "in_channels", 0), getattr(layer, "width", 0)) if n), 4
-    )
+    wide = next((n for n in (getattr(layer, "in_channels", 0), getattr(layer, "width", 0)) if n), 4)
     channels = [wide if not isinstance(layer, layers.Add) or i != 1 else 1 for i in range(count)]
     arrays = [random.standard_normal((batch, c, *SIZE)).astype(np.float32) for c in channels]
     return channels, arrays
@@ -229,7 +225,9 @@ def test_every_kind_of_layer_has_a_primitive_and_every_primitive_a_case():
     assert covered == set(table())
 
 
-@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), (2, 2, 1), (3, 2, 2), (1, 3, 1)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"), [(3, 1, 1), (2, 2, 1), (3, 2, 2), (1, 3, 1)]
+)
 def test_planes_to_keep_are_those_that_later_outputs_read_again(kernel, stride, dilation):
     layer = layers.Conv(1, 1, (kernel,) * 3, (stride,) * 3, (dilation,) * 3, NO_PADDING)
     window = layer.window(0)

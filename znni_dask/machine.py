@@ -34,7 +34,7 @@ def cores() -> int:
 
 def available_bytes() -> int:
     """Memory that this process may come to use, by the machine's state and its cgroup's limit."""
-    limits = [psutil.virtual_memory().available + anonymous_bytes()]
+    limits = [int(psutil.virtual_memory().available) + anonymous_bytes()]
     for name in _CGROUP_LIMITS:
         path = Path(name)
         if path.is_file() and (value := path.read_text().strip()).isdigit():

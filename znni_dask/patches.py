@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from znni_dask.errors import OptionError, VolumeError
-from znni_dask.geometry import AXES, Box, Size, ceil_divide, tiles, triple
+from znni_dask.geometry import AXES, Box, Size, ceil_divide, subtract, tiles, triple
 from znni_dask.network.field_of_view import (
     Extension,
     Interval,
@@ -123,38 +123,31 @@ class Layout:
     def patch_with(self, output: Box, fragmented: frozenset[str]) -> Patch:
         """The patch that makes ``output`` (for a dense network: one fragment of it for every
         offset that the layers not in ``fragmented`` leave open)."""
-        dense = self.geometry.dense
-        starts, stops = [], []
-        per_axis = []
-        for axis in range(3):
-            first = self.extensions[axis].first
-            begin, end = output.start[axis], output.stop[axis]
-            if dense:
-                interval = (0, ceil_divide(end - begin, self.fragments[axis]))
-            else:
-                interval = (begin + first, end + first)
-            stretch = self._demand(axis, interval, fragmented)
-            per_axis.append(stretch)
-            start, stop = stretch[self.network.input.name]
-            shift = (begin if dense else 0) - self.extensions[axis].low
-            starts.append(start + shift)
-            stops.append(stop + shift)
+        stretches = [
+            self.stretch(axis, (output.start[axis], output.stop[axis]), fragmented)
+            for axis in range(3)
+        ]
         boxes = {
             name: Box(
-                triple(stretch[name][0] for stretch in per_axis),
-                triple(stretch[name][1] for stretch in per_axis),
+                triple(stretch[name][0] for stretch in stretches),
+                triple(stretch[name][1] for stretch in stretches),
             )
-            for name in per_axis[0]
+            for name in stretches[0]
         }
-        return Patch(output, Box(triple(starts), triple(stops)), boxes, self.fragments)
+        behind = boxes[self.network.input.name]
+        corner = output.start if self.geometry.dense else (0, 0, 0)
+        low = triple(e.low for e in self.extensions)
+        return Patch(output, behind.shifted(subtract(corner, low)), boxes, self.fragments)
 
-    @cached_property
-    def _demands(self) -> dict[tuple[int, Interval, frozenset[str]], dict[str, Interval]]:
-        return {}
-
-    def _demand(
-        self, axis: int, interval: Interval, fragmented: frozenset[str]
-    ) -> dict[str, Interval]:
+    def stretch(self, axis: int, span: Interval, fragmented: frozenset[str]) -> dict[str, Interval]:
+        """One axis of `patch_with`: for outputs ``span`` the stretch of every layer, of a dense
+        network counted from the patch's corner."""
+        begin, end = span
+        if self.geometry.dense:
+            interval = (0, ceil_divide(end - begin, self.fragments[axis]))
+        else:
+            first = self.extensions[axis].first
+            interval = (begin + first, end + first)
         key = (axis, interval, fragmented)
         if key not in self._demands:
             sizes = None
@@ -164,6 +157,10 @@ class Layout:
                 self.network, axis, interval, sizes=sizes, fragmented=fragmented
             )
         return self._demands[key]
+
+    @cached_property
+    def _demands(self) -> dict[tuple[int, Interval, frozenset[str]], dict[str, Interval]]:
+        return {}
 
 
 def source_index(start: int, stop: int, n: int, boundary: str) -> list[int]:

@@ -7,7 +7,7 @@ whole output chunks, computed in one patch, and single chunks, cut into smaller 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -25,6 +25,7 @@ from znni_dask.geometry import (
     volume,
 )
 from znni_dask.machine import show_bytes
+from znni_dask.network.field_of_view import Interval
 from znni_dask.network.layers import Layer
 from znni_dask.patches import Layout
 from znni_dask.plan import Choice, Plan, Stage
@@ -66,6 +67,7 @@ class _Candidate:
     patch: Size
     seconds_per_voxel: float
     flops_per_voxel: float
+    least_bytes: int
 
 
 def plan(request: Request) -> Plan:
@@ -78,20 +80,14 @@ def plan(request: Request) -> Plan:
     )
     best: tuple[_Candidate, int, int] | None = None
     for in_flight in range(MOST_BLOCKS_IN_FLIGHT, 0, -1):
-        for candidate in ranked:
-            if (
-                best
-                and candidate.seconds_per_voxel * _WORTH_FEWER_IN_FLIGHT > best[0].seconds_per_voxel
-            ):
-                break
-            needed = predicted_bytes(
-                request, schedules, candidate.block, candidate.patch, in_flight
-            )
-            if needed <= request.allowed_bytes:
-                best = (candidate, in_flight, needed)
-                break
+        found = _first_that_fits(request, schedules, ranked, in_flight)
+        if found and (
+            best is None
+            or found[0].seconds_per_voxel * _WORTH_FEWER_IN_FLIGHT < best[0].seconds_per_voxel
+        ):
+            best = (found[0], in_flight, found[1])
     if best is None:
-        smallest = min(ranked, key=lambda c: (volume(c.patch), volume(c.block)))
+        smallest = min(ranked, key=lambda c: (c.least_bytes, volume(c.block)))
         raise MemoryLimitError(_refusal(request, schedules, smallest))
     candidate, in_flight, needed = best
     choices = tuple(Choice(name, primitive.name) for name, primitive in primitives.items())
@@ -105,6 +101,24 @@ def plan(request: Request) -> Plan:
         allowed_bytes=request.allowed_bytes,
         flops_per_voxel=candidate.flops_per_voxel,
     )
+
+
+def _first_that_fits(
+    request: Request, schedules: Schedules, ranked: list[_Candidate], in_flight: int
+) -> tuple[_Candidate, int] | None:
+    """The best candidate within the memory allowed, and its predicted bytes.
+
+    What one patch inside the volume needs is a lower bound that is cheap to have, so the exact
+    figure, over all patches of the run, is computed only for those that pass it.
+    """
+    for candidate in ranked:
+        if candidate.least_bytes <= request.allowed_bytes:
+            needed = predicted_bytes(
+                request, schedules, candidate.block, candidate.patch, in_flight
+            )
+            if needed <= request.allowed_bytes:
+                return candidate, needed
+    return None
 
 
 def choose_primitives(layout: Layout) -> dict[str, Primitive]:
@@ -137,24 +151,28 @@ def predicted_bytes(
     request: Request, schedules: Schedules, block: Size, patch: Size, in_flight: int
 ) -> int:
     """Peak memory of the whole process for this block and patch."""
-    network = request.layout.network
-    sizes = schedules.envelope(patches_to_try(request.layout, block, patch))
-    computing = (
-        schedules.arena(sizes).bytes
-        + ALIGN
-        + schedules.workspace_bytes(sizes, request.threads)
-        + ITEM_BYTES * network.out_channels * volume(patch)
-    )
+    sizes = schedules.envelope(spans(request.layout, block, patch))
     largest = _largest_box(request.layout, block)
+    outputs = request.layout.network.out_channels
     reading = request.read_bytes(request.layout.patch(largest).input.size)
-    written = request.item_bytes * network.out_channels * volume(largest.size)
+    written = request.item_bytes * outputs * volume(largest.size)
     per_block = max(reading + written, written + request.write_bytes)
+    return _computing_bytes(request, schedules, sizes, patch) + in_flight * per_block
+
+
+def _computing_bytes(
+    request: Request, schedules: Schedules, sizes: Mapping[str, Size], patch: Size
+) -> int:
+    """Memory of the process while it computes a patch, blocks in flight not counted."""
+    network = request.layout.network
     return (
         request.baseline_bytes
         + OVERHEAD_BYTES
         + WEIGHT_COPIES * ITEM_BYTES * network.parameters
-        + computing
-        + in_flight * per_block
+        + schedules.arena(sizes).bytes
+        + ALIGN
+        + schedules.workspace_bytes(sizes, request.threads)
+        + ITEM_BYTES * network.out_channels * volume(patch)
     )
 
 
@@ -164,20 +182,16 @@ def patches_of(block: Box, patch: Size) -> Iterator[Box]:
         yield box.shifted(block.start)
 
 
-def patches_to_try(layout: Layout, block: Size, patch: Size) -> Iterator[Box]:
-    """Patches among which, along every axis, each length that the run will meet occurs."""
-    per_axis: list[list[tuple[int, int]]] = []
-    for axis in range(3):
-        n = layout.output_size[axis]
-        spans = [
+def spans(layout: Layout, block: Size, patch: Size) -> list[list[Interval]]:
+    """Along every axis the extents (start, stop) of all patches of a run."""
+    return [
+        [
             (start, min(start + patch[axis], first + block[axis], n))
             for first in range(0, n, block[axis])
             for start in range(first, min(first + block[axis], n), patch[axis])
         ]
-        per_axis.append(spans)
-    for index in range(max(len(spans) for spans in per_axis)):
-        chosen = [spans[min(index, len(spans) - 1)] for spans in per_axis]
-        yield Box(triple(a for a, _ in chosen), triple(b for _, b in chosen))
+        for axis, n in enumerate(layout.output_size)
+    ]
 
 
 def _largest_box(layout: Layout, block: Size) -> Box:
@@ -230,17 +244,25 @@ def _alignment(layout: Layout) -> Size:
 
 def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _Candidate:
     box = _largest_box(request.layout, patch)
-    schedule = schedules.schedule(box)
-    seconds = estimated_seconds(schedule, request.threads)
-    # patches at the ragged end make fewer voxels, but cost nearly the same in halo
+    sizes = schedules.sizes(box)
+    steps = schedules.steps(sizes)
+    seconds = schedules.repeats * estimated_seconds(steps, request.threads)
+    flops = schedules.repeats * sum(s.primitive.flops(s.problem) for s in steps)
+    # patches at the ragged end make fewer voxels, but cost nearly as much
     used = 1.0
     for n, b in zip(request.layout.output_size, block, strict=True):
         used *= n / (ceil_divide(n, b) * min(b, n))
-    return _Candidate(block, patch, seconds / (box.voxels * used), schedule.flops / box.voxels)
+    return _Candidate(
+        block,
+        patch,
+        seconds / (box.voxels * used),
+        flops / box.voxels,
+        _computing_bytes(request, schedules, sizes, patch),
+    )
 
 
 def _refusal(request: Request, schedules: Schedules, smallest: _Candidate) -> str:
-    sizes = schedules.envelope([_largest_box(request.layout, smallest.patch)])
+    sizes = schedules.sizes(_largest_box(request.layout, smallest.patch))
     layer = schedules.largest_layer(sizes)
     needed = predicted_bytes(request, schedules, smallest.block, smallest.patch, 1)
     remedy = f"allow at least {show_bytes(needed)}"

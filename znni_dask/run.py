@@ -100,7 +100,7 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
         primitives = planner.chosen_primitives(self._layout, self.job.plan)
         self._schedules = Schedules(self._layout, primitives)
         sizes = self._schedules.envelope(
-            planner.patches_to_try(self._layout, self.job.plan.block, self.job.plan.patch)
+            planner.spans(self._layout, self.job.plan.block, self.job.plan.patch)
         )
         self._executor = SerialExecutor(
             self.job.network, primitives, self._schedules.arena(sizes), self.job.plan.threads

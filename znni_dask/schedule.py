@@ -8,13 +8,14 @@ a layer that can work in place takes the place of an input that nobody else read
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
 
 from znni_dask.geometry import Box, Size, round_up, triple
+from znni_dask.network.field_of_view import Interval
 from znni_dask.network.network import Node
 from znni_dask.patches import Layout, Patch
 from znni_dask.primitives.base import ITEM_BYTES, Primitive, Problem, Shape
@@ -56,11 +57,6 @@ class Schedule:
     positions: tuple[Size, ...]
     spacing: Size
 
-    @property
-    def flops(self) -> int:
-        """Operations of all steps, at all offsets."""
-        return len(self.offsets) * sum(s.primitive.flops(s.problem) for s in self.steps)
-
 
 @dataclass(frozen=True, eq=False)
 class Schedules:
@@ -88,15 +84,22 @@ class Schedules:
         """The boxes of all layers for ``output``, for one offset."""
         return self.layout.patch_with(output, self._fragmented)
 
-    def envelope(self, outputs: Iterable[Box]) -> dict[str, Size]:
-        """For every layer the smallest size that holds its box for any of ``outputs``."""
-        largest: dict[str, Size] = {}
-        for output in outputs:
-            for name, box in self.patch(output).boxes.items():
-                size = box.size
-                before = largest.get(name, size)
-                largest[name] = triple(max(a, b) for a, b in zip(before, size, strict=True))
-        return largest
+    def envelope(self, spans: Sequence[Iterable[Interval]]) -> dict[str, Size]:
+        """For every layer the smallest size that holds its box for any patch whose extent along
+        axis i is one of ``spans[i]`` (start, stop)."""
+        lengths: list[dict[str, int]] = []
+        for axis in range(3):
+            longest: dict[str, int] = {}
+            for span in spans[axis]:
+                stretch = self.layout.stretch(axis, span, self._fragmented)
+                for name, (start, stop) in stretch.items():
+                    longest[name] = max(longest.get(name, 0), stop - start)
+            lengths.append(longest)
+        return {name: triple(axis[name] for axis in lengths) for name in lengths[0]}
+
+    def sizes(self, output: Box) -> dict[str, Size]:
+        """The size of every layer's box for one patch."""
+        return self.envelope([[span] for span in zip(output.start, output.stop, strict=True)])
 
     def arena(self, sizes: Mapping[str, Size]) -> Arena:
         """A place for every layer's output, none larger than its entry of ``sizes``.
@@ -124,8 +127,17 @@ class Schedules:
 
     def workspace_bytes(self, sizes: Mapping[str, Size], threads: int) -> int:
         """The largest workspace of any primitive on boxes of ``sizes``."""
-        steps = self._steps({name: Box((0, 0, 0), size) for name, size in sizes.items()})
+        steps = self.steps(sizes)
         return max((s.primitive.workspace_bytes(s.problem, threads) for s in steps), default=0)
+
+    def steps(self, sizes: Mapping[str, Size]) -> tuple[Step, ...]:
+        """The layers to compute on boxes of ``sizes``, for what depends on sizes alone."""
+        return self._steps({name: Box((0, 0, 0), size) for name, size in sizes.items()})
+
+    @property
+    def repeats(self) -> int:
+        """How often a patch is computed: once per offset that is left to plain striding."""
+        return len(self._offsets)
 
     def largest_layer(self, sizes: Mapping[str, Size]) -> str:
         """The layer whose inputs and output together are largest."""

@@ -89,7 +89,10 @@ def verify(
 
 def _open_output(path: str | Path, network: Network) -> tuple[Volume, dict[str, Any]]:
     written = open_volume(path)
-    made = cast("dict[str, Any] | None", zarr.open_group(str(path), mode="r").attrs.get("znni"))
+    made = None
+    if (Path(path) / "zarr.json").is_file():
+        node = zarr.open(str(path), mode="r")
+        made = cast("dict[str, Any] | None", node.attrs.get("znni"))
     if made is None:
         raise OutputError(f"{path} was not made by znni infer: how it was made is not known")
     if made["network"] != network.fingerprint:
@@ -116,7 +119,7 @@ def _recompute(
     primitives = planner.choose_primitives(layout)
     schedules = Schedules(layout, primitives)
     todo = schedules.schedule(box)
-    arena = schedules.arena(schedules.envelope([box]))
+    arena = schedules.arena(schedules.sizes(box))
     answer = np.empty((layout.network.out_channels, *box.size), np.float32)
     with SerialExecutor(layout.network, primitives, arena, threads) as executor:
         executor.run(todo, source.read_extended(todo.input, layout.boundary, nan), answer)

@@ -66,8 +66,6 @@ class ConvDirect(Primitive):
         stride, dilation = indices(*conv.stride), indices(*conv.dilation)
 
         def work(first: int, last: int) -> None:
-            direct.convolve(
-                inputs[0], weight, bias, out, offset, stride, dilation, first, last
-            )
+            direct.convolve(inputs[0], weight, bias, out, offset, stride, dilation, first, last)
 
         team.share(work, out.shape[0] * prod(weight.shape[:2]) * out.shape[2])

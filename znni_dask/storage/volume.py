@@ -6,6 +6,7 @@ and translation, TIFF stacks (one file, or a folder of them), `.npy`.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,8 @@ from znni_dask.storage import ngff
 Values = NDArray[np.generic]
 _DECODED_AT_ONCE = 10  # zarr's default `async.concurrency`
 _SUFFIXES = (".tif", ".tiff")
+# what zarr, tifffile and numpy raise on damaged files
+_DAMAGED = (OSError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
 
 
 class Stored(Protocol):
@@ -170,8 +173,7 @@ def open_volume(path: str | Path) -> Volume:
         raise VolumeError(f"there is no volume at {place}")
     try:
         return _opener(place)(place)
-    except (OSError, ValueError, TypeError, KeyError, IndexError, EOFError) as error:
-        # what zarr, tifffile and numpy raise on damaged files
+    except _DAMAGED as error:
         raise VolumeError(f"cannot read {place}: {type(error).__name__}: {error}") from error
 
 

@@ -1,0 +1,166 @@
+"""Plans: memory is arithmetic and kept, the choice is the cheapest that fits, JSON and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import graphs
+import numpy as np
+import pytest
+
+from znni_dask.costs import estimated_seconds
+from znni_dask.errors import MemoryLimitError, OptionError
+from znni_dask.geometry import Box, tiles, volume
+from znni_dask.network.build import Builder
+from znni_dask.network.chains import n337
+from znni_dask.patches import Layout
+from znni_dask.plan import Plan
+from znni_dask.planner import (
+    Request,
+    choose_primitives,
+    chosen_primitives,
+    patches_of,
+    plan,
+    predicted_bytes,
+    spans,
+)
+from znni_dask.primitives.table import named
+from znni_dask.schedule import ALIGN, Schedules
+
+
+def request(network, size=(200, 200, 200), allowed=8 << 30, **options):
+    return Request(
+        layout=Layout(network, size, "reflect"),
+        unit=(64, 64, 64),
+        item_bytes=4,
+        read_bytes=lambda box: 2 * volume(box),
+        write_bytes=1 << 20,
+        baseline_bytes=100 << 20,
+        allowed_bytes=allowed,
+        threads=2,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("gib", [0.3, 0.5, 1, 2, 8])
+@pytest.mark.parametrize(("family", "seed"), [("chain", 1), ("unet", 3), ("residual", 0)])
+def test_what_is_predicted_is_within_what_is_allowed(family, seed, gib):
+    wanted = request(graphs.graph(family, seed), allowed=int(gib * 2**30))
+    made = plan(wanted)
+    assert made.predicted_bytes <= wanted.allowed_bytes
+    assert all(b % u == 0 for b, u in zip(made.block, wanted.unit, strict=True))
+    schedules = Schedules(wanted.layout, choose_primitives(wanted.layout))
+    assert made.predicted_bytes == predicted_bytes(
+        wanted, schedules, made.block, made.patch, made.blocks_in_flight
+    )
+
+
+def test_more_memory_never_makes_the_plan_slower():
+    network = n337()
+    rates = []
+    for gib in (1, 2, 4, 8, 16):
+        wanted = request(network, allowed=gib << 30)
+        made = plan(wanted)
+        schedules = Schedules(wanted.layout, choose_primitives(wanted.layout))
+        box = Box((0, 0, 0), made.patch)
+        rates.append(box.voxels / estimated_seconds(schedules.schedule(box).steps, 2))
+    assert all(b >= 0.9 * a for a, b in zip(rates, rates[1:], strict=False))
+    assert rates[-1] > 2 * rates[0]
+
+
+def test_one_byte_less_than_the_smallest_plan_is_refused():
+    network = graphs.graph("unet", 0)
+    with pytest.raises(MemoryLimitError, match="no plan fits") as found:
+        plan(request(network, allowed=1 << 20))
+    text = str(found.value)
+    assert "largest layer" in text
+    assert "allow at least" in text
+    tight = request(network, allowed=8 << 30, patch=(16, 16, 16))
+    needed = _smallest(tight)
+    assert plan(replace(tight, allowed_bytes=needed)).predicted_bytes == needed
+    with pytest.raises(MemoryLimitError):
+        plan(replace(tight, allowed_bytes=needed - 1))
+
+
+def _smallest(wanted):
+    schedules = Schedules(wanted.layout, choose_primitives(wanted.layout))
+    return predicted_bytes(wanted, schedules, (64, 64, 64), (16, 16, 16), 1)
+
+
+def test_a_patch_asked_for_is_the_patch_planned():
+    made = plan(request(graphs.graph("unet", 0), patch=(10, 70, 300)))
+    assert made.patch == (10, 70, 200)
+    assert made.block == (64, 128, 256)
+
+
+@pytest.mark.parametrize(("family", "seed"), graphs.ALL[::4])
+def test_no_two_arrays_that_live_at_once_share_memory(family, seed):
+    layout = Layout(graphs.graph(family, seed), (60, 60, 60), "reflect")
+    primitives = choose_primitives(layout)
+    schedules = Schedules(layout, primitives)
+    boxes = list(tiles(layout.output_size, (16, 20, 24)))
+    sizes = schedules.envelope(spans(layout, (16, 20, 24), (16, 20, 24)))
+    arena = schedules.arena(sizes)
+    todo = schedules.schedule(boxes[0])
+    source = layout.network.input.name
+    spans = {source: (arena.places[source], 4 * int(np.prod(todo.input_shape)))}
+    last = {source: 0}
+    for step, todo_step in enumerate(todo.steps, start=1):
+        spans[todo_step.node.name] = (
+            arena.places[todo_step.node.name],
+            todo_step.problem.output_bytes,
+        )
+        for name in todo_step.node.inputs:
+            last[name] = step
+    last[layout.network.output] = len(todo.steps) + 1
+    written = {source: 0} | {s.node.name: i for i, s in enumerate(todo.steps, start=1)}
+    for a, (start_a, bytes_a) in spans.items():
+        assert start_a % ALIGN == 0
+        assert start_a + bytes_a <= arena.bytes
+        for b, (start_b, bytes_b) in spans.items():
+            together = written[a] < written[b] <= last[a]
+            reused = start_a == start_b and last[a] == written[b]  # in place
+            if together and not reused:
+                assert start_a + bytes_a <= start_b or start_b + bytes_b <= start_a
+
+
+def test_the_arena_reuses_memory():
+    b = Builder(1)
+    x = b.input
+    for _ in range(10):
+        x = b.conv(x, 8, 3, padding="same")
+    layout = Layout(b.network(x), (32, 32, 32), "reflect")
+    schedules = Schedules(layout, choose_primitives(layout))
+    box = Box((0, 0, 0), (32, 32, 32))
+    one = 4 * 8 * 32**3
+    assert schedules.arena(schedules.sizes(box)).bytes <= 2 * one + 4 * 32**3 + 1024
+
+
+def test_patches_of_a_block_cover_it_once():
+    block = Box((64, 0, 128), (128, 50, 200))
+    count = np.zeros((200, 200, 200), int)
+    for box in patches_of(block, (20, 64, 30)):
+        count[box.slices] += 1
+    assert (count[block.slices] == 1).all()
+    assert count.sum() == block.voxels
+
+
+def test_a_plan_survives_json_and_edited_plans_are_checked():
+    wanted = request(graphs.graph("chain", 0))
+    made = plan(wanted)
+    assert Plan.from_json(made.to_json()) == made
+    assert chosen_primitives(wanted.layout, made) == choose_primitives(wanted.layout)
+    other = Layout(graphs.graph("unet", 0), (64, 64, 64), "reflect")
+    with pytest.raises(OptionError, match="another network"):
+        chosen_primitives(other, made)
+    edited = made.to_json().replace('"direct"', '"magic"')
+    with pytest.raises(OptionError, match="'magic' cannot take"):
+        chosen_primitives(wanted.layout, Plan.from_json(edited))
+    for text in ("", "[]", '{"patch": 3}', made.to_json().replace("blocks_in_flight", "b")):
+        with pytest.raises(OptionError, match="not a plan"):
+            Plan.from_json(text)
+
+
+def test_unknown_primitives_are_unknown():
+    with pytest.raises(KeyError, match="no primitive 'magic'"):
+        named("magic", n337()["conv_1"].layer)
