@@ -313,8 +313,7 @@ def _smooth_noise(begin: Size, shape: Size, spacing: float, seed: int, stream: i
     values = 2 * _uniform(_hash(z, y, x, seed, stream), 0) - 1
     noise: Floats = np.einsum("zk,kyx->zyx", weights[0], values)
     noise = np.einsum("yk,zkx->zyx", weights[1], noise)
-    noise = np.einsum("xk,zyk->zyx", weights[2], noise)
-    return noise
+    return np.asarray(np.einsum("xk,zyk->zyx", weights[2], noise), np.float32)
 
 
 def _voxel_noise(begin: Size, shape: Size, seed: int, stream: int) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import graphs
 import numpy as np
@@ -64,7 +65,7 @@ def test_more_memory_never_makes_the_plan_slower():
         schedules = Schedules(wanted.layout, choose_primitives(wanted.layout))
         box = Box((0, 0, 0), made.patch)
         rates.append(box.voxels / estimated_seconds(schedules.schedule(box).steps, 2))
-    assert all(b >= 0.9 * a for a, b in zip(rates, rates[1:], strict=False))
+    assert all(b >= 0.9 * a for a, b in pairwise(rates))
     assert rates[-1] > 2 * rates[0]
 
 
@@ -103,10 +104,10 @@ def test_no_two_arrays_that_live_at_once_share_memory(family, seed):
     arena = schedules.arena(sizes)
     todo = schedules.schedule(boxes[0])
     source = layout.network.input.name
-    spans = {source: (arena.places[source], 4 * int(np.prod(todo.input_shape)))}
+    bytes_of = {source: (arena.places[source], 4 * int(np.prod(todo.input_shape)))}
     last = {source: 0}
     for step, todo_step in enumerate(todo.steps, start=1):
-        spans[todo_step.node.name] = (
+        bytes_of[todo_step.node.name] = (
             arena.places[todo_step.node.name],
             todo_step.problem.output_bytes,
         )
@@ -114,10 +115,10 @@ def test_no_two_arrays_that_live_at_once_share_memory(family, seed):
             last[name] = step
     last[layout.network.output] = len(todo.steps) + 1
     written = {source: 0} | {s.node.name: i for i, s in enumerate(todo.steps, start=1)}
-    for a, (start_a, bytes_a) in spans.items():
+    for a, (start_a, bytes_a) in bytes_of.items():
         assert start_a % ALIGN == 0
         assert start_a + bytes_a <= arena.bytes
-        for b, (start_b, bytes_b) in spans.items():
+        for b, (start_b, bytes_b) in bytes_of.items():
             together = written[a] < written[b] <= last[a]
             reused = start_a == start_b and last[a] == written[b]  # in place
             if together and not reused:

@@ -9,6 +9,7 @@ number of their block and return a few numbers.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 import uuid
@@ -271,6 +272,7 @@ def _client(client: Client | None) -> Iterator[Client]:
             threads_per_worker=planner.MOST_BLOCKS_IN_FLIGHT,
             memory_limit=0,
             dashboard_address=None,
+            silence_logs=logging.CRITICAL,  # failures are collected and reported at the end
         ) as local,
     ):
         yield local

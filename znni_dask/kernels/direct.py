@@ -5,11 +5,12 @@ tap of output 0 lies in the input given; taps that fall outside that input are p
 numbered so that a range ``[first, last)`` of items can be given to any thread.
 
 A convolution adds taps to *runs* of outputs, `CHANNELS` output channels at a time, in a buffer
-that stays in the first-level cache; each run of the input is read once for all of them. A run is
-a row; where nothing pads or strides in y and x it is a whole plane, counted with the input's
-pitch, so that the few voxels between rows are computed too and dropped, and short rows cost no
-more than long ones. Runs go in blocks of `LANES` voxels, so a last block may read (never write)
-up to ``LANES - 1`` voxels beyond the input: arrays given must be followed by `SLACK_BYTES`.
+that stays in the first-level cache; each run of the input is read once for all of them. A run
+goes on from row to row of a plane: the few voxels between rows are computed too and dropped, and
+short rows cost no more than long ones. Where the plane is padded, the stretch that a run reads is
+copied with its padding first. Runs go in blocks of `LANES` voxels, so a last block may read
+(never write) up to ``LANES - 1`` voxels beyond the input: arrays given must be followed by
+`SLACK_BYTES`.
 """
 
 from __future__ import annotations
@@ -31,37 +32,73 @@ _OPTIONS = {
 
 @njit(**_OPTIONS)
 def convolve(x, weight, bias, out, offset, stride, dilation, first, last):
-    """Items are (batch, group, block of `CHANNELS` output channels, z).
+    """Convolution with stride 1 in y and x.
 
-    ``weight`` is (groups, blocks, in / groups, z, y, x, CHANNELS), ``bias`` (groups, blocks,
-    CHANNELS), both padded with zeros to whole blocks.
+    Items are (batch, group, block of `CHANNELS` output channels, z). ``weight`` is (groups,
+    blocks, in / groups, z, y, x, CHANNELS), ``bias`` (groups, blocks, CHANNELS), both padded with
+    zeros to whole blocks.
     """
     groups, blocks, fan_in, kz, ky, kx = weight.shape[:6]
     _, channels, size_z, size_y, size_x = x.shape
     _, _, out_z, out_y, out_x = out.shape
     values = x.reshape(-1)
-    runs = np.empty(CHANNELS * RUN, np.float32)
-    planes = (
-        stride[1] == 1
-        and stride[2] == 1
-        and min(offset[1], offset[2]) >= 0
+    inside = (
+        min(offset[1], offset[2]) >= 0
         and out_y + (ky - 1) * dilation[1] + offset[1] <= size_y
         and out_x + (kx - 1) * dilation[2] + offset[2] <= size_x
     )
-    rows = 1 if planes else out_y
-    length = (out_y - 1) * size_x + out_x if planes else out_x
+    pitch = size_x if inside else out_x + (kx - 1) * dilation[2]
+    length = (out_y - 1) * pitch + out_x
+    reach = (ky - 1) * dilation[1] * pitch + (kx - 1) * dilation[2]
+    runs = np.empty(CHANNELS * RUN, np.float32)
+    padded = np.zeros(0 if inside else RUN + reach + LANES, np.float32)
     for item in range(first, last):
         z = item % out_z
         block = item // out_z % blocks
         group = item // (out_z * blocks) % groups
         batch = item // (out_z * blocks * groups)
-        for y in range(rows):
-            for begin in range(0, length, RUN):
-                count = min(RUN, length - begin)
-                for c in range(CHANNELS):
-                    runs[c * RUN : (c + 1) * RUN] = bias[group, block, c]
+        for begin in range(0, length, RUN):
+            count = min(RUN, length - begin)
+            _start(runs, bias[group, block])
+            for f in range(fan_in):
+                channel = group * fan_in + f
+                for tz in range(kz):
+                    iz = z * stride[0] + tz * dilation[0] + offset[0]
+                    if iz < 0 or iz >= size_z:
+                        continue
+                    if inside:
+                        source = values
+                        plane = ((batch * channels + channel) * size_z + iz) * size_y * size_x
+                        start = plane + offset[1] * size_x + offset[2] + begin
+                    else:
+                        source = padded
+                        start = 0
+                        _pad(padded, x[batch, channel, iz], begin, count + reach, pitch, offset)
+                    for ty in range(ky):
+                        taps = weight[group, block, f, tz, ty]
+                        row = start + ty * dilation[1] * pitch
+                        _add_taps(runs, source, row, taps, dilation[2], count)
+            _store(out, runs, batch, group, groups, block, z, 0, begin, count, pitch)
+
+
+@njit(**_OPTIONS)
+def convolve_strided(x, weight, bias, out, offset, stride, dilation, first, last):
+    """Convolution with any stride, row by row; arguments as of `convolve`."""
+    groups, blocks, fan_in, kz, ky, kx = weight.shape[:6]
+    _, _, size_z, size_y, _ = x.shape
+    _, _, out_z, out_y, out_x = out.shape
+    runs = np.empty(CHANNELS * RUN, np.float32)
+    line = np.zeros(RUN + LANES, np.float32)
+    for item in range(first, last):
+        z = item % out_z
+        block = item // out_z % blocks
+        group = item // (out_z * blocks) % groups
+        batch = item // (out_z * blocks * groups)
+        for y in range(out_y):
+            for begin in range(0, out_x, RUN):
+                count = min(RUN, out_x - begin)
+                _start(runs, bias[group, block])
                 for f in range(fan_in):
-                    channel = batch * channels + group * fan_in + f
                     for tz in range(kz):
                         iz = z * stride[0] + tz * dilation[0] + offset[0]
                         if iz < 0 or iz >= size_z:
@@ -70,31 +107,26 @@ def convolve(x, weight, bias, out, offset, stride, dilation, first, last):
                             iy = y * stride[1] + ty * dilation[1] + offset[1]
                             if iy < 0 or iy >= size_y:
                                 continue
-                            row = ((channel * size_z + iz) * size_y + iy) * size_x
-                            taps = weight[group, block, f, tz, ty]
-                            if planes:
-                                start = row + begin + offset[2]
-                                _add_taps(runs, values, start, taps, dilation[2], count)
-                            else:
-                                shift = begin * stride[2] + offset[2]
-                                _add_clipped(
-                                    runs,
-                                    values,
-                                    row,
-                                    taps,
-                                    shift,
-                                    stride[2],
-                                    dilation[2],
-                                    count,
-                                    size_x,
-                                )
-                pitch = size_x if planes else out_x
-                _store(out, runs, batch, group, groups, block, z, y, begin, count, pitch)
+                            row = x[batch, group * fan_in + f, iz, iy]
+                            for tx in range(kx):
+                                first_x = begin * stride[2] + tx * dilation[2] + offset[2]
+                                _gather(line, row, first_x, stride[2], count)
+                                tap = weight[group, block, f, tz, ty, tx]
+                                _add_tap(runs, line, 0, tap, count)
+                _store(out, runs, batch, group, groups, block, z, y, begin, count, out_x)
+
+
+@njit(**_OPTIONS)
+def _start(runs, bias):
+    """Begin runs with the bias of each channel."""
+    for c in range(CHANNELS):
+        runs[c * RUN : (c + 1) * RUN] = bias[c]
 
 
 @njit(**_OPTIONS)
 def _store(out, runs, batch, group, groups, block, z, y, begin, count, pitch):
-    """Write the runs' outputs to their rows, leaving out what lies between rows."""
+    """Write a run that begins ``begin`` voxels after row ``y``, rows ``pitch`` voxels apart,
+    leaving out what lies between rows."""
     _, channels, _, _, out_x = out.shape
     per_group = channels // groups
     for c in range(min(CHANNELS, per_group - block * CHANNELS)):
@@ -106,6 +138,33 @@ def _store(out, runs, batch, group, groups, block, z, y, begin, count, pitch):
             for i in range(width):
                 plane[y + row, column + i] = runs[c * RUN + at + i]
             at += pitch - column
+
+
+@njit(**_OPTIONS)
+def _pad(padded, plane, begin, count, pitch, offset):
+    """Voxels ``begin`` to ``begin + count`` of the plane with its padding, rows of ``pitch``."""
+    size_y = plane.shape[0]
+    at = 0
+    while at < count:
+        row, column = divmod(begin + at, pitch)
+        width = min(pitch - column, count - at)
+        iy, ix = row + offset[1], column + offset[2]
+        target = padded[at : at + width]
+        if iy < 0 or iy >= size_y:
+            target[:] = 0
+        else:
+            _gather(target, plane[iy], ix, 1, width)
+        at += width
+
+
+@njit(**_OPTIONS)
+def _gather(line, row, first_x, stride, count):
+    """``line[i] = row[first_x + i · stride]``, 0 where that lies outside the row."""
+    low, high = _reach(first_x, stride, count, row.shape[0])
+    line[: min(low, count)] = 0
+    for i in range(low, high):
+        line[i] = row[first_x + i * stride]
+    line[max(high, 0) : count] = 0
 
 
 @njit(**_OPTIONS)
@@ -129,46 +188,23 @@ def _add_taps(runs, values, start, taps, dilation, count):
                 runs[3 * RUN + at + i] += a3 * u + b3 * v + c3 * w
         t += 3
     while t < kx:
-        _add_blocks(runs, values, 0, start + t * dilation, taps[t], blocks)
+        _add_tap(runs, values, start + t * dilation, taps[t], count)
         t += 1
 
 
 @njit(**_OPTIONS)
-def _add_blocks(runs, values, target, source, tap, blocks):
-    """Add one tap to whole blocks of voxels."""
+def _add_tap(runs, values, source, tap, count):
+    """Add one tap to runs."""
     w0, w1, w2, w3 = tap[0], tap[1], tap[2], tap[3]
-    for block in range(blocks):
-        at = target + block * LANES
-        begin = source + block * LANES
+    for block in range((count + LANES - 1) // LANES):
+        at = block * LANES
+        begin = source + at
         for i in range(LANES):
             v = values[begin + i]
             runs[at + i] += w0 * v
             runs[RUN + at + i] += w1 * v
             runs[2 * RUN + at + i] += w2 * v
             runs[3 * RUN + at + i] += w3 * v
-
-
-@njit(**_OPTIONS)
-def _add_clipped(runs, values, row, taps, shift, stride, dilation, count, size_x):
-    """Add all taps of a kernel row to runs that may reach beyond the row of the input."""
-    for t in range(taps.shape[0]):
-        begin = shift + t * dilation
-        low, high = _reach(begin, stride, count, size_x)
-        if high <= low:
-            continue
-        done = low
-        if stride == 1:
-            # a block may run on beyond the run's end, where nothing is kept, but not beyond the
-            # row's end, where padding begins
-            blocks = (high - low) // LANES
-            if high == count and low + (blocks + 1) * LANES <= RUN:
-                blocks += 1
-            _add_blocks(runs, values, low, row + begin + low, taps[t], blocks)
-            done = low + blocks * LANES
-        for i in range(done, high):
-            v = values[row + begin + i * stride]
-            for c in range(CHANNELS):
-                runs[c * RUN + i] += taps[t, c] * v
 
 
 @njit(**_OPTIONS)
@@ -190,6 +226,7 @@ def convolve_transposed(x, weight, bias, out, offset, up, dilation, first, last)
     _, channels, size_z, size_y, size_x = x.shape
     _, _, out_z, out_y, out_x = out.shape
     per_group = out_channels // (channels // fan_in)
+    line = np.empty(size_x, np.float32)
     for item in range(first, last):
         z = item % out_z
         c = item // out_z % out_channels
@@ -213,14 +250,20 @@ def convolve_transposed(x, weight, bias, out, offset, up, dilation, first, last)
                         at_x = offset[2] - tx * dilation[2]
                         low = (-at_x) % up[2]  # the first output that this tap reaches
                         ix = (low + at_x) // up[2]
+                        begin = max(0, -ix)
+                        end = min(size_x - ix, (out_x - low + up[2] - 1) // up[2])
+                        if end <= begin:
+                            continue
+                        total = line[: end - begin]
+                        total[:] = 0
                         for f in range(fan_in):
                             w = weight[c, f, tz, ty, tx]
-                            row = x[batch, group * fan_in + f, iz, iy]
-                            for i in range(max(0, -ix), size_x - ix):
-                                q = low + i * up[2]
-                                if q >= out_x:
-                                    break
-                                target[q] += w * row[ix + i]
+                            channel = group * fan_in + f
+                            source = x[batch, channel, iz, iy, ix + begin : ix + end]
+                            for i in range(end - begin):
+                                total[i] += w * source[i]
+                        for i in range(end - begin):
+                            target[low + (begin + i) * up[2]] += total[i]
 
 
 @njit(**_OPTIONS)
@@ -282,7 +325,9 @@ def compile_kernels() -> None:
     out = np.zeros_like(x)
     zeros, ones = np.zeros(3, np.int64), np.ones(3, np.int64)
     weight = np.zeros((1, 1, 1, 1, 1, 1, CHANNELS), np.float32)
-    convolve(x, weight, np.zeros((1, 1, CHANNELS), np.float32), out, zeros, ones, ones, 0, 1)
+    bias = np.zeros((1, 1, CHANNELS), np.float32)
+    convolve(x, weight, bias, out, zeros, ones, ones, 0, 1)
+    convolve_strided(x, weight, bias, out, zeros, ones, ones, 0, 1)
     convolve_transposed(x, x, np.zeros(1, np.float32), out, zeros, ones, ones, 0, 1)
     max_pool(x, out, zeros, ones, ones, ones, 0, 1)
     repeat(x, out, zeros, ones, 0, 1)

@@ -33,7 +33,10 @@ class ConvDirect(Primitive):
         return 2 * problem.layer.multiply_adds() * batch * z * y * x
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        return threads * direct.CHANNELS * direct.RUN * ITEM_BYTES
+        """Per thread the runs, and the stretch of a padded plane that a run reads."""
+        y, x = (problem.layer.window(axis).extent - 1 for axis in (1, 2))
+        stretch = direct.RUN + y * (problem.output[-1] + x) + x + direct.LANES
+        return threads * (direct.CHANNELS * direct.RUN + stretch) * ITEM_BYTES
 
     def prepare(self, layer: Layer, weights: Weights) -> tuple[Array, Array]:
         """Output channels in blocks, the channels of a block side by side."""
@@ -64,8 +67,10 @@ class ConvDirect(Primitive):
         conv = cast("Conv", problem.layer)
         offset = indices(*problem.offsets[0])
         stride, dilation = indices(*conv.stride), indices(*conv.dilation)
+        strided = max(conv.stride[1:]) > 1
+        kernel = direct.convolve_strided if strided else direct.convolve
 
         def work(first: int, last: int) -> None:
-            direct.convolve(inputs[0], weight, bias, out, offset, stride, dilation, first, last)
+            kernel(inputs[0], weight, bias, out, offset, stride, dilation, first, last)
 
         team.share(work, out.shape[0] * prod(weight.shape[:2]) * out.shape[2])

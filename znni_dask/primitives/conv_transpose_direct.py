@@ -11,7 +11,7 @@ from znni_dask.kernels import direct
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import ConvTranspose, Layer
 from znni_dask.network.network import Weights
-from znni_dask.primitives.base import Array, Primitive, Problem, indices
+from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, indices
 
 
 @final
@@ -24,6 +24,9 @@ class ConvTransposeDirect(Primitive):
     def flops(self, problem: Problem) -> int:
         batch, _, z, y, x = problem.output
         return 2 * problem.layer.multiply_adds() * batch * z * y * x
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        return threads * problem.inputs[0][-1] * ITEM_BYTES
 
     def prepare(self, layer: Layer, weights: Weights) -> tuple[Array, Array]:
         """Kernels as (out, in / groups, z, y, x)."""
