@@ -100,7 +100,7 @@ def test_the_readme_names_no_command_or_file_that_is_not_there():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"\bmake (\w+)\b", text)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for name in set(re.findall(r"\b(?:examples|benchmarks|docs|tests)/[\w/.]+\w", text)):
+    for name in set(re.findall(r"\b(?:examples|benchmarks|docs|tests)/[\w/.-]+\w", text)):
         assert (ROOT / name).exists(), name
 
 

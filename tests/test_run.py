@@ -317,6 +317,15 @@ def test_a_run_without_a_client_makes_and_ends_its_own(small):
     assert not [t.name for t in threading.enumerate() if t.name.startswith("znni")]
 
 
+def test_workers_in_processes_of_their_own_write_the_same(small, tmp_path, client):
+    znni_dask.run(**small, chunks=(8, 16, 16), patch=(8, 16, 16), client=client)
+    again = {**small, "output": tmp_path / "again.zarr"}
+    with Client(n_workers=2, threads_per_worker=2, dashboard_address=":0") as cluster:
+        summary = znni_dask.run(**again, chunks=(8, 16, 16), patch=(8, 16, 16), client=cluster)
+    assert summary.blocks > 8
+    np.testing.assert_array_equal(answer(again["output"]), answer(small["output"]))
+
+
 def test_verify_finds_a_single_changed_voxel(small, client):
     znni_dask.run(**small, client=client)
     network, source, target = small["network"], small["input"], small["output"]

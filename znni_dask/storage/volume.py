@@ -168,7 +168,7 @@ def open_volume(path: str | Path) -> Volume:
     """Open what lies at ``path``; raises `VolumeError` where it is no volume."""
     if "://" in str(path):
         raise VolumeError(f"{path}: only local paths can be read; copy or mount the volume")
-    place = Path(path)
+    place = Path(path).absolute()  # workers may be elsewhere
     if not place.exists():
         raise VolumeError(f"there is no volume at {place}")
     try:
