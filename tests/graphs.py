@@ -7,6 +7,7 @@ import oracle
 
 from znni_dask.network import layers
 from znni_dask.network.build import Builder
+from znni_dask.network.field_of_view import geometry
 from znni_dask.network.network import Network
 
 FUNCTIONS = ("relu", "leaky_relu", "elu", "tanh", "sigmoid")
@@ -19,14 +20,13 @@ def scaled(network: Network, shape=(24, 24, 24), seed=0) -> Network:
     """
     random = np.random.default_rng(seed)
     weights = {name: dict(arrays) for name, arrays in network.weights.items()}
-    from znni_dask.network.field_of_view import geometry
-
+    found = geometry(network)
+    strides = network.spacing[network.output]
     size = []
-    for axis, n in zip(geometry(network).axes, shape, strict=True):
-        while True:
-            outputs = axis.output_size(n) if not geometry(network).dense else None
-            if outputs or (geometry(network).dense and n >= axis.field_of_view + 8):
-                break
+    for axis, stride, n in zip(found.axes, strides, shape, strict=True):
+        if found.dense:  # what the strided network itself maps exactly
+            n = axis.field_of_view + int(stride) * max(4, (n - axis.field_of_view) // int(stride))
+        while not found.dense and not axis.output_size(n):
             n += 1
         size.append(n)
     values = {network.input.name: random.standard_normal((network.in_channels, *size))}
@@ -165,8 +165,34 @@ def even(seed: int) -> Network:
     return scaled(b.network(b.conv(x, 2, (3, 2, 4), padding="same")))
 
 
+def branches(seed: int) -> Network:
+    """Dense networks whose branches reach one stride by different ways, or stride differently."""
+    b = Builder(1, seed)
+    x = b.relu(b.conv(b.input, 2, 2))
+    pairs = [
+        lambda: (b.max_pool(x, (1, 4, 1)), b.max_pool(b.max_pool(x, (1, 2, 1)), (1, 2, 1))),
+        lambda: (
+            b.max_pool(b.max_pool(x, (1, 2, 1)), (1, 3, 1)),
+            b.max_pool(b.max_pool(x, (1, 3, 1)), (1, 2, 1)),
+        ),
+        lambda: (b.max_pool(b.max_pool(x, (2, 1, 1)), (1, 2, 1)), b.max_pool(x, (2, 2, 1))),
+        lambda: (b.conv(x, 2, (1, 2, 2), stride=(1, 2, 2)), b.max_pool(x, (1, 2, 2))),
+        lambda: (b.max_pool(x, (1, 2, 2)), b.conv(x, 2, (1, 2, 2), stride=(1, 2, 2))),
+        lambda: (
+            b.conv(x, 2, (1, 1, 3), stride=(1, 1, 2)),
+            b.crop(b.conv(x, 2, 1, stride=(1, 1, 2)), 0, (0, 0, 1)),
+        ),
+        lambda: (b.max_pool(x, (1, 1, 2)), b.max_pool(x, (1, 1, 3), stride=(1, 1, 2))),
+        lambda: (b.max_pool(x, (1, 2, 1)), b.max_pool(b.conv(x, 2, 1), (1, 2, 1))),
+    ]
+    first, second = pairs[seed % len(pairs)]()
+    x = b.plus(first, second) if seed % 2 else b.concat(first, second)
+    return scaled(b.network(b.conv(b.max_pool(b.relu(x), (1, 1, 2)), 2, (2, 1, 1))))
+
+
 FAMILIES = {
     "chain": (chain, range(12)),
+    "branches": (branches, range(8)),
     "residual": (residual, range(5)),
     "unet": (unet, range(8)),
     "valid_unet": (valid_unet, range(2)),

@@ -34,23 +34,18 @@ def whole(network: Network, x):
     return values[network.output]
 
 
-def dense(network: Network, x):
-    """A sliding network at every voxel: the network itself, once for every offset."""
+def dense(network: Network, x, field):
+    """A sliding network at every voxel: the network itself, once for every offset of its stride,
+    each time on just the voxels behind its outputs. ``field`` is its field of view."""
     strides = [int(s) for s in network.spacing[network.output]]
-    parts = {}
-    for offset in product(*(range(s) for s in strides)):
-        parts[offset] = whole(network, x[:, offset[0] :, offset[1] :, offset[2] :])
-    size = [
-        sum(
-            parts[tuple(o if a == axis else 0 for a in range(3))].shape[1 + axis]
-            for o in range(strides[axis])
-        )
-        for axis in range(3)
-    ]
-    channels = parts[0, 0, 0].shape[0]
-    out = np.full((channels, *size), np.nan)
-    for (oz, oy, ox), part in parts.items():
-        out[:, oz :: strides[0], oy :: strides[1], ox :: strides[2]] = part
+    size = [n - f + 1 for n, f in zip(x.shape[1:], field, strict=True)]
+    out = np.full((network.out_channels, *size), np.nan)
+    for offset in product(*(range(min(s, n)) for s, n in zip(strides, size, strict=True))):
+        count = [(n - o - 1) // s for n, o, s in zip(size, offset, strides, strict=True)]
+        ends = [o + c * s + f for o, c, s, f in zip(offset, count, strides, field, strict=True)]
+        here = tuple(slice(o, e) for o, e in zip(offset, ends, strict=True))
+        there = tuple(slice(o, None, s) for o, s in zip(offset, strides, strict=True))
+        out[(slice(None), *there)] = whole(network, x[(slice(None), *here)])
     return out
 
 

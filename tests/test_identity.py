@@ -77,7 +77,10 @@ def at_once(network, volume, boundary):
         ends = [axis.extension(k, boundary) for axis, k in zip(found.axes, n, strict=True)]
         high = [e.size - e.low - k for e, k in zip(ends, n, strict=True)]
         x = oracle.extend(volume, [e.low for e in ends], high, boundary)
-    answer = (oracle.dense if found.dense else oracle.whole)(network, x)
+    if found.dense:
+        answer = oracle.dense(network, x, found.field_of_view)
+    else:
+        answer = oracle.whole(network, x)
     if boundary == "valid":
         return answer
     kept = tuple(slice(e.first, e.first + e.outputs) for e in ends)

@@ -94,6 +94,53 @@ def test_branches_that_never_fit_are_refused():
         geometry(network)
 
 
+def test_strided_branches_that_never_fit_are_refused_though_dense_ones_would():
+    b = Builder(1)
+    network = b.network(b.plus(b.conv(b.input, 1, 3, stride=2), b.conv(b.input, 1, 1, stride=2)))
+    with pytest.raises(NetworkError, match="no input size"):
+        geometry(network)
+
+
+def test_a_crop_larger_than_the_field_of_view_is_no_reason_to_refuse():
+    b = Builder(1)
+    x = b.max_pool(b.max_pool(b.input, 2), 2)
+    assert geometry(b.network(b.crop(x, 3))).field_of_view == (4, 4, 4)
+    b = Builder(1)
+    x = b.crop(b.conv(b.input, 1, 3, padding="same"), 10)
+    assert geometry(b.network(x)).axes[0].shrink == 20
+
+
+def test_padding_by_nothing_changes_nothing():
+    b = Builder(1)
+    x = b.add(layers.Pad(((0, 0, 0), (0, 0, 0))), b.conv(b.input, 1, 3))
+    assert geometry(b.network(b.max_pool(x, 2))).dense
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda b: b.conv(b.input, 3, 3, groups=2),
+        lambda b: b.conv(b.input, 4, 3, stride=0),
+        lambda b: b.conv(b.input, 4, 3, dilation=1 << 40),
+        lambda b: b.conv_transpose(b.input, 3, 2, groups=2),
+        lambda b: b.max_pool(b.input, 2, padding=2),
+        lambda b: b.max_pool(b.input, (0, 2, 2)),
+    ],
+)
+def test_layers_that_make_no_sense_are_refused(make):
+    with pytest.raises(NetworkError):
+        make(Builder(2))
+
+
+def test_absurd_alignments_are_refused_at_once():
+    b = Builder(1)
+    x = b.input
+    for stride in (997, 991, 983):
+        x = b.max_pool(x, stride, padding=1)
+    with pytest.raises(NetworkError, match="taken for a mistake"):
+        geometry(b.network(x))
+
+
 @pytest.mark.parametrize(
     ("name", "field", "weights"),
     [
@@ -117,7 +164,13 @@ def depends_on(network, axis, size):
     shape[axis] = size
     random = np.random.default_rng(0)
     x = random.standard_normal((network.in_channels, *shape))
-    apply = oracle.dense if geometry(network).dense else oracle.whole
+    field = geometry(network).field_of_view
+
+    def apply(network, x):
+        if geometry(network).dense:
+            return oracle.dense(network, x, field)
+        return oracle.whole(network, x)
+
     base = apply(network, x)
     pairs = []
     for i in range(size):

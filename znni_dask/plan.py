@@ -1,4 +1,4 @@
-"""The plan: what was decided, as a value that can be printed, saved, edited and handed back.
+"""The plan: what was decided, as a value that can be printed, saved and edited.
 
 A plan never changes the answer, only how it is reached: the patch computed at once, the block
 written at once, and for every layer the primitive that computes it.

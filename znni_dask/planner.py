@@ -76,7 +76,7 @@ def plan(request: Request) -> Plan:
     schedules = Schedules(request.layout, primitives)
     ranked = sorted(
         (_rate(request, schedules, block, patch) for block, patch in _sizes(request)),
-        key=lambda c: (c.seconds_per_voxel, -volume(c.block)),
+        key=lambda c: (c.seconds_per_voxel, -volume(c.patch), -volume(c.block)),
     )
     best: tuple[_Candidate, int, int] | None = None
     for in_flight in range(MOST_BLOCKS_IN_FLIGHT, 0, -1):
@@ -121,17 +121,21 @@ def _first_that_fits(
     return None
 
 
-def choose_primitives(layout: Layout) -> dict[str, Primitive]:
+def choose_primitives(layout: Layout, fragments: bool = True) -> dict[str, Primitive]:
     """For every layer the first primitive of the table that takes it.
 
-    Fragments are for dense networks alone; of a dense network's strided layers those that no
-    primitive can fragment run once per offset.
+    Fragments are for dense networks alone, and only where all branches that meet bring the same
+    ones; the other strided layers of a dense network run once per offset (all of them where
+    ``fragments`` is false).
     """
-    return {
-        node.name: _first(node.layer, node.name in layout.strided)
+    chosen = {
+        node.name: _first(node.layer, fragments and node.name in layout.strided)
         for node in layout.network
         if node.inputs
     }
+    if fragments and not Schedules(layout, chosen).joins_agree:
+        return choose_primitives(layout, fragments=False)
+    return chosen
 
 
 def chosen_primitives(layout: Layout, plan: Plan) -> dict[str, Primitive]:
@@ -144,7 +148,15 @@ def chosen_primitives(layout: Layout, plan: Plan) -> dict[str, Primitive]:
     unknown = [n for n in layers if all(p.name != names[n] for p in candidates(layers[n]))]
     if unknown:
         raise OptionError(f"the plan's primitive {names[unknown[0]]!r} cannot take {unknown[0]!r}")
-    return {name: named(names[name], layer) for name, layer in layers.items()}
+    chosen = {name: named(names[name], layer) for name, layer in layers.items()}
+    for name, primitive in chosen.items():
+        if primitive.fragments and name not in layout.strided:
+            raise OptionError(
+                f"the plan makes fragments in {name!r}, which is not of a dense network"
+            )
+    if not Schedules(layout, chosen).joins_agree:
+        raise OptionError("the plan's fragments do not fit where branches of the network meet")
+    return chosen
 
 
 def predicted_bytes(

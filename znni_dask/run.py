@@ -3,7 +3,7 @@
 One task per block reads its region with halo straight from the store, computes its patches and
 writes whole output chunks. The client keeps a bounded number of blocks in flight, so nothing
 grows with the volume. Network and executor live on the workers, in a plugin; tasks carry the
-number of their block and return a few numbers.
+box of their block and return its number of voxels.
 """
 
 from __future__ import annotations

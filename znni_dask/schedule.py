@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import product
 from math import prod
 
-from znni_dask.geometry import Box, Size, round_up, triple
+from znni_dask.geometry import Box, Size, add, round_up, triple
 from znni_dask.network.field_of_view import Interval
 from znni_dask.network.network import Node
 from znni_dask.patches import Layout, Patch
@@ -75,7 +75,9 @@ class Schedules:
             input=self.layout.patch(output).input,
             input_shape=(1, self.layout.network.in_channels, *patch.boxes[source].size),
             steps=self._steps(patch.boxes),
-            offsets=self._offsets,
+            offsets=tuple(
+                o for o in self._offsets if all(a < n for a, n in zip(o, output.size, strict=True))
+            ),
             positions=self._positions[self.layout.network.output],
             spacing=self.layout.fragments,
         )
@@ -179,18 +181,29 @@ class Schedules:
         return found
 
     @cached_property
+    def joins_agree(self) -> bool:
+        """Whether everywhere that branches meet they bring the same fragments in one order."""
+        return all(
+            len({self._positions[name] for name in node.inputs}) <= 1
+            for node in self.layout.network
+        )
+
+    @cached_property
     def _offsets(self) -> tuple[Size, ...]:
-        """The moves of the input that layers striding plainly leave to be made one by one."""
-        found: set[Size] = {(0, 0, 0)}
-        for name in self.layout.strided - self._fragmented:
-            node = self.layout.network[name]
-            stride = triple(node.layer.window(axis).stride for axis in range(3))
-            found = {
-                triple(a + b for a, b in zip(move, offset, strict=True))
-                for offset in found
-                for move in _moves(self.layout, node, stride)
-            }
-        return tuple(sorted(found))
+        """The moves of the input that make the voxels that fragments leave out.
+
+        Moved by any offset the network makes the voxels of its fragments, moved as much; so the
+        moves are those that lay the fragments' positions over every voxel of a stride once.
+        """
+        positions = self._positions[self.layout.network.output]
+        covered: set[Size] = set()
+        moves: list[Size] = []
+        for place in product(*(range(s) for s in self.layout.fragments)):
+            offset = triple(place)
+            if offset not in covered:
+                moves.append(offset)
+                covered |= {add(offset, position) for position in positions}
+        return tuple(moves)
 
     @cached_property
     def _owners(self) -> dict[str, str]:

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from znni_dask.errors import NetworkError
 from znni_dask.geometry import Size, triple
 from znni_dask.network import layers
-from znni_dask.network.layers import NO_PADDING, ONES, Activation, Function, Layer, Padding
+from znni_dask.network.layers import NO_PADDING, Activation, Function, Layer, Padding
 from znni_dask.network.network import Network, Node, without_unused
 
 Extent = int | tuple[int, int, int]
@@ -179,6 +179,3 @@ def _padding(padding: Extent | str, kernel: Size, dilation: Size) -> Padding:
         raise NetworkError(f'padding is a number of voxels or "same", not {padding!r}')
     both = sizes(padding)
     return NO_PADDING if both == (0, 0, 0) else (both, both)
-
-
-__all__ = ["ONES", "Builder", "sizes"]

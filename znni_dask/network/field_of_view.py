@@ -19,11 +19,12 @@ from functools import lru_cache
 from math import ceil, lcm
 
 from znni_dask.errors import NetworkError, VolumeError
-from znni_dask.network.layers import Input, Pad
+from znni_dask.network.layers import Input
 from znni_dask.network.network import Network, Node
 from znni_dask.network.window import Window
 
 Interval = tuple[int, int]
+_LARGEST = 1 << 16  # voxels
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class AxisGeometry:
     shrink: int
     shift: int
     origin: Fraction
+    dense: bool
     windows: tuple[tuple[str, Window, tuple[str, ...]], ...]
 
     def sizes(self, n: int) -> dict[str, int] | None:
@@ -62,9 +64,10 @@ class AxisGeometry:
         found: dict[str, int] = {}
         for name, window, inputs in self.windows:
             sources = {found[i] for i in inputs} or {n}
-            if len(sources) > 1:
+            if len(sources) > 1 and not self.dense:
                 return None
-            found[name] = window.size(sources.pop()) if inputs else n
+            # at every voxel of a dense network: as far as all branches reach
+            found[name] = window.size(min(sources)) if inputs else n
             if found[name] < 1:
                 return None
         return found
@@ -145,7 +148,7 @@ def geometry(network: Network) -> NetworkGeometry:
 def slides(network: Network) -> bool:
     """Whether the network neither pads nor up-samples."""
     return not any(
-        isinstance(node.layer, Pad) or window.pads or window.up > 1
+        window.pads or window.up > 1
         for node in network
         for window in (node.layer.window(axis) for axis in range(3))
     )
@@ -201,7 +204,17 @@ def _axis(network: Network, axis: int, dense: bool) -> AxisGeometry:
     source = network.input.name
     behind = [demand(network, axis, (q, q + 1))[source] for q in range(period)]
     field = max(stop - start for start, stop in behind)
-    shrink = _shrink(windows, network.output, stride, alignment, field)
+    if max(alignment, field) > _LARGEST:
+        raise NetworkError(
+            f"field of view {field} and alignment {alignment} along axis {axis} are taken for a "
+            f"mistake: the most is {_LARGEST}"
+        )
+    if dense:  # the network as it strides must fit its own field of view
+        own = tuple((name, network[name].layer.window(axis), i) for name, _, i in windows)
+        _shrink(
+            own, network.output, spacing[network.output], lcm(*map(int, spacing.values())), field
+        )
+    shrink = _shrink(windows, network.output, stride, alignment, field, dense)
     slid = slides(network) and stride == 1
     shift = behind[0][0] + (field - 1) // 2 if slid else shrink // 2
     start, stop = demand(network, axis, (0, period))[source]
@@ -213,6 +226,7 @@ def _axis(network: Network, axis: int, dense: bool) -> AxisGeometry:
         shrink=shrink,
         shift=shift,
         origin=Fraction(shift) if stride == 1 else _origin(network, axis),
+        dense=dense,
         windows=windows,
     )
 
@@ -230,14 +244,16 @@ def _shrink(
     stride: Fraction,
     alignment: int,
     field: int,
+    dense: bool = False,
 ) -> int:
     """Voxels that the outputs lack of the input at the sizes that the graph maps exactly.
 
     Where rounding down in strided layers makes that depend on the size, the smallest lack
     counts: of a network that can keep its size nothing is missing.
     """
-    probe = AxisGeometry(field, (0, 0), stride, alignment, 0, 0, Fraction(0), windows)
-    begin = 4 * (field + alignment)
+    probe = AxisGeometry(field, (0, 0), stride, alignment, 0, 0, Fraction(0), dense, windows)
+    cropped = sum(max(0, -window.low) + max(0, -window.high) for _, window, _ in windows)
+    begin = 4 * (field + alignment) + cropped * alignment
     lacks = [
         n - ceil(stride * outputs)
         for n in range(begin, begin + alignment)

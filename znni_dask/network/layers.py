@@ -18,6 +18,7 @@ from znni_dask.network.window import SAME, Window
 
 Padding = tuple[Size, Size]
 ONES: Size = (1, 1, 1)
+_LARGEST = 1 << 16
 NO_PADDING: Padding = ((0, 0, 0), (0, 0, 0))
 
 
@@ -183,6 +184,10 @@ class MaxPool(Layer):
     padding: Padding = NO_PADDING
 
     def channels(self, inputs: Sequence[int]) -> int:
+        _check_window(self)
+        for axis in range(3):
+            if max(self.padding[0][axis], self.padding[1][axis]) >= self.window(axis).extent:
+                raise NetworkError(f"MaxPool ({self.summary}): a window lies in the padding alone")
         return _one(self, inputs)
 
     def window(self, axis: int) -> Window:
@@ -361,12 +366,26 @@ class Resize(Layer):
 
 
 def _channels_of_convolution(
-    layer: Layer, in_channels: int, out_channels: int, inputs: Sequence[int]
+    layer: Conv | ConvTranspose, in_channels: int, out_channels: int, inputs: Sequence[int]
 ) -> int:
     found = _one(layer, inputs)
+    _check_window(layer)
     if found != in_channels:
         raise NetworkError(f"{layer.kind} wants {in_channels} channels, its input has {found}")
+    if layer.groups < 1 or in_channels % layer.groups or out_channels % layer.groups:
+        raise NetworkError(
+            f"{layer.kind} from {in_channels} to {out_channels} channels cannot have "
+            f"{layer.groups} groups: both must be whole numbers of groups"
+        )
     return out_channels
+
+
+def _check_window(layer: Conv | ConvTranspose | MaxPool) -> None:
+    sizes = (*layer.kernel, *layer.stride, *layer.dilation)
+    if min(sizes) < 1:
+        raise NetworkError(f"{layer.kind} ({layer.summary}): sizes must be positive")
+    if max(*sizes, *map(abs, (*layer.padding[0], *layer.padding[1]))) > _LARGEST:
+        raise NetworkError(f"{layer.kind} ({layer.summary}): sizes beyond {_LARGEST} are a mistake")
 
 
 def _padding_text(padding: Padding) -> str:

@@ -120,7 +120,7 @@ class Network:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of layers and weights: equal where the answers are."""
+        """A hash of layers, their names and weights: who has it gives the same answers."""
         digest = hashlib.sha256(repr((self.nodes, self.output)).encode())
         for name in sorted(self.weights):
             for key in sorted(self.weights[name]):
