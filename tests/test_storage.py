@@ -107,6 +107,34 @@ def test_every_format_reads_the_same(kind, tmp_path):
         assert volume.units == ("nanometer",) * 3
 
 
+def test_sections_are_taken_in_the_order_of_their_numbers(tmp_path):
+    for z in range(12):
+        tifffile.imwrite(tmp_path / f"s{z}.tif", np.full((4, 5), z, np.uint8))
+    volume = open_volume(tmp_path)
+    assert volume.read(Box((0, 0, 0), (12, 1, 1))).ravel().tolist() == list(range(12))
+
+
+def test_a_memory_mapped_file_travels_as_its_path(tmp_path):
+    np.save(tmp_path / "large.npy", np.zeros((100, 100, 100), np.uint8))
+    volume = open_volume(tmp_path / "large.npy")
+    volume.read(Box((0, 0, 0), (1, 1, 1)))
+    assert len(pickle.dumps(volume)) < 1000
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ">f4"])
+def test_floats_arrive_as_float32_and_what_overflows_is_refused(dtype, tmp_path):
+    array = np.random.default_rng(0).random((4, 5, 6)).astype(dtype)
+    np.save(tmp_path / "a.npy", array)
+    got = open_volume(tmp_path / "a.npy").read_extended(Box((0, 0, 0), (4, 5, 6)), "reflect")
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got[0], array.astype(np.float32))
+    if dtype == np.float64:
+        array[1, 2, 3] = 1e300
+        np.save(tmp_path / "b.npy", array)
+        with pytest.raises(RunError, match=r"1e\+300"):
+            open_volume(tmp_path / "b.npy").read_extended(Box((0, 0, 0), (4, 5, 6)), "reflect")
+
+
 def test_channels_come_first_whatever_their_place(tmp_path):
     array = np.random.default_rng(0).random((5, 6, 7, 2)).astype("f4")
     zarr.create_array(
@@ -167,6 +195,39 @@ def broken(kind, folder):
         case "truncated.tif":
             tifffile.imwrite(path, DATA)
             path.write_bytes(path.read_bytes()[:5])
+        case "cut pages.tif":
+            with tifffile.TiffWriter(path) as writer:
+                for page in DATA:
+                    writer.write(page, contiguous=False)
+            path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+        case "cut imagej.tif":
+            tifffile.imwrite(path, DATA, imagej=True, metadata={"axes": "ZYX"})
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        case "cut data.tif":
+            tifffile.imwrite(path, DATA)
+            path.write_bytes(path.read_bytes()[:-700])
+        case "two images.tif":
+            with tifffile.TiffWriter(path) as writer:
+                writer.write(DATA[0, :10, :11])
+                writer.write(DATA)
+        case "palette.tif":
+            tifffile.imwrite(
+                path, DATA[0], photometric="palette", colormap=np.zeros((3, 256), np.uint16)
+            )
+        case "rgb pages" | "unequal pages":
+            path.mkdir()
+            for z in range(3):
+                page = np.zeros((20, 30, 3), np.uint8) if kind == "rgb pages" else DATA[0, z:]
+                tifffile.imwrite(path / f"{z}.tif", page)
+        case "damaged chunk.zarr":
+            zarr.create_array(str(path), data=DATA, chunks=DATA.shape)
+            (path / "c" / "0" / "0" / "0").write_bytes(b"not zstd at all")
+        case "bare datasets.zarr":
+            ome_zarr(path, "0.5", "zyx", DATA, [{"type": "scale", "scale": [1, 1, 1]}])
+            group = zarr.open_group(str(path))
+            ome = dict(group.attrs["ome"])
+            ome["multiscales"][0]["datasets"] = ["s0"]
+            group.attrs["ome"] = ome
         case "six.npy":
             np.save(path, np.zeros((1,) * 6))
         case "empty.npy":
@@ -202,6 +263,15 @@ def broken(kind, folder):
         ("text.npy", "cannot read"),
         ("truncated.npy", "cannot read"),
         ("truncated.tif", "cannot read"),
+        ("cut pages.tif", "truncated"),
+        ("cut imagej.tif", "truncated"),
+        ("cut data.tif", "truncated"),
+        ("two images.tif", "2 images of shapes"),
+        ("palette.tif", "palette"),
+        ("rgb pages", "one grey section each"),
+        ("unequal pages", "sections of .* differ"),
+        ("damaged chunk.zarr", "cannot read"),
+        ("bare datasets.zarr", "metadata cannot be read"),
         ("six.npy", "two to five axes"),
         ("empty.npy", "empty"),
         ("time.zarr", "3 time points"),

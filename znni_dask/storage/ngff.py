@@ -36,7 +36,7 @@ def first_level(group: Any, place: str) -> Level:
         )
     try:
         return _level(images[0])
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise VolumeError(f"{place}: its OME metadata cannot be read: {error!r}") from None
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from znni_dask.errors import OptionError, OutputError
+from znni_dask.errors import OptionError, OutputError, RunError
 from znni_dask.geometry import Box, Size, round_up, text, triple, volume
 from znni_dask.storage import ngff
 
 DTYPES = ("float32", "float16", "uint8")
+_LARGEST_HALF = float(np.finfo(np.float16).max)
 _ENCODED_AT_ONCE = 10  # zarr's default `async.concurrency`
 
 
@@ -35,7 +36,7 @@ class Encoding:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise OptionError(f"dtype {self.dtype!r} is not known: choose {', '.join(DTYPES)}")
-        if not self.low < self.high:
+        if not (self.low < self.high and np.isfinite([self.low, self.high]).all()):
             raise OptionError(f"the range {self.low:g}, {self.high:g} is empty: low before high")
 
     @property
@@ -50,6 +51,11 @@ class Encoding:
             np.multiply(values, np.float32(255 / (self.high - self.low)), out=values)
             np.clip(values, 0, 255, out=values)
             np.rint(values, out=values)
+        elif self.dtype == "float16" and np.abs(values).max(initial=0) > _LARGEST_HALF:
+            raise RunError(
+                f"the answer holds {float(np.abs(values).max()):g}, float16 ends at "
+                f"{_LARGEST_HALF:g}: choose float32"
+            )
         return values.astype(self.dtype, copy=False)
 
     def step(self, largest: float) -> float:

@@ -25,7 +25,16 @@ Values = NDArray[np.generic]
 _DECODED_AT_ONCE = 10  # zarr's default `async.concurrency`
 _SUFFIXES = (".tif", ".tiff")
 # what zarr, tifffile and numpy raise on damaged files
-_DAMAGED = (OSError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
+_DAMAGED = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+)
 
 
 class Stored(Protocol):
@@ -100,7 +109,12 @@ class Volume:
             raise ValueError(f"box {box} reaches out of a volume of size {self.size}")
         window = dict(zip("zyx", box.slices, strict=True))
         index = tuple(window.get(a, slice(None) if a == "c" else 0) for a in self.axes)
-        values = np.asarray(self.array[index])
+        try:
+            values = np.asarray(self.array[index])
+        except _DAMAGED as error:
+            raise RunError(
+                f"cannot read z, y, x = {box} of {self.path}: {type(error).__name__}: {error}"
+            ) from error
         kept = [a for a in self.axes if a != "t"]
         order = [kept.index(a) for a in "czyx" if a in kept]
         absent = [i for i, a in enumerate("czyx") if a not in kept]
@@ -133,10 +147,11 @@ class Volume:
     def read_bytes(self, size: Size) -> int:
         """Memory that `read_extended` takes at most for a box of ``size``, its result included.
 
-        An extended box is copied once more; zarr holds some decoded chunks beside the result.
+        An extended box is copied once more, as floats are that are not float32 (their mask of
+        what is finite is freed before); zarr holds some decoded chunks beside the result.
         """
         item = self.channels * self.dtype.itemsize
-        result = item * volume(size)
+        result = max(item, 4 * self.channels) * volume(size)
         chunk = volume(self.chunks or (1, 1, 1))
         touched = 1
         for n, c in zip(size, self.chunks or (1, 1, 1), strict=True):
@@ -148,31 +163,43 @@ class Volume:
         return self.array.shape[self.axes.index(axis)] if axis in self.axes else 1
 
     def _finite(self, values: Values, box: Box, nan: float | None) -> Values:
+        """Floats as float32, which is what networks compute in; all of them finite."""
         if self.dtype.kind != "f":
             return values
-        bad = ~np.isfinite(values)
+        with np.errstate(over="ignore"):
+            floats = values.astype(np.float32, copy=False)
+        bad = ~np.isfinite(floats)
         if not bad.any():
-            return values
+            return floats
         if nan is None:
             c, *place = (int(i[0]) for i in np.nonzero(bad))
             at = [a + b for a, b in zip(box.start, place, strict=True)]
             raise RunError(
                 f"the volume holds {values[c, place[0], place[1], place[2]]} at z, y, x = {at} "
-                f"(channel {c}) and {int(bad.sum())} such values in this block: replace them with "
-                "--nan VALUE"
+                f"(channel {c}) and {int(bad.sum())} such values in this block, which are no "
+                "finite float32: replace them with --nan VALUE"
             )
-        return np.where(bad, np.asarray(nan, values.dtype), values)
+        if floats is values:
+            floats = values.astype(np.float32)
+        floats[bad] = nan
+        return floats
 
 
 def open_volume(path: str | Path) -> Volume:
     """Open what lies at ``path``; raises `VolumeError` where it is no volume."""
+    if not isinstance(path, str | Path):
+        raise VolumeError(f"a volume is given by its path, not as {type(path).__name__}")
     if "://" in str(path):
         raise VolumeError(f"{path}: only local paths can be read; copy or mount the volume")
     place = Path(path).absolute()  # workers may be elsewhere
     if not place.exists():
         raise VolumeError(f"there is no volume at {place}")
     try:
-        return _opener(place)(place)
+        found = _opener(place)(place)
+        found.read(Box((0, 0, 0), (1, 1, 1)))  # whether its values can be decoded at all
+        return found
+    except RunError as error:
+        raise VolumeError(str(error)) from error
     except _DAMAGED as error:
         raise VolumeError(f"cannot read {place}: {type(error).__name__}: {error}") from error
 
@@ -215,78 +242,52 @@ def _open_zarr(path: Path) -> Volume:
 
 def _zarr_volume(array: Any, path: Path, axes: str | None) -> Volume:
     names = axes or _axes(getattr(array.metadata, "dimension_names", None), array.shape)
-    grid = (
-        dict(zip(names, array.shards or array.chunks, strict=True))
-        if len(names) == array.ndim
-        else {}
-    )
+    grid = dict(zip(names, array.chunks, strict=True)) if len(names) == array.ndim else {}
     chunks = triple(grid.get(a, 1) for a in "zyx")
     return Volume(array, names, str(path), chunks=chunks)
 
 
 def _open_npy(path: Path) -> Volume:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = _NpyFile(str(path))
     return Volume(array, _axes(None, array.shape), str(path))
 
 
-def _open_tiff(path: Path) -> Volume:
-    stack = _TiffStack(str(path))
-    tiff_axes = stack.opened.axes
-    # tifffile's letters for "pages", "images" and "other" mean z in a stack; samples are channels
-    letters = ["z" if a in "IQR" else "c" if a == "S" else a.lower() for a in tiff_axes]
-    axes = (
-        _axes(letters, stack.shape)
-        if len(set(letters)) == len(letters)
-        else _axes(None, stack.shape)
-    )
-    chunks = dict(zip(axes, stack.opened.chunks, strict=True))
-    return Volume(stack, axes, str(path), chunks=triple(chunks.get(a, 1) for a in "zyx"))
-
-
 @dataclass(frozen=True)
-class _OpenTiff:
-    """A TIFF stack as a zarr array over its pages, strips or tiles."""
-
-    array: Any
-    axes: str
-    chunks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _TiffStack:
-    """A TIFF file or folder, opened where it is first read: file handles do not travel."""
+class _NpyFile:
+    """A `.npy` file, mapped where it is first read: a memory map that travels takes its data
+    along."""
 
     path: str
 
     @cached_property
-    def opened(self) -> _OpenTiff:
-        """The open stack."""
-        import tifffile
-        import zarr
-
-        path = Path(self.path)
-        if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-            sequence = tifffile.TiffSequence([str(p) for p in files])
-            array = zarr.open_array(sequence.aszarr(), mode="r")
-            return _OpenTiff(array, "I" * (array.ndim - 2) + "YX", array.chunks)
-        series = tifffile.TiffFile(path).series[0]
-        array = zarr.open_array(series.aszarr(level=0), mode="r")
-        return _OpenTiff(array, series.axes, array.chunks)
+    def mapped(self) -> Values:
+        """The file as a read-only memory map."""
+        mapped: Values = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return mapped
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the stack."""
-        return tuple(self.opened.array.shape)
+        """Shape of the array."""
+        return self.mapped.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of its values."""
-        dtype: np.dtype[Any] = self.opened.array.dtype
-        return dtype
+        return self.mapped.dtype
 
     def __getitem__(self, index: tuple[slice | int, ...]) -> Any:
-        return self.opened.array[index]
+        return np.array(self.mapped[index])
 
-    def __reduce__(self) -> tuple[type[_TiffStack], tuple[str]]:
-        return _TiffStack, (self.path,)
+    def __reduce__(self) -> tuple[type[_NpyFile], tuple[str]]:
+        return _NpyFile, (self.path,)
+
+
+def _open_tiff(path: Path) -> Volume:
+    from znni_dask.storage.tiff import TiffStack
+
+    stack = TiffStack(str(path))
+    # tifffile's letters for pages, images and other mean z in a stack; samples are channels
+    letters = ["z" if a in "IQR" else "c" if a == "S" else a.lower() for a in stack.opened.axes]
+    axes = _axes(letters if len(set(letters)) == len(letters) else None, stack.shape)
+    chunks = dict(zip(axes, stack.opened.array.chunks, strict=True))
+    return Volume(stack, axes, str(path), chunks=triple(chunks.get(a, 1) for a in "zyx"))
