@@ -11,6 +11,8 @@ import pytest
 
 from znni_dask import cli
 from znni_dask.importers.to_onnx import save
+from znni_dask.network import layers
+from znni_dask.network.build import Builder
 from znni_dask.storage.volume import open_volume
 
 
@@ -65,9 +67,12 @@ def test_an_existing_output_needs_overwrite(files, capsys):
         (["infer", "{}/net.onnx", "{}/in.npy", "{}/in.npy"], "the input"),
         (["infer", "{}/net.onnx", "{}/in.npy", "{}/o.zarr", "--memory", "9"], "no plan fits"),
         (["infer", "{}/net.onnx", "{}/in.npy", "{}/o.zarr", "--memory", "much"], "12GiB"),
-        (["infer", "{}/net.onnx", "{}/in.npy", "{}/o.zarr", "--range", "1,0"], "empty"),
+        (["infer", "{}/net.onnx", "{}/in.npy", "{}/o.zarr", "--range", "1", "0"], "empty"),
         (["verify", "{}/net.onnx", "{}/in.npy", "{}/in.npy"], "not made by znni infer"),
         (["info", "{}/in.npy"], "in.npy"),
+        (["infer", "{}/net.onnx", "{}/in.npy", "{}/o.zarr", "--memory", "1e999"], "12GiB"),
+        (["infer", "{}/net.onnx", "{}/in.npy", "{}/o.zarr", "--nan", "nan"], "finite"),
+        (["verify", "{}/net.onnx", "{}/in.npy", "{}/in.npy", "--seed", "-1"], "seed"),
     ],
 )
 def test_bad_input_gives_one_message_exit_code_2_and_no_output(arguments, message, files, capsys):
@@ -88,7 +93,7 @@ def test_bad_input_gives_one_message_exit_code_2_and_no_output(arguments, messag
         ["infer", "a", "b"],
         ["infer", "a", "b", "c", "--patch", "8,8"],
         ["infer", "a", "b", "c", "--boundary", "mirror"],
-        ["infer", "a", "b", "c", "--range", "x"],
+        ["infer", "a", "b", "c", "--range", "x", "1"],
     ],
 )
 def test_a_wrong_command_line_shows_its_usage(arguments, capsys):
@@ -96,6 +101,17 @@ def test_a_wrong_command_line_shows_its_usage(arguments, capsys):
         cli.main(arguments)
     assert found.value.code == 2
     assert "usage: znni" in capsys.readouterr().err
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(files, capsys):
+    b = Builder(1)
+    x = b.add(layers.Activation("relu"), b.input, name="net/[/enc]/[bold]Relu")
+    save(b.network(x), files / "odd.onnx")
+    assert cli.main(["info", str(files / "odd.onnx")]) == 0
+    assert "net/[/enc]/[bold]Relu" in capsys.readouterr().out
+    arguments = [str(files / "odd.onnx"), str(files / "in.npy"), str(files / "a[/red].zarr")]
+    assert cli.main(["infer", *arguments, "--dtype", "uint8", "--range", "-1", "300"]) == 0
+    assert "a[/red].zarr" in capsys.readouterr().out
 
 
 def test_failed_blocks_end_with_exit_code_1(files, capsys):

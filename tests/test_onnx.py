@@ -134,6 +134,11 @@ OPERATORS = {
         {"s": np.array([1, 1, 2, 2, 3], np.float32), "r": np.zeros(0, np.float32)},
     ),
     "Identity, Dropout": ([node("Identity", "x", "i"), node("Dropout", "i")], {}),
+    "Slice to the 32-bit end": (
+        [node("Slice", "x s e a")],
+        {"s": np.array([1]), "e": np.array([2**31 - 1]), "a": np.array([-1])},
+    ),
+    "Pad nothing": ([node("Pad", "x p")], {"p": np.zeros(10, np.int64)}),
     "constants folded": (
         [
             node("Concat", "p q", "c", axis=0),
@@ -143,6 +148,72 @@ OPERATORS = {
         {"p": np.array([0, 0, 1, 1, 1], np.int32), "q": np.array([0, 0, 0, 2, 0], np.int32)},
     ),
 }
+
+
+def test_resize_honours_its_axes(tmp_path):
+    """opset 18 lets scales name their axes, in any order."""
+    nearest = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric"}
+    resize = node("Resize", "x r s", nearest_mode="floor", axes=[4, 2, 3], **nearest)
+    constants = {"r": np.zeros(0, np.float32), "s": np.array([3, 1, 2], np.float32)}
+    network = loaded(model([resize], constants, opset=18), tmp_path)
+    assert network.nodes[-1].layer.factor == (1, 2, 3)
+
+
+MALFORMED = {
+    "MaxPool without kernel_shape": [node("MaxPool", "x")],
+    "Concat without axis": [node("Concat", "x x")],
+    "kernel_shape a number": [node("MaxPool", "x", kernel_shape=2)],
+    "strides too few": [node("Conv", "x w", strides=[1, 1])],
+    "group a string": [node("Conv", "x w", group="two")],
+    "groups that do not divide": [node("Conv", "x u", group=2)],
+    "kernel_shape of another size": [node("Conv", "x w", kernel_shape=[5, 5, 5])],
+    "no output": [helper.make_node("Relu", ["x"], [], "none")],
+    "pooling windows in the padding": [node("MaxPool", "x", kernel_shape=[2] * 3, pads=[2] * 6)],
+    "kernel of zero": [node("MaxPool", "x", kernel_shape=[0, 2, 2])],
+    "huge window": [node("MaxPool", "x", kernel_shape=[1 << 40] * 3)],
+    "huge dilation": [node("Conv", "x w", dilations=[1 << 40] * 3)],
+    "slice of axis 9": [node("Slice", "x one two nine")],
+    "slice of axis -9": [node("Slice", "x one two minus")],
+    "pads too few": [node("Pad", "x one")],
+    "infinite scale": [node("Resize", "x r inf")],
+    "sum of three": [node("Add", "x o o")],
+    "alpha not a number": [node("LeakyRelu", "x", alpha=float("nan"))],
+    "text for weights": [node("Conv", "x text")],
+    "statistics of unequal length": [node("BatchNormalization", "x o o o w")],
+    "endless range": [node("Range", "zero many tiny", "c"), node("Add", "x c")],
+}
+
+
+@pytest.mark.parametrize("label", MALFORMED)
+def test_malformed_nodes_are_refused_with_a_message(label, tmp_path):
+    constants = {
+        **CONSTANTS,
+        "u": f4(3, 1, 1, 1, 1),
+        "nine": np.array([9]),
+        "minus": np.array([-9]),
+        "inf": np.array([1, 1, np.inf, 1, 1], np.float32),
+        "text": np.array(["a"] * 4, object),
+        "zero": np.float64(0),
+        "many": np.float64(1),
+        "tiny": np.float64(1e-12),
+    }
+    with pytest.raises(NetworkError, match="layers are not supported"):
+        loaded(model(MALFORMED[label], constants), tmp_path)
+
+
+def test_reasons_behind_a_failed_node_are_listed_too(tmp_path):
+    nodes = [
+        helper.make_node("Clip", ["x"], ["a"], "first"),
+        helper.make_node("MaxPool", ["a"], ["b"], "second", kernel_shape=[2] * 3, ceil_mode=1),
+        helper.make_node("Conv", ["b", "w"], ["c"], "fine"),
+        helper.make_node("Resize", ["c", "r", "s"], ["y"], "third", mode="cubic"),
+    ]
+    with pytest.raises(NetworkError) as found:
+        loaded(model(nodes, CONSTANTS), tmp_path)
+    text = str(found.value)
+    assert "3 layers" in text
+    for name in ("first (Clip)", "second (MaxPool): ceil_mode", "third (Resize): mode=cubic"):
+        assert name in text
 
 
 @pytest.mark.parametrize("label", OPERATORS)
@@ -245,7 +316,7 @@ def test_everything_unsupported_is_listed_at_once(tmp_path):
         (model([node("Add", "x x1")], {}, inputs=2), "one input, this one has 2: 'x', 'x1'"),
         (
             model([node("Relu", "x"), node("Tanh", "x", "y1")], {}, outputs=2),
-            r"2 outputs \(y, y1\)",
+            r"2 outputs \(y, y1\), one is wanted",
         ),
         (model([node("Relu", "x")], {}, opset=9), "opset 9 is too old"),
         (model([node("Relu", "x")], {}, rank=3), "rank 3"),

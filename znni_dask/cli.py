@@ -74,10 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     infer.add_argument("--dtype", choices=DTYPES, default="float32")
     infer.add_argument(
         "--range",
-        type=_range,
+        type=float,
+        nargs=2,
         default=(0.0, 1.0),
-        metavar="LOW,HIGH",
-        help="values that uint8 output maps to 0 and 255 (default 0,1)",
+        metavar=("LOW", "HIGH"),
+        help="values that uint8 output maps to 0 and 255 (default 0 1)",
     )
     infer.add_argument("--chunks", type=_size, metavar="Z,Y,X", help="of the output (default 64³)")
     infer.add_argument("--shards", type=_size, metavar="Z,Y,X", help="of the output (default none)")
@@ -108,18 +109,12 @@ def _size(text: str) -> Size:
         raise argparse.ArgumentTypeError(f"{text!r} is not z,y,x like 64,64,64") from None
 
 
-def _range(text: str) -> tuple[float, float]:
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not low,high like 0,1") from None
-    return low, high
-
-
 def _console() -> Console:
     """Standard output; where it is no terminal, wide enough for whole tables."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
+    console = Console(highlight=False, markup=False)
+    if console.is_terminal:
+        return console
+    return Console(highlight=False, markup=False, width=_FILE_WIDTH)
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -144,7 +139,7 @@ def _infer(options: argparse.Namespace) -> int:
             patch=options.patch,
             threads=options.threads,
             dtype=options.dtype,
-            value_range=options.range,
+            value_range=tuple(options.range),
             chunks=options.chunks,
             shards=options.shards,
             nan=options.nan,

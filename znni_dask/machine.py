@@ -101,21 +101,19 @@ class MemoryMeter:
                 return
 
 
-def parse_bytes(text: str | int) -> int:
-    """``"12GiB"``, ``"512MB"``, ``"2e9"`` or a number, in bytes."""
-    if isinstance(text, int):
-        value = text
-    else:
-        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+]?\d+)?)\s*([kKmMgGtT]?[iI]?)[bB]?\s*", text)
-        unit = match[2].upper() if match else "?"
-        factor = _UNITS.get(unit) or _BINARY.get(unit)
-        try:
-            value = int(float(match[1]) * factor) if match and factor else 0
-        except ValueError:
-            value = 0
-    if value <= 0:
-        raise OptionError(f"memory {text!r} is not a size: write it like 12GiB, 512MiB or 2e9")
-    return value
+def parse_bytes(size: str | float) -> int:
+    """``"12GiB"``, ``"512MB"``, ``"2e9"`` or a number, in bytes; raises `OptionError`."""
+    number, unit = str(size), ""
+    if match := re.fullmatch(r"\s*([0-9.]+(?:[eE][+]?\d+)?)\s*([kKmMgGtT]?[iI]?)[bB]?\s*", number):
+        number, unit = match[1], match[2].upper()
+    factor = (_UNITS | _BINARY).get(unit, 0)
+    try:
+        value = float(number) * factor
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < float("inf"):
+        raise OptionError(f"memory {size!r} is not a size: write it like 12GiB, 512MiB or 2e9")
+    return int(value)
 
 
 def show_bytes(value: float) -> str:

@@ -26,7 +26,7 @@ from distributed import Client, WorkerPlugin, as_completed, get_worker
 from znni_dask import planner
 from znni_dask.errors import NetworkError, OptionError, RunError
 from znni_dask.executors.serial import SerialExecutor
-from znni_dask.geometry import Box, Size, volume
+from znni_dask.geometry import Box, Size, triple, volume
 from znni_dask.importers import load_network
 from znni_dask.kernels.direct import compile_kernels
 from znni_dask.machine import MemoryMeter, anonymous_bytes, available_bytes, cores, parse_bytes
@@ -142,13 +142,13 @@ def run(
     output: str | Path,
     *,
     boundary: str = "reflect",
-    memory: str | int | None = None,
-    patch: Size | None = None,
+    memory: str | float | None = None,
+    patch: Size | int | None = None,
     threads: int | None = None,
     dtype: str = "float32",
     value_range: tuple[float, float] = (0.0, 1.0),
-    chunks: Size | None = None,
-    shards: Size | None = None,
+    chunks: Size | int | None = None,
+    shards: Size | int | None = None,
     nan: float | None = None,
     overwrite: bool = False,
     client: Client | None = None,
@@ -166,7 +166,8 @@ def run(
         ``"nearest"``, ``"constant"`` (zero), or ``"valid"`` (not at all: the output is smaller).
     memory : bound on the anonymous memory of the whole process, like ``"12GiB"``; by default 80 %
         of what the machine has free.
-    patch : size (z, y, x) of the output computed at once; by default the fastest that fits.
+    patch : size (z, y, x), or one number for all axes, of the output computed at once; by default
+        the fastest that fits.
     threads : computing threads; by default all cores this process may use.
     dtype : ``"float32"``, ``"float16"`` or ``"uint8"`` (``value_range`` mapped to 0 … 255).
     chunks, shards : of the output, (z, y, x).
@@ -180,14 +181,20 @@ def run(
     InputError before anything is written; `RunError` at the end where blocks failed, after all
     others were written.
     """
+    if nan is not None and not np.isfinite(nan):
+        raise OptionError(f"nan={nan} replaces NaN by what is no number: give a finite value")
+    patch, chunks, shards = (
+        _size_option(name, value)
+        for name, value in (("patch", patch), ("chunks", chunks), ("shards", shards))
+    )
     source = open_volume(input)
     graph = simplify(load_network(network))
     place = store.check_place(output, input, overwrite)
     encoding = Encoding(dtype, *value_range)
     layout = lay(graph, source, boundary)
     stored = store.output_layout(graph.out_channels, layout.output_size, chunks, shards)
-    allowed = parse_bytes(memory) if memory else int(_SHARE_OF_FREE * available_bytes())
-    team = _threads(threads)
+    allowed = parse_bytes(memory) if memory is not None else int(_SHARE_OF_FREE * available_bytes())
+    team = computing_threads(threads)
     compile_kernels()
     with MemoryMeter() as meter, _client(client) as found:
         plan = planner.plan(
@@ -228,12 +235,23 @@ def lay(network: Network, source: Volume, boundary: str) -> Layout:
     return Layout(network, source.size, boundary)
 
 
-def _threads(threads: int | None) -> int:
+def computing_threads(threads: int | None) -> int:
+    """The threads asked for, all cores where none are; raises `OptionError`."""
     if threads is None:
         return cores()
-    if threads < 1:
-        raise OptionError(f"threads {threads}: at least one is needed")
+    if not isinstance(threads, int) or threads < 1:
+        raise OptionError(f"threads {threads!r}: a whole number is wanted, at least one")
     return threads
+
+
+def _size_option(name: str, value: Size | int | None) -> Size | None:
+    """An option given as (z, y, x) or as one number."""
+    if value is None:
+        return None
+    values = (value,) * 3 if isinstance(value, int) else tuple(value)
+    if len(values) != 3 or not all(isinstance(v, int | np.integer) and v > 0 for v in values):
+        raise OptionError(f"{name} {value!r} is no size: give three positive whole numbers z, y, x")
+    return triple(values)
 
 
 def _described(job: Job, layout: Layout) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Check an output: recompute random places of it, each in one large patch of its own.
 
-Half of the places are put across corners of the blocks in which a run writes, where a wrong
-halo would show; the others anywhere.
+Half of the places are put across corners of the chunks in which a run writes, where a wrong
+halo would show; the others anywhere. Of a dense network one voxel in every place is computed by
+definition, the network on that voxel's field of view, so that fragments are checked too.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import zarr
 from znni_dask import planner
 from znni_dask.errors import OptionError, OutputError
 from znni_dask.executors.serial import SerialExecutor
-from znni_dask.geometry import Box, Size, triple
+from znni_dask.geometry import Box, Size, add, triple
 from znni_dask.importers import load_network
-from znni_dask.machine import cores
 from znni_dask.network.network import Network
 from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout
-from znni_dask.run import lay
+from znni_dask.primitives.base import Array
+from znni_dask.run import computing_threads, lay
 from znni_dask.schedule import Schedules
 from znni_dask.storage.output import Encoding
 from znni_dask.storage.volume import Volume, open_volume
@@ -65,8 +66,12 @@ def verify(
 
     Raises `OutputError` where the output was not made by `run` from this network and volume.
     """
-    if places < 1 or min(size) < 1:
-        raise OptionError(f"{places} places of size {size}: both must be positive")
+    if places < 1 or min(size) < 1 or seed < 0:
+        raise OptionError(
+            f"{places} places of size {size}, seed {seed}: places and size must be positive, the "
+            "seed not negative"
+        )
+    team = computing_threads(threads)
     graph = simplify(load_network(network))
     source = open_volume(input)
     written, made = _open_output(output, graph)
@@ -82,7 +87,10 @@ def verify(
     for index in range(places):
         box = _place(random, layout.output_size, size, written.chunks if index % 2 else None)
         stored.append(encoding.decode(written.read(box)))
-        fresh.append(_recompute(layout, source, box, made["nan"], threads or cores()))
+        answer = _recompute(layout, source, box, made["nan"], team)
+        if layout.geometry.dense:
+            _slide(layout, source, box, made["nan"], team, random, answer)
+        fresh.append(answer)
         boxes.append(box)
     return _compare(stored, fresh, boxes, encoding)
 
@@ -93,7 +101,7 @@ def _open_output(path: str | Path, network: Network) -> tuple[Volume, dict[str, 
     if (Path(path) / "zarr.json").is_file():
         node = zarr.open(str(path), mode="r")
         made = cast("dict[str, Any] | None", node.attrs.get("znni"))
-    if made is None:
+    if not isinstance(made, dict) or not {"network", "boundary", "nan", "range"} <= set(made):
         raise OutputError(f"{path} was not made by znni infer: how it was made is not known")
     if made["network"] != network.fingerprint:
         raise OutputError(f"{path} was made by another network, or one with other weights")
@@ -113,10 +121,34 @@ def _place(random: np.random.Generator, whole: Size, size: Size, chunks: Size | 
     return Box(triple(start), triple(stop))
 
 
+def _slide(
+    layout: Layout,
+    source: Volume,
+    box: Box,
+    nan: float | None,
+    threads: int,
+    random: np.random.Generator,
+    answer: Array,
+) -> None:
+    """Put one voxel of a place in by definition: the network on that voxel's field of view, no
+    fragments. So fragments are checked by what does without them."""
+    place = triple(int(random.integers(n)) for n in box.size)
+    start = add(box.start, place)
+    one = Box(start, add(start, (1, 1, 1)))
+    z, y, x = place
+    voxel = _recompute(layout, source, one, nan, threads, fragments=False)
+    answer[:, z, y, x] = voxel[:, 0, 0, 0]
+
+
 def _recompute(
-    layout: Layout, source: Volume, box: Box, nan: float | None, threads: int
-) -> np.ndarray[Any, np.dtype[np.float32]]:
-    primitives = planner.choose_primitives(layout)
+    layout: Layout,
+    source: Volume,
+    box: Box,
+    nan: float | None,
+    threads: int,
+    fragments: bool = True,
+) -> Array:
+    primitives = planner.choose_primitives(layout, fragments)
     schedules = Schedules(layout, primitives)
     todo = schedules.schedule(box)
     arena = schedules.arena(schedules.sizes(box))

@@ -18,6 +18,8 @@ def load_network(source: str | Path | Network) -> Network:
         return source
     if str(source) in PAPER_NETWORKS:
         return PAPER_NETWORKS[str(source)]()
+    if not isinstance(source, str | Path):
+        raise NetworkError(f"a network is a file or a Network, not a {type(source).__name__}")
     path = Path(source)
     if not path.is_file():
         names = ", ".join(PAPER_NETWORKS)

@@ -13,20 +13,20 @@ from znni_dask.importers.onnx_operators import OPERATORS
 from znni_dask.network.network import Network
 
 
-def load(path: str | Path, output: str | None = None) -> Network:
+def load(path: str | Path) -> Network:
     """Read an ONNX file, external data beside it included.
 
-    ``output`` names the output wanted where the file has several. Raises `NetworkError` where
-    the file is not ONNX, is truncated, contradicts itself or uses what is not supported.
+    Raises `NetworkError` where the file is not ONNX, is truncated, contradicts itself or uses
+    what is not supported.
     """
     path = Path(path)
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, format="protobuf")
     except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:
         raise NetworkError(f"cannot read {path} as ONNX: {error}") from None
     if not model.graph.node or not model.graph.output:
         raise NetworkError(f"{path} is not an ONNX network, or is truncated: it holds no layers")
     try:
-        return GraphReader(model, output, OPERATORS).network()
+        return GraphReader(model, OPERATORS).network()
     except NetworkError as error:
         raise NetworkError(f"{path}: {error}") from None

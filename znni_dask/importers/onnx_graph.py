@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -30,13 +31,23 @@ _FOLDED = {
     *("Neg", "Range", "Reshape", "Slice", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze"),
 }
 _LISTED = 20
+_LARGEST = 1 << 16  # of a kernel, stride, padding or factor
+# what reading a node with missing, mistyped or contradicting parts raises
+_MALFORMED = (
+    *(KeyError, TypeError, ValueError, IndexError, AttributeError),
+    *(OverflowError, RuntimeError, MemoryError),
+)
 
 Constant = NDArray[np.generic]
 Operator = Callable[["GraphReader", onnx.NodeProto], str]
 
 
 class UnsupportedNode(Exception):
-    """Why one node cannot be read."""
+    """Why one node cannot be read; ``follows`` where that may follow from another's failure."""
+
+    def __init__(self, reason: str, follows: bool = False) -> None:
+        super().__init__(reason)
+        self.follows = follows
 
 
 @dataclass
@@ -44,7 +55,6 @@ class GraphReader:
     """The state of reading one graph. ``_names`` maps ONNX values to layers of ours."""
 
     model: onnx.ModelProto
-    output: str | None
     operators: Mapping[str, Operator]
     _nodes: list[Node] = field(default_factory=list)
     _weights: dict[str, dict[str, Constant]] = field(default_factory=dict)
@@ -86,7 +96,7 @@ class GraphReader:
         for tensor in self.model.graph.initializer:
             try:
                 self.constants[tensor.name] = np.asarray(numpy_helper.to_array(tensor))
-            except (ValueError, TypeError) as error:
+            except _MALFORMED as error:
                 raise NetworkError(f"initializer {tensor.name!r} is damaged: {error}") from None
 
     def _read_input(self) -> None:
@@ -100,6 +110,7 @@ class GraphReader:
             for n in self.model.graph.node
             if n.op_type == "Conv" and len(n.input) > 1 and n.input[1] in self.constants
         ]
+        weights = [w for w in weights if w.ndim > 2]
         self.rank = len(shape) or (weights[0].ndim if weights else 0)
         if self.rank not in (4, 5):
             raise NetworkError(
@@ -108,7 +119,7 @@ class GraphReader:
             )
         channels = shape[1].dim_value if shape else 0
         if not channels and weights:
-            channels = weights[0].shape[1]
+            channels = weights[0].shape[1]  # of a first convolution without groups
         if channels < 1:
             raise NetworkError(
                 f"the input {inputs[0].name!r} does not say how many channels it has"
@@ -117,47 +128,52 @@ class GraphReader:
         self._names[inputs[0].name] = name
 
     def _output_name(self) -> str:
-        names = [o.name for o in self.model.graph.output]
-        if self.output is None and len(names) > 1:
+        names = [str(o.name) for o in self.model.graph.output]
+        if len(names) > 1:
             raise NetworkError(
-                f"the network has {len(names)} outputs ({', '.join(names)}): choose one of them"
+                f"the network has {len(names)} outputs ({', '.join(names)}), one is wanted: "
+                "export it with that one alone"
             )
-        name = self.output or names[0]
-        if name not in names:
-            raise NetworkError(f"no output {name!r}: the network has {', '.join(names)}")
-        if name not in self._names:
-            raise NetworkError(f"the output {name!r} does not depend on the input")
-        return name
+        if names[0] not in self._names:
+            raise NetworkError(f"the output {names[0]!r} does not depend on the input")
+        return names[0]
 
     def _read_node(self, proto: onnx.NodeProto) -> None:
-        operator = (
-            proto.op_type if proto.domain in ("", "ai.onnx") else f"{proto.domain}.{proto.op_type}"
-        )
+        """One node. Behind a node that failed, others go on with its input as a stand-in, so that
+        their own reasons come to light too; what may only follow from the failure is not said."""
+        domain = "" if proto.domain in ("", "ai.onnx") else f"{proto.domain}."
+        operator = domain + proto.op_type
         given = [name for name in proto.input if name]
-        if any(name in self._unknown for name in given):
-            self._unknown.update(proto.output)
-            if operator in self.operators or operator in _FOLDED:
-                return  # what it lacks has been reported
+        tainted = any(name in self._unknown for name in given)
         try:
+            if not proto.output:
+                raise UnsupportedNode("it has no output")
             if operator in _FOLDED and all(name in self.constants for name in given):
                 self._fold(proto)
             elif operator in self.operators:
                 self._names[proto.output[0]] = self.operators[operator](self, proto)
             else:
                 raise UnsupportedNode("operator not supported")
-        except (UnsupportedNode, NetworkError) as error:
-            label = proto.name or (proto.output[0] if proto.output else "?")
-            self._reasons.append(f"{label} ({operator}): {error}")
+        except (UnsupportedNode, NetworkError, *_MALFORMED) as error:
+            if not tainted or (isinstance(error, UnsupportedNode) and not error.follows):
+                label = proto.name or (proto.output[0] if proto.output else "?")
+                malformed = (
+                    "" if isinstance(error, UnsupportedNode | NetworkError) else "malformed: "
+                )
+                self._reasons.append(f"{label} ({operator}): {malformed}{error}")
+            tainted = True
+            stand_in = next((self._names[n] for n in given if n in self._names), None)
+            if stand_in and proto.output:
+                self._names[proto.output[0]] = stand_in
+        if tainted:
             self._unknown.update(proto.output)
 
     def _fold(self, proto: onnx.NodeProto) -> None:
         """Evaluate a node of constants, with bounds on what it may make."""
         given = {name: self.constants[name] for name in proto.input if name}
-        if proto.op_type in ("ConstantOfShape", "Range"):
-            wanted = np.concatenate([np.ravel(v).astype(np.float64) for v in given.values()])
-            size = prod(wanted) if proto.op_type == "ConstantOfShape" else np.abs(wanted).max()
-            if not 0 <= size <= _MOST_CONSTANTS:
-                raise UnsupportedNode(f"makes a constant of {size:.0f} values")
+        size = _size_made(proto, list(given.values()))
+        if not size <= max(_MOST_CONSTANTS, sum(v.size for v in given.values())):
+            raise UnsupportedNode(f"makes a constant of {size:.0f} values")
         graph = onnx.helper.make_graph(
             [proto],
             "constant",
@@ -172,7 +188,7 @@ class GraphReader:
         model = onnx.helper.make_model(graph, opset_imports=self.model.opset_import)
         try:
             values = ReferenceEvaluator(model).run(None, given)
-        except (ValueError, TypeError, IndexError, RuntimeError, KeyError) as error:
+        except _MALFORMED as error:
             raise UnsupportedNode(f"cannot be evaluated: {error}") from None
         for name, value in zip(proto.output, values, strict=True):
             self.constants[name] = np.asarray(value)
@@ -211,7 +227,7 @@ class GraphReader:
         if name in self.constants:
             raise UnsupportedNode("works on a constant where the volume is expected")
         if name not in self._names:
-            raise UnsupportedNode(f"its input {name!r} is made by no node")
+            raise UnsupportedNode(f"its input {name!r} is made by no node", follows=True)
         return self._names[name]
 
     def constant(self, proto: onnx.NodeProto, index: int) -> Constant | None:
@@ -220,7 +236,7 @@ class GraphReader:
         if not name:
             return None
         if name not in self.constants:
-            raise UnsupportedNode(f"its input {name!r} must be a constant")
+            raise UnsupportedNode(f"its input {name!r} must be a constant", follows=True)
         return self.constants[name]
 
     def weights(self, proto: onnx.NodeProto, index: int) -> Constant:
@@ -228,6 +244,8 @@ class GraphReader:
         value = self.constant(proto, index)
         if value is None:
             raise UnsupportedNode(f"its input {index} is missing")
+        if value.dtype.kind not in "buif":
+            raise UnsupportedNode(f"its input {index} holds {value.dtype}, not real numbers")
         return value
 
     def channels(self, name: str) -> int:
@@ -238,11 +256,16 @@ class GraphReader:
         """A list per spatial axis as (z, y, x)."""
         if len(values) != self.rank - 2:
             raise UnsupportedNode(f"{len(values)} values for {self.rank - 2} spatial axes")
-        return triple((neutral,) * (5 - self.rank) + tuple(int(v) for v in values))
+        whole = tuple(int(v) for v in values)
+        if max(map(abs, whole)) > _LARGEST:
+            raise UnsupportedNode(f"{list(whole)} is taken for a mistake: the most is {_LARGEST}")
+        return triple((neutral,) * (5 - self.rank) + whole)
 
     def axis(self, value: int) -> int:
         """An axis counted from 0, negative ones resolved."""
-        return value + self.rank if value < 0 else value
+        if not -self.rank <= value < self.rank:
+            raise UnsupportedNode(f"axis {value} of arrays of rank {self.rank}")
+        return value % self.rank
 
     def per_channel(self, constant: Constant, channels: int) -> Constant:
         """A constant that broadcasts along channels only, as one value per channel."""
@@ -253,3 +276,18 @@ class GraphReader:
                 f"a constant of shape {list(constant.shape)} does not go by channels ({channels})"
             )
         return np.broadcast_to(constant.reshape(-1).astype(np.float64), (channels,))
+
+
+def _size_made(proto: onnx.NodeProto, given: list[Constant]) -> float:
+    """Elements of what a node of constants makes, before it is made."""
+    match proto.op_type:
+        case "ConstantOfShape":
+            return float(np.prod(given[0].astype(np.float64)))
+        case "Range":
+            start, limit, step = (float(cast("Any", v.ravel()[0])) for v in given)
+            return abs((limit - start) / step) if step else float("inf")
+        case "Gather":
+            return float(given[0].size) * given[1].size
+        case "Add" | "Sub" | "Mul" | "Div":
+            return float(np.prod(np.array(np.broadcast_shapes(*(v.shape for v in given)), float)))
+    return float(sum(v.size for v in given))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +15,7 @@ from znni_dask.importers.onnx_graph import Constant, GraphReader, Operator, Unsu
 from znni_dask.network import layers
 from znni_dask.network.layers import Function, Padding
 
-_END = 1 << 31  # exporters write "to the end" as some number beyond this
+_END = (1 << 31) - 1  # exporters write "to the end" as this or some larger number
 
 
 def _attributes(proto: onnx.NodeProto) -> dict[str, Any]:
@@ -24,6 +24,13 @@ def _attributes(proto: onnx.NodeProto) -> dict[str, Any]:
 
 def _text(value: Any, default: str) -> str:
     return value.decode() if isinstance(value, bytes) else default
+
+
+def _finite(value: Any, what: str) -> float:
+    number = float(value)
+    if not np.isfinite(number):
+        raise UnsupportedNode(f"{what} is {number}")
+    return number
 
 
 def _padding(reader: GraphReader, attributes: dict[str, Any], kernel: Size) -> Padding:
@@ -71,6 +78,11 @@ def _conv(reader: GraphReader, proto: onnx.NodeProto) -> str:
     weight = _kernels(reader, proto)
     groups = int(attributes.get("group", 1))
     kernel = triple(weight.shape[2:])
+    if (
+        reader.spatial(list(attributes.get("kernel_shape", weight.shape[5 - reader.rank + 2 :])), 1)
+        != kernel
+    ):
+        raise UnsupportedNode("its kernel_shape is not that of its weights")
     layer = layers.Conv(
         weight.shape[1] * groups,
         weight.shape[0],
@@ -144,7 +156,7 @@ def _affine(
 
 def _activation(function: Function, alpha: float = 0.0) -> Operator:
     def read(reader: GraphReader, proto: onnx.NodeProto) -> str:
-        slope = float(_attributes(proto).get("alpha", alpha))
+        slope = _finite(_attributes(proto).get("alpha", alpha), "alpha")
         return reader.layer(proto, layers.Activation(function, slope), [reader.source(proto)])
 
     return read
@@ -173,6 +185,8 @@ def _arithmetic(
     """Sum (``power`` 0; ``sign`` -1 subtracts) or product (``power`` 1; -1 divides)."""
 
     def read(reader: GraphReader, proto: onnx.NodeProto) -> str:
+        if len(proto.input) != 2:
+            raise UnsupportedNode(f"takes two inputs, {len(proto.input)} are given")
         constants = [name in reader.constants for name in proto.input]
         if not any(constants):
             if combine is None:
@@ -218,7 +232,9 @@ def _pad(reader: GraphReader, proto: onnx.NodeProto) -> str:
         cropped = triple(max(0, -p) for p in below), triple(max(0, -p) for p in above)
         source = reader.layer(proto, layers.Crop(*cropped), [source])
     padding = triple(max(0, p) for p in below), triple(max(0, p) for p in above)
-    number = 0.0 if value is None or value.size == 0 else float(cast("Any", value.ravel()[0]))
+    if padding == layers.NO_PADDING:
+        return source
+    number = 0.0 if value is None or value.size == 0 else _finite(value.ravel()[0], "its value")
     return reader.layer(proto, layers.Pad(padding, number), [source])
 
 
@@ -263,9 +279,12 @@ def _resize(reader: GraphReader, proto: onnx.NodeProto) -> str:
             f"mode={mode}, {place}, {rounding}: only nearest neighbours by repeating"
         )
     scales = reader.constant(proto, 2)
-    if scales is None or scales.size != reader.rank:
+    if scales is None or scales.size == 0:
         raise UnsupportedNode("resizing to sizes instead of by factors is not supported")
-    factors = [float(cast("Any", s)) for s in scales.ravel()]
+    axes = [reader.axis(int(a)) for a in attributes.get("axes", range(reader.rank))]
+    factors = [1.0] * reader.rank
+    for axis, scale in zip(axes, scales.ravel(), strict=True):
+        factors[axis] = _finite(scale, "its scale")
     if factors[:2] != [1.0, 1.0] or any(f != round(f) or f < 1 for f in factors):
         raise UnsupportedNode(f"factors {factors} are not whole numbers per spatial axis")
     factor = reader.spatial([int(f) for f in factors[2:]], 1)
