@@ -41,8 +41,14 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.fixture(scope="module")
 def client():
     """One in-process cluster for all runs of this file; two blocks at a time."""
+    loopback = "127.0.0.1:0"
     with Client(
-        processes=False, n_workers=1, threads_per_worker=2, memory_limit=0, dashboard_address=None
+        processes=False,
+        n_workers=1,
+        threads_per_worker=2,
+        memory_limit=0,
+        dashboard_address=loopback,
+        worker_dashboard_address=loopback,
     ) as local:
         yield local
 
@@ -334,7 +340,15 @@ def test_nothing_of_a_run_stays_on_the_cluster(small, client):
 
 
 def test_a_run_without_a_client_makes_and_ends_its_own(small):
-    summary = znni_dask.run(**small, memory="2GiB")
+    listening = set()
+
+    def look(done, total):
+        for connection in machine.psutil.Process().net_connections():
+            if connection.status == "LISTEN":
+                listening.add(connection.laddr.ip)
+
+    summary = znni_dask.run(**small, memory="2GiB", progress=look)
+    assert listening <= {"127.0.0.1", "::1"}
     assert summary.peak_bytes <= summary.plan.predicted_bytes <= 2 << 30
     assert not [t.name for t in threading.enumerate() if t.name.startswith("znni")]
 
@@ -342,7 +356,7 @@ def test_a_run_without_a_client_makes_and_ends_its_own(small):
 def test_workers_in_processes_of_their_own_write_the_same(small, tmp_path, client):
     znni_dask.run(**small, chunks=(8, 16, 16), patch=(8, 16, 16), client=client)
     again = {**small, "output": tmp_path / "again.zarr"}
-    with Client(n_workers=2, threads_per_worker=2, dashboard_address=":0") as cluster:
+    with Client(n_workers=2, threads_per_worker=2, dashboard_address="127.0.0.1:0") as cluster:
         summary = znni_dask.run(**again, chunks=(8, 16, 16), patch=(8, 16, 16), client=cluster)
     assert summary.blocks > 8
     np.testing.assert_array_equal(answer(again["output"]), answer(small["output"]))

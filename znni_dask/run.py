@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 _SHOWN_FAILURES = 3
+_LOOPBACK = "127.0.0.1:0"  # distributed's web servers listen to all the world unless told
 _SHARE_OF_FREE = 0.8  # of the free memory, when no limit is given
 
 
@@ -289,7 +290,8 @@ def _client(client: Client | None) -> Iterator[Client]:
             n_workers=1,
             threads_per_worker=planner.MOST_BLOCKS_IN_FLIGHT,
             memory_limit=0,
-            dashboard_address=None,
+            dashboard_address=_LOOPBACK,
+            worker_dashboard_address=_LOOPBACK,
             silence_logs=logging.CRITICAL,  # failures are collected and reported at the end
         ) as local,
     ):

@@ -143,7 +143,10 @@ def _batch_normalization(reader: GraphReader, proto: onnx.NodeProto) -> str:
     scale, shift, mean, variance = (
         reader.weights(proto, i).astype(np.float64) for i in range(1, 5)
     )
-    scale = scale / np.sqrt(variance + attributes.get("epsilon", 1e-5))
+    spread = variance + attributes.get("epsilon", 1e-5)
+    if not (spread > 0).all():
+        raise UnsupportedNode(f"its variances plus epsilon go down to {spread.min():g}")
+    scale = scale / np.sqrt(spread)
     return _affine(reader, proto, reader.source(proto), scale, shift - mean * scale)
 
 
