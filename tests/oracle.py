@@ -36,7 +36,8 @@ def whole(network: Network, x):
 
 def dense(network: Network, x, field):
     """A sliding network at every voxel: the network itself, once for every offset of its stride,
-    each time on just the voxels behind its outputs. ``field`` is its field of view."""
+    each time on just the voxels behind its outputs. ``field`` is what it needs for one output:
+    its field of view and what it crops."""
     strides = [int(s) for s in network.spacing[network.output]]
     size = [n - f + 1 for n, f in zip(x.shape[1:], field, strict=True)]
     out = np.full((network.out_channels, *size), np.nan)

@@ -78,7 +78,7 @@ def at_once(network, volume, boundary):
         high = [e.size - e.low - k for e, k in zip(ends, n, strict=True)]
         x = oracle.extend(volume, [e.low for e in ends], high, boundary)
     if found.dense:
-        answer = oracle.dense(network, x, found.field_of_view)
+        answer = oracle.dense(network, x, [axis.shrink + 1 for axis in found.axes])
     else:
         answer = oracle.whole(network, x)
     if boundary == "valid":

@@ -164,7 +164,7 @@ def depends_on(network, axis, size):
     shape[axis] = size
     random = np.random.default_rng(0)
     x = random.standard_normal((network.in_channels, *shape))
-    field = geometry(network).field_of_view
+    field = [axis.shrink + 1 for axis in geometry(network).axes]
 
     def apply(network, x):
         if geometry(network).dense:

@@ -436,7 +436,7 @@ def test_the_process_stays_within_512_mib(name, size, tmp_path):
     assert peak <= LIMIT
     assert said["peak"] <= said["predicted"] <= LIMIT
     assert peak <= said["predicted"]
-    assert peak <= said["peak"] * 1.1
+    assert peak <= said["peak"] * 1.2
     assert said["blocks"] > 1
 
 

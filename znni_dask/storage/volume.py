@@ -147,8 +147,8 @@ class Volume:
     def read_bytes(self, size: Size) -> int:
         """Memory that `read_extended` takes at most for a box of ``size``, its result included.
 
-        An extended box is copied once more, as floats are that are not float32 (their mask of
-        what is finite is freed before); zarr holds some decoded chunks beside the result.
+        An extended box is copied once more, and so are floats other than float32; zarr holds
+        some decoded chunks beside the result.
         """
         item = self.channels * self.dtype.itemsize
         result = max(item, 4 * self.channels) * volume(size)
