@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+
 import sample
 import score
-
 from znni_dask import cli
 from znni_dask.geometry import Box, Size
 from znni_dask.storage.volume import open_volume

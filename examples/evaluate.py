@@ -13,9 +13,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import score
 import tifffile
 
+import score
 import znni_dask
 from znni_dask.geometry import Box
 from znni_dask.storage.volume import open_volume

@@ -29,10 +29,11 @@ import numpy as np
 import tifffile
 import torch
 from numpy.typing import NDArray
-from sample import generate
-from score import average_precision, best_baseline
 from torch import Tensor, nn
 from torch.nn import functional
+
+from sample import generate
+from score import average_precision, best_baseline
 
 Size = tuple[int, int, int]
 CHANNELS_LAST = torch.channels_last_3d  # several times faster on a CPU, with few channels

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 
+import oracle
 from znni_dask.network import layers
 from znni_dask.network.build import Builder
 from znni_dask.network.field_of_view import geometry

@@ -5,10 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import graphs
 import numpy as np
 import pytest
 
+import graphs
 from znni_dask import cli
 from znni_dask.importers.to_onnx import save
 from znni_dask.network import layers

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sample
-import score
 import tifffile
 import yaozarrs
 import zarr
 
 import demo
+import sample
+import score
 from znni_dask import cli
 from znni_dask.importers import load_network
 from znni_dask.network.field_of_view import geometry

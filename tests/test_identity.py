@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import graphs
 import numpy as np
-import oracle
 import pytest
 
+import graphs
+import oracle
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, tiles
 from znni_dask.network import window

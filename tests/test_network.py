@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import graphs
 import numpy as np
-import oracle
 import pytest
 
+import graphs
+import oracle
 from znni_dask.errors import NetworkError
 from znni_dask.importers import load_network, onnx, znni
 from znni_dask.importers.to_onnx import save

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import oracle
 import pytest
 import torch
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from test_identity import at_boxes
 from torch import nn
 from torch.nn import functional
 
+import oracle
+from test_identity import at_boxes
 from znni_dask.errors import NetworkError
 from znni_dask.geometry import Box, round_up
 from znni_dask.importers.onnx import load

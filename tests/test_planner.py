@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
-import graphs
 import numpy as np
 import pytest
 
+import graphs
 from znni_dask.costs import estimated_seconds
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Box, tiles, volume

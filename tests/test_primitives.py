@@ -5,9 +5,9 @@ from __future__ import annotations
 import tracemalloc
 
 import numpy as np
-import oracle
 import pytest
 
+import oracle
 from znni_dask.geometry import Box, tiles
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.team import Team

@@ -11,15 +11,15 @@ import threading
 import time
 from pathlib import Path
 
-import graphs
 import numpy as np
 import pytest
 import yaozarrs
 import zarr
 from distributed import Client
-from test_identity import assert_same, at_once
 
+import graphs
 import znni_dask
+from test_identity import assert_same, at_once
 from znni_dask import machine
 from znni_dask.errors import (
     InputError,
