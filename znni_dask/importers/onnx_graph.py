@@ -23,6 +23,7 @@ from znni_dask.geometry import Size, triple
 from znni_dask.network import layers
 from znni_dask.network.layers import Layer
 from znni_dask.network.network import Network, Node, without_unused
+from znni_dask.network.window import LARGEST
 
 OLDEST_OPSET = 11
 _MOST_CONSTANTS = 1 << 20  # elements of a constant worth computing while reading
@@ -31,7 +32,6 @@ _FOLDED = {
     *("Neg", "Range", "Reshape", "Slice", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze"),
 }
 _LISTED = 20
-_LARGEST = 1 << 16  # of a kernel, stride, padding or factor
 # what reading a node with missing, mistyped or contradicting parts raises
 _MALFORMED = (
     *(KeyError, TypeError, ValueError, IndexError, AttributeError),
@@ -257,8 +257,8 @@ class GraphReader:
         if len(values) != self.rank - 2:
             raise UnsupportedNode(f"{len(values)} values for {self.rank - 2} spatial axes")
         whole = tuple(int(v) for v in values)
-        if max(map(abs, whole)) > _LARGEST:
-            raise UnsupportedNode(f"{list(whole)} is taken for a mistake: the most is {_LARGEST}")
+        if max(map(abs, whole)) > LARGEST:
+            raise UnsupportedNode(f"{list(whole)} is taken for a mistake: the most is {LARGEST}")
         return triple((neutral,) * (5 - self.rank) + whole)
 
     def axis(self, value: int) -> int:

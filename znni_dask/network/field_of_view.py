@@ -21,10 +21,9 @@ from math import ceil, lcm
 from znni_dask.errors import NetworkError, VolumeError
 from znni_dask.network.layers import Input
 from znni_dask.network.network import Network, Node
-from znni_dask.network.window import Window
+from znni_dask.network.window import LARGEST, Window
 
 Interval = tuple[int, int]
-_LARGEST = 1 << 16  # voxels
 
 
 @dataclass(frozen=True)
@@ -204,10 +203,10 @@ def _axis(network: Network, axis: int, dense: bool) -> AxisGeometry:
     source = network.input.name
     behind = [demand(network, axis, (q, q + 1))[source] for q in range(period)]
     field = max(stop - start for start, stop in behind)
-    if max(alignment, field) > _LARGEST:
+    if max(alignment, field) > LARGEST:
         raise NetworkError(
             f"field of view {field} and alignment {alignment} along axis {axis} are taken for a "
-            f"mistake: the most is {_LARGEST}"
+            f"mistake: the most is {LARGEST}"
         )
     if dense:  # the network as it strides must fit its own field of view
         own = tuple((name, network[name].layer.window(axis), i) for name, _, i in windows)

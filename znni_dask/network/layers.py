@@ -14,11 +14,10 @@ from typing import Literal, final
 
 from znni_dask.errors import NetworkError
 from znni_dask.geometry import Size, text
-from znni_dask.network.window import SAME, Window
+from znni_dask.network.window import LARGEST, SAME, Window
 
 Padding = tuple[Size, Size]
 ONES: Size = (1, 1, 1)
-_LARGEST = 1 << 16
 NO_PADDING: Padding = ((0, 0, 0), (0, 0, 0))
 
 
@@ -384,8 +383,8 @@ def _check_window(layer: Conv | ConvTranspose | MaxPool) -> None:
     sizes = (*layer.kernel, *layer.stride, *layer.dilation)
     if min(sizes) < 1:
         raise NetworkError(f"{layer.kind} ({layer.summary}): sizes must be positive")
-    if max(*sizes, *map(abs, (*layer.padding[0], *layer.padding[1]))) > _LARGEST:
-        raise NetworkError(f"{layer.kind} ({layer.summary}): sizes beyond {_LARGEST} are a mistake")
+    if max(*sizes, *map(abs, (*layer.padding[0], *layer.padding[1]))) > LARGEST:
+        raise NetworkError(f"{layer.kind} ({layer.summary}): sizes beyond {LARGEST} are a mistake")
 
 
 def _padding_text(padding: Padding) -> str:

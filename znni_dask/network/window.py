@@ -11,6 +11,8 @@ from fractions import Fraction
 
 from znni_dask.geometry import ceil_divide
 
+LARGEST = 1 << 16  # voxels: a kernel, stride, padding or alignment beyond it is a mistake
+
 
 @dataclass(frozen=True)
 class Window:

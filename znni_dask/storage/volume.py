@@ -20,10 +20,10 @@ from znni_dask.errors import RunError, VolumeError
 from znni_dask.geometry import Box, Size, ceil_divide, triple, volume
 from znni_dask.patches import source_index
 from znni_dask.storage import ngff
+from znni_dask.storage.tiff import SUFFIXES, TiffStack
 
 Values = NDArray[np.generic]
 _DECODED_AT_ONCE = 10  # zarr's default `async.concurrency`
-_SUFFIXES = (".tif", ".tiff")
 # what zarr, tifffile and numpy raise on damaged files
 _DAMAGED = (
     OSError,
@@ -208,12 +208,12 @@ def _opener(path: Path) -> Callable[[Path], Volume]:
     if path.is_dir():
         if any((path / name).exists() for name in ("zarr.json", ".zarray", ".zgroup")):
             return _open_zarr
-        if any(p.suffix.lower() in _SUFFIXES for p in path.iterdir()):
+        if any(p.suffix.lower() in SUFFIXES for p in path.iterdir()):
             return _open_tiff
         raise VolumeError(f"the folder {path} holds neither a Zarr array nor TIFF files")
     if path.suffix == ".npy":
         return _open_npy
-    if path.suffix.lower() in _SUFFIXES:
+    if path.suffix.lower() in SUFFIXES:
         return _open_tiff
     raise VolumeError(f"{path}: not a kind of volume known (Zarr, OME-Zarr, .tif, .tiff, .npy)")
 
@@ -283,8 +283,6 @@ class _NpyFile:
 
 
 def _open_tiff(path: Path) -> Volume:
-    from znni_dask.storage.tiff import TiffStack
-
     stack = TiffStack(str(path))
     # tifffile's letters for pages, images and other mean z in a stack; samples are channels
     letters = ["z" if a in "IQR" else "c" if a == "S" else a.lower() for a in stack.opened.axes]
