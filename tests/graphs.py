@@ -41,7 +41,7 @@ def scaled(network: Network, shape=(24, 24, 24), seed=0) -> Network:
             own["weight"], own["bias"] = own["weight"] * factor, own["bias"] * factor
             value = oracle._apply(node.layer, inputs, own)
         values[node.name] = value
-    return Network(network.nodes, network.output, weights)
+    return Network(network.nodes, network.outputs, weights)
 
 
 def _activate(b: Builder, x: str, random) -> str:
@@ -89,7 +89,7 @@ def residual(seed: int) -> Network:
         high = tuple((k - 1) * dilation - a for k, a in zip(kernel, low, strict=True))
         x = b.plus(y, b.crop(x, low, high))
     gate = b.activation(b.conv(x, 1, 1), "sigmoid")
-    x = b.add(layers.Mul(), x, gate)
+    x = b.add(layers.Arithmetic("mul"), x, gate)
     return scaled(b.network(b.conv(x, 2, 1)))
 
 
@@ -161,7 +161,7 @@ def even(seed: int) -> Network:
     """Even kernels, same-padded on one side more than on the other."""
     b = Builder(1, seed)
     x = b.relu(b.conv(b.input, 3, (2, 4, 2), padding="same"))
-    x = b.add(layers.ChannelSlice(1, 3), x)
+    x = b.add(layers.Select((1, 2)), x)
     return scaled(b.network(b.conv(x, 2, (3, 2, 4), padding="same")))
 
 

@@ -6,6 +6,8 @@ dense evaluation are done here in the most obvious way.
 
 from __future__ import annotations
 
+import functools
+import math
 from itertools import product
 
 import numpy as np
@@ -57,28 +59,51 @@ def _apply(layer, inputs, weights):
             return _convolve(layer, x, weights)
         case layers.ConvTranspose():
             return _transpose(layer, x, weights)
-        case layers.MaxPool():
+        case layers.MaxPool() | layers.AveragePool():
             return _pool(layer, x)
         case layers.Affine():
             return x * weights["scale"][:, None, None, None] + weights["shift"][:, None, None, None]
         case layers.Activation():
             return _activate(layer, x, weights)
         case layers.Softmax():
-            e = np.exp(x - x.max(axis=0))
-            return e / e.sum(axis=0)
-        case layers.Add():
-            return sum(inputs[1:], start=inputs[0])
-        case layers.Mul():
-            result = inputs[0]
-            for other in inputs[1:]:
-                result = result * other
-            return result
+            axes = _axes(layer.axes)
+            e = np.exp(x - x.max(axis=axes, keepdims=True))
+            share = e / e.sum(axis=axes, keepdims=True)
+            return np.log(share) if layer.log else share
+        case layers.Reduce():
+            return _reduce(layer.function, x, _axes(layer.axes))
+        case layers.Normalize():
+            grouped = x.reshape(layer.groups, -1, *x.shape[1:])
+            axes = (1, *(1 + a for a in _axes(layer.space)))
+            mean = grouped.mean(axis=axes, keepdims=True)
+            variance = ((grouped - mean) ** 2).mean(axis=axes, keepdims=True)
+            x = ((grouped - mean) / np.sqrt(variance + layer.epsilon)).reshape(x.shape)
+            return x * weights["scale"][:, None, None, None] + weights["shift"][:, None, None, None]
+        case layers.Arithmetic():
+            if layer.function == "where":
+                return np.where(inputs[0] != 0, inputs[1], inputs[2])
+            function = {
+                "greater": lambda a, b: (a > b).astype(float),
+                "less": lambda a, b: (a < b).astype(float),
+                "equal": lambda a, b: (a == b).astype(float),
+                "add": np.add,
+                "sub": np.subtract,
+                "mul": np.multiply,
+                "div": np.divide,
+                "min": np.minimum,
+                "max": np.maximum,
+                "pow": np.power,
+            }[layer.function]
+            return functools.reduce(function, inputs)
         case layers.Concat():
             return np.concatenate(inputs)
+        case layers.Broadcast():
+            return np.broadcast_to(x, (x.shape[0], *inputs[1].shape[1:]))
         case layers.Pad():
             low, high = layer.padding
             widths = [(0, 0), *zip(low, high, strict=True)]
-            return np.pad(x, widths, constant_values=layer.value)
+            more = {"constant_values": layer.value} if layer.mode == "constant" else {}
+            return np.pad(x, widths, mode=layer.mode, **more)
         case layers.Crop():
             return x[
                 (
@@ -89,11 +114,17 @@ def _apply(layer, inputs, weights):
                     ),
                 )
             ]
-        case layers.ChannelSlice():
-            return x[layer.start : layer.stop]
+        case layers.Select():
+            return x[list(layer.indices)]
+        case layers.DepthToSpace():
+            fz, fy, fx = layer.factor
+            c, z, y, x_ = x.shape
+            parts = x.reshape(c // (fz * fy * fx), fz, fy, fx, z, y, x_)
+            moved = parts.transpose(0, 4, 1, 5, 2, 6, 3)
+            return moved.reshape(-1, z * fz, y * fy, x_ * fx)
         case layers.Resize():
             for axis, factor in enumerate(layer.factor, start=1):
-                x = np.repeat(x, factor, axis)
+                x = _resize(layer.placing, x, factor, axis)
             return x
     raise AssertionError(f"the oracle does not know {layer}")
 
@@ -117,7 +148,7 @@ def _windows(layer, x):
 
 
 def _convolve(layer, x, weights):
-    weight, bias = weights["weight"], weights["bias"]
+    weight, bias = weights["weight"], weights.get("bias", np.zeros(layer.out_channels))
     x = _padded(layer, x, 0.0)
     wide_in, wide_out = x.shape[0] // layer.groups, weight.shape[0] // layer.groups
     out = []
@@ -135,7 +166,7 @@ def _convolve(layer, x, weights):
 
 def _transpose(layer, x, weights):
     """Every input voxel scatters its kernel; then the border is trimmed."""
-    weight, bias = weights["weight"], weights["bias"]
+    weight, bias = weights["weight"], weights.get("bias", np.zeros(layer.out_channels))
     extent = [(k - 1) * d + 1 for k, d in zip(layer.kernel, layer.dilation, strict=True)]
     full = [(n - 1) * s + e for n, s, e in zip(x.shape[1:], layer.stride, extent, strict=True)]
     low, high = layer.padding
@@ -161,23 +192,94 @@ def _transpose(layer, x, weights):
     return out[(slice(None), *trimmed)] + bias[:, None, None, None]
 
 
+def _axes(names):
+    return tuple("czyx".index(name) for name in names)
+
+
+def _reduce(function, x, axes):
+    match function:
+        case "argmax":
+            return x.argmax(axis=0)[None].astype(float)
+        case "l1":
+            return np.abs(x).sum(axis=axes, keepdims=True)
+        case "l2":
+            return np.sqrt((x**2).sum(axis=axes, keepdims=True))
+    return getattr(np, function)(x, axis=axes, keepdims=True)
+
+
 def _pool(layer, x):
-    x = _padded(layer, x, -np.inf)
-    return np.maximum.reduce([values for _, values in _windows(layer, x)])
+    """Windows of what exists; a last window that begins inside counts where ``ceil``."""
+    low, high = layer.padding
+    extent = [(k - 1) * d + 1 for k, d in zip(layer.kernel, layer.dilation, strict=True)]
+    over = [0, 0, 0]
+    for axis, n in enumerate(x.shape[1:]):
+        rest = (n + low[axis] + high[axis] - extent[axis]) % layer.stride[axis]
+        if layer.ceil and rest:
+            begin = n + low[axis] + high[axis] - extent[axis] - rest + layer.stride[axis]
+            over[axis] = layer.stride[axis] - rest if begin < n + low[axis] else 0
+    widths = [(0, 0), *zip(low, (h + o for h, o in zip(high, over, strict=True)), strict=True)]
+    if isinstance(layer, layers.MaxPool):
+        x = np.pad(x, widths, constant_values=-np.inf)
+        return np.maximum.reduce([values for _, values in _windows(layer, x)])
+    counted = np.ones(x.shape)
+    if layer.count_padding:
+        counted = np.pad(counted, [(0, 0), *zip(low, high, strict=True)], constant_values=1)
+        widths_counted = [(0, 0), *((0, o) for o in over)]
+    else:
+        widths_counted = widths
+    counted, x = np.pad(counted, widths_counted), np.pad(x, widths)
+    total = sum(values for _, values in _windows(layer, x))
+    return total / sum(values for _, values in _windows(layer, counted))
+
+
+def _resize(placing, x, factor, axis):
+    n = x.shape[axis]
+    if placing == "nearest":
+        return np.repeat(x, factor, axis)
+    q = np.arange(n * factor)
+    place = {
+        "half_pixel": (q + 0.5) / factor - 0.5,
+        "asymmetric": q / factor,
+        "align_corners": np.linspace(0, n - 1, n * factor),
+    }[placing]
+    return np.apply_along_axis(lambda line: np.interp(place, np.arange(n), line), axis, x)
 
 
 def _activate(layer, x, weights):
+    a, b = layer.alpha, layer.beta
+    negative = np.minimum(x, 0)
     match layer.function:
-        case "relu":
-            return np.where(x > 0, x, 0.0)
-        case "leaky_relu":
-            return np.where(x > 0, x, layer.alpha * x)
         case "prelu":
             return np.where(x > 0, x, weights["slope"][:, None, None, None] * x)
-        case "elu":
-            return np.where(x > 0, x, layer.alpha * np.expm1(np.minimum(x, 0)))
-        case "tanh":
-            return np.tanh(x)
-        case "sigmoid":
-            return 1 / (1 + np.exp(-x))
-    raise AssertionError(layer.function)
+        case "pow":
+            return x**a
+        case "round":
+            return np.rint(x)
+        case "atan":
+            return np.arctan(x)
+        case "abs" | "exp" | "log" | "sqrt" | "sign" | "floor" | "ceil" | "sin" | "cos" | "tanh":
+            return getattr(np, layer.function)(x)
+    return {
+        "relu": lambda: np.where(x > 0, x, 0.0),
+        "leaky_relu": lambda: np.where(x > 0, x, a * x),
+        "elu": lambda: np.where(x > 0, x, a * np.expm1(negative)),
+        "selu": lambda: b * np.where(x > 0, x, a * np.expm1(negative)),
+        "celu": lambda: np.where(x > 0, x, a * np.expm1(negative / a)),
+        "gelu": lambda: x / 2 * (1 + _erf(x / np.sqrt(2))),
+        "gelu_tanh": lambda: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+        "silu": lambda: x / (1 + np.exp(-x)),
+        "mish": lambda: x * np.tanh(np.log1p(np.exp(x))),
+        "hard_swish": lambda: x * np.clip(x / 6 + 0.5, 0, 1),
+        "hard_sigmoid": lambda: np.clip(a * x + b, 0, 1),
+        "softplus": lambda: np.log1p(np.exp(x)),
+        "softsign": lambda: x / (1 + np.abs(x)),
+        "sigmoid": lambda: 1 / (1 + np.exp(-x)),
+        "clip": lambda: np.minimum(np.maximum(x, a), b),
+        "thresholded_relu": lambda: np.where(x > a, x, 0.0),
+        "erf": lambda: _erf(x),
+        "neg": lambda: -x,
+        "reciprocal": lambda: 1 / x,
+    }[layer.function]()
+
+
+_erf = np.vectorize(math.erf)

@@ -47,7 +47,7 @@ def test_layers_that_nothing_reads_are_left_out():
             [
                 Node("i", layers.Input(1)),
                 Node("j", layers.Input(1)),
-                Node("a", layers.Add(), ("i", "j")),
+                Node("a", layers.Arithmetic("add"), ("i", "j")),
             ],
             "a",
             "second Input",
@@ -58,27 +58,27 @@ def test_layers_that_nothing_reads_are_left_out():
             "nothing reads the layer 'a'",
         ),
         (
-            [Node("i", layers.Input(3)), Node("a", layers.ChannelSlice(1, 5), ("i",))],
+            [Node("i", layers.Input(3)), Node("a", layers.Select((1, 4)), ("i",))],
             "a",
-            "1:5 out of 3",
+            "1, 4 chosen out of 3",
         ),
     ],
 )
 def test_an_unsound_graph_is_refused(nodes, output, message):
     with pytest.raises(NetworkError, match=message):
-        Network(tuple(nodes), output, {})
+        Network(tuple(nodes), {"y": output}, {})
 
 
 def test_weights_of_the_wrong_shape_type_or_value_are_refused():
     nodes = (Node("i", layers.Input(1)), Node("c", layers.Conv(1, 2, (1, 1, 1)), ("i",)))
     good = {"weight": np.zeros((2, 1, 1, 1, 1), "f4"), "bias": np.zeros(2, "f4")}
-    Network(nodes, "c", {"c": good})
+    Network(nodes, {"y": "c"}, {"c": good})
     with pytest.raises(NetworkError, match="wants weights"):
-        Network(nodes, "c", {"c": {**good, "bias": np.zeros(3, "f4")}})
+        Network(nodes, {"y": "c"}, {"c": {**good, "bias": np.zeros(3, "f4")}})
     with pytest.raises(NetworkError, match="float64"):
-        Network(nodes, "c", {"c": {**good, "bias": np.zeros(2)}})
+        Network(nodes, {"y": "c"}, {"c": {**good, "bias": np.zeros(2)}})
     with pytest.raises(NetworkError, match="NaN"):
-        Network(nodes, "c", {"c": {**good, "bias": np.full(2, np.nan, "f4")}})
+        Network(nodes, {"y": "c"}, {"c": {**good, "bias": np.full(2, np.nan, "f4")}})
 
 
 def test_branches_of_different_sampling_are_refused():
@@ -196,7 +196,7 @@ def linear(network):
         weights[node.name] = {
             k: np.abs(w) for k, w in network.weights.get(node.name, {}).items() if k != "slope"
         }
-    return Network(tuple(nodes), network.output, {k: v for k, v in weights.items() if v})
+    return Network(tuple(nodes), network.outputs, {k: v for k, v in weights.items() if v})
 
 
 @pytest.mark.parametrize(

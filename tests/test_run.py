@@ -31,7 +31,7 @@ from znni_dask.errors import (
     VolumeError,
 )
 from znni_dask.geometry import Box
-from znni_dask.primitives.max_pooling import MaxPoolingFragments
+from znni_dask.primitives.pooling import MaxPoolingFragments
 from znni_dask.storage.volume import open_volume
 from znni_dask.verify import verify
 

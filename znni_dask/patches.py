@@ -8,7 +8,7 @@ of any size and place give the same answer as the whole volume at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -150,13 +150,27 @@ class Layout:
             interval = (begin + first, end + first)
         key = (axis, interval, fragmented)
         if key not in self._demands:
-            sizes = None
-            if not self.geometry.dense:
-                sizes = self.geometry.axes[axis].sizes(self.extensions[axis].size)
             self._demands[key] = demand(
-                self.network, axis, interval, sizes=sizes, fragmented=fragmented
+                self.network, axis, interval, bounds=self._bounds[axis], fragmented=fragmented
             )
         return self._demands[key]
+
+    def whole(self, name: str, boxes: Mapping[str, Box]) -> Size:
+        """Size of a layer's whole output; of a dense network, which has no edges, of its box."""
+        if self.geometry.dense:
+            return boxes[name].size
+        return triple(bounds[name][1] for bounds in self._bounds if bounds)
+
+    @cached_property
+    def _bounds(self) -> list[dict[str, Interval] | None]:
+        """Per axis what there is of every layer; None for a dense network, which slides."""
+        if self.geometry.dense:
+            return [None, None, None]
+        found: list[dict[str, Interval] | None] = []
+        for axis, extension in zip(self.geometry.axes, self.extensions, strict=True):
+            sizes = axis.sizes(extension.size) or {}
+            found.append({name: (0, n) for name, n in sizes.items()})
+        return found
 
     @cached_property
     def _demands(self) -> dict[tuple[int, Interval, frozenset[str]], dict[str, Interval]]:

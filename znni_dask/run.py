@@ -28,7 +28,7 @@ from znni_dask.errors import NetworkError, OptionError, RunError
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, Size, triple, volume
 from znni_dask.importers import load_network
-from znni_dask.kernels.direct import compile_kernels
+from znni_dask.kernels.warm import compile_kernels
 from znni_dask.machine import MemoryMeter, anonymous_bytes, available_bytes, cores, parse_bytes
 from znni_dask.network.network import Network
 from znni_dask.network.rewrites import simplify

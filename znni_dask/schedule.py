@@ -215,7 +215,10 @@ class Schedules:
             if node.inputs and self.primitives[node.name].in_place:
                 first = node.inputs[0]
                 alone = len(network.readers[first]) == 1 and node.inputs.count(first) == 1
-                alike = network.channels[first] == network.channels[node.name]
+                alike = (network.channels[first], network.reduced[first]) == (
+                    network.channels[node.name],
+                    network.reduced[node.name],
+                )
                 if alone and alike and first != network.output:
                     owners[node.name] = owners[first]
         return owners
@@ -256,6 +259,8 @@ class Schedules:
                 )
                 for name in node.inputs
             ),
+            start=start,
+            whole=self.layout.whole(node.inputs[0], boxes),
         )
 
     def _shape(self, name: str, size: Size) -> Shape:

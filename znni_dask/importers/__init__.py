@@ -9,8 +9,11 @@ from znni_dask.network.chains import PAPER_NETWORKS
 from znni_dask.network.network import Network
 
 
-def load_network(source: str | Path | Network) -> Network:
+def load_network(source: str | Path | Network, size: tuple[int, int, int] | None = None) -> Network:
     """The network in a file (``.onnx``, ``.znni``), by a paper's name (``n337`` …), or itself.
+
+    ``size`` (z, y, x): the windows to which the network is to be applied, where it is applied to
+    windows of one size only.
 
     Raises `NetworkError` where it cannot be read.
     """
@@ -30,4 +33,4 @@ def load_network(source: str | Path | Network) -> Network:
         return znni.load(path)
     from znni_dask.importers import onnx
 
-    return onnx.load(path)
+    return onnx.load(path, size)

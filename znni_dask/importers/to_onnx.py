@@ -11,17 +11,60 @@ from onnx import helper, numpy_helper
 from znni_dask.errors import OutputError
 from znni_dask.geometry import Size
 from znni_dask.network import layers
-from znni_dask.network.layers import Padding
-from znni_dask.network.network import Network, Node
+from znni_dask.network.network import Network, Node, Weights
 
-OPSET = 17
-IR_VERSION = 8
-_ACTIVATIONS = {
-    "relu": "Relu",
-    "leaky_relu": "LeakyRelu",
-    "elu": "Elu",
-    "tanh": "Tanh",
-    "sigmoid": "Sigmoid",
+OPSET = 21  # the first in which a group normalisation has a scale per channel
+IR_VERSION = 10
+_ACTIVATIONS: dict[str, tuple[str, ...]] = {  # the operator, and what alpha and beta are called
+    "abs": ("Abs",),
+    "atan": ("Atan",),
+    "ceil": ("Ceil",),
+    "celu": ("Celu", "alpha"),
+    "cos": ("Cos",),
+    "elu": ("Elu", "alpha"),
+    "erf": ("Erf",),
+    "exp": ("Exp",),
+    "floor": ("Floor",),
+    "gelu": ("Gelu",),
+    "gelu_tanh": ("Gelu",),
+    "hard_sigmoid": ("HardSigmoid", "alpha", "beta"),
+    "hard_swish": ("HardSwish",),
+    "leaky_relu": ("LeakyRelu", "alpha"),
+    "log": ("Log",),
+    "mish": ("Mish",),
+    "neg": ("Neg",),
+    "reciprocal": ("Reciprocal",),
+    "relu": ("Relu",),
+    "round": ("Round",),
+    "selu": ("Selu", "alpha", "gamma"),
+    "sigmoid": ("Sigmoid",),
+    "sign": ("Sign",),
+    "sin": ("Sin",),
+    "softplus": ("Softplus",),
+    "softsign": ("Softsign",),
+    "sqrt": ("Sqrt",),
+    "tanh": ("Tanh",),
+    "thresholded_relu": ("ThresholdedRelu", "alpha"),
+}
+_JOINS = {
+    "add": "Sum",
+    "sub": "Sub",
+    "mul": "Mul",
+    "div": "Div",
+    "min": "Min",
+    "max": "Max",
+    "pow": "Pow",
+    "greater": "Greater",
+    "less": "Less",
+    "equal": "Equal",
+}
+_REDUCTIONS = {
+    "mean": "ReduceMean",
+    "sum": "ReduceSum",
+    "max": "ReduceMax",
+    "min": "ReduceMin",
+    "l1": "ReduceL1",
+    "l2": "ReduceL2",
 }
 
 
@@ -35,7 +78,8 @@ def save(network: Network, path: str | Path) -> None:
 
 
 def to_onnx(network: Network) -> onnx.ModelProto:
-    """The network as an ONNX model of opset 17; `importers.onnx` reads it back as it was."""
+    """The network as an ONNX model of opset 21; `importers.onnx` reads back what computes the
+    same."""
     graph = _Graph()
     for node in network:
         if node.inputs:
@@ -45,10 +89,16 @@ def to_onnx(network: Network) -> onnx.ModelProto:
         helper.make_tensor_value_info(
             name, onnx.TensorProto.FLOAT, [d or network.channels[name] for d in dimensions]
         )
-        for name in (network.input.name, network.output)
+        for name in (network.input.name, *network.outputs.values())
     ]
+    outputs = []
+    for (name, layer), value in zip(network.outputs.items(), values[1:], strict=True):
+        if name not in network.channels:  # where it is not a layer's, the output has its own name
+            graph.nodes.append(helper.make_node("Identity", [layer], [name], f"{name} (output)"))
+            value.name = name
+        outputs.append(value)
     return helper.make_model(
-        helper.make_graph(graph.nodes, "network", values[:1], values[1:], graph.constants),
+        helper.make_graph(graph.nodes, "network", values[:1], outputs, graph.constants),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="znni_dask",
@@ -64,59 +114,170 @@ class _Graph:
 
     def add(self, node: Node, network: Network) -> None:
         """Write one layer; its output is named after it."""
-        layer, name = node.layer, node.name
-        weights = network.weights.get(name, {})
-        inputs = list(node.inputs)
-        operator, attributes = layer.kind, {}
-        match layer:
-            case layers.Conv() | layers.ConvTranspose():
-                inputs += [self._constant(f"{name}.{k}", weights[k]) for k in ("weight", "bias")]
-                attributes = _convolution(layer)
-            case layers.MaxPool():
-                attributes = {
-                    "kernel_shape": layer.kernel,
-                    "strides": layer.stride,
-                    "dilations": layer.dilation,
-                    "pads": _pads(layer.padding),
-                }
-            case layers.Affine():
-                operator, attributes = "BatchNormalization", {"epsilon": 0.0}
-                ones, zeros = np.ones(layer.width, "f4"), np.zeros(layer.width, "f4")
+        name, weights = node.name, network.weights.get(node.name, {})
+        match node.layer:
+            case layers.Conv(whole=True) as layer:
+                self._linear(layer, node, weights)
+            case layers.Conv() | layers.ConvTranspose() as layer:
+                arrays = [self._constant(f"{name}.{k}", v) for k, v in weights.items()]
+                self._node(node, layer.kind, *arrays, **_convolution(layer))
+            case layers.MaxPool() | layers.AveragePool() as layer:
+                self._node(node, layer.kind, **_pooling(layer))
+            case layers.Affine(width=width):
+                ones, zeros = np.ones(width, "f4"), np.zeros(width, "f4")
                 values = (weights["scale"], weights["shift"], zeros, ones)
                 keys = ("scale", "shift", "mean", "variance")
-                inputs += [
+                arrays = [
                     self._constant(f"{name}.{k}", v) for k, v in zip(keys, values, strict=True)
                 ]
-            case layers.Activation(function="prelu"):
-                operator = "PRelu"
-                inputs.append(
-                    self._constant(f"{name}.slope", weights["slope"].reshape(-1, 1, 1, 1))
-                )
-            case layers.Activation():
-                operator = _ACTIVATIONS[layer.function]
-                if layer.function in ("leaky_relu", "elu"):
-                    attributes = {"alpha": layer.alpha}
-            case layers.Softmax() | layers.Concat():
-                attributes = {"axis": 1}
+                self._node(node, "BatchNormalization", *arrays, epsilon=0.0)
+            case layers.Activation() as layer:
+                self._activation(layer, node, weights)
+            case layers.Softmax() as layer:
+                self._softmax(layer, node)
+            case layers.Reduce() as layer:
+                self._reduce(layer, node)
+            case layers.Normalize() as layer:
+                self._normalize(layer, node, weights)
+            case layers.Arithmetic(function="where"):
+                self._emit("Cast", [node.inputs[0]], f"{name}.mask", to=onnx.TensorProto.BOOL)
+                self._emit("Where", [f"{name}.mask", *node.inputs[1:]], name)
+            case layers.Arithmetic(function="greater" | "less" | "equal" as function):
+                self._emit(_JOINS[function], list(node.inputs), f"{name}.mask")
+                self._emit("Cast", [f"{name}.mask"], name, to=onnx.TensorProto.FLOAT)
+            case layers.Arithmetic(function=function):
+                self._node(node, _JOINS[function])
+            case layers.Concat():
+                self._node(node, "Concat", axis=1)
+            case layers.Broadcast():
+                self._emit("Shape", [node.inputs[1]], f"{name}.space", start=2)
+                lead = self._constant(f"{name}.ones", np.array([1, 1], np.int64))
+                self._emit("Concat", [lead, f"{name}.space"], f"{name}.shape", axis=0)
+                self._emit("Expand", [node.inputs[0], f"{name}.shape"], name)
+            case layer:
+                self._rearranging(layer, node)
+
+    def _rearranging(self, layer: layers.Layer, node: Node) -> None:
+        name = node.name
+        match layer:
             case layers.Pad():
                 pads = (0, 0, *layer.padding[0], 0, 0, *layer.padding[1])
-                inputs.append(self._constant(f"{name}.pads", np.array(pads, np.int64)))
-                inputs.append(self._constant(f"{name}.value", np.array(layer.value, np.float32)))
+                arrays = [self._constant(f"{name}.pads", np.array(pads, np.int64))]
+                if layer.mode == "constant":
+                    value = np.array(layer.value, np.float32)
+                    arrays.append(self._constant(f"{name}.value", value))
+                self._node(node, "Pad", *arrays, mode=layer.mode)
             case layers.Crop():
-                operator = "Slice"
                 ends = [-h if h else np.iinfo(np.int64).max for h in layer.high]
-                inputs += self._slice(name, list(layer.low), ends, [2, 3, 4])
-            case layers.ChannelSlice():
-                operator = "Slice"
-                inputs += self._slice(name, [layer.start], [layer.stop], [1])
+                self._node(node, "Slice", *self._slice(name, list(layer.low), ends, [2, 3, 4]))
+            case layers.Select():
+                indices = self._constant(f"{name}.indices", np.array(layer.indices, np.int64))
+                self._node(node, "Gather", indices, axis=1)
+            case layers.DepthToSpace(factor=(fz, fy, fx)):
+                split = np.array([0, -1, fz, fy, fx], np.int64)
+                self._emit("Shape", [node.inputs[0]], f"{name}.space", start=2)
+                pieces = self._constant(f"{name}.split", split)
+                self._emit("Concat", [pieces, f"{name}.space"], f"{name}.shape", axis=0)
+                self._emit("Reshape", [node.inputs[0], f"{name}.shape"], f"{name}.parts")
+                order = [0, 1, 5, 2, 6, 3, 7, 4]
+                self._emit("Transpose", [f"{name}.parts"], f"{name}.moved", perm=order)
+                factors = self._constant(f"{name}.factor", np.array([fz, fy, fx], np.int64))
+                self._emit("Mul", [f"{name}.space", factors], f"{name}.larger")
+                kept = self._constant(f"{name}.lead", np.array([0, -1], np.int64))
+                self._emit("Concat", [kept, f"{name}.larger"], f"{name}.whole", axis=0)
+                self._emit("Reshape", [f"{name}.moved", f"{name}.whole"], name)
             case layers.Resize():
-                attributes = {
-                    "mode": "nearest",
-                    "coordinate_transformation_mode": "asymmetric",
-                    "nearest_mode": "floor",
-                }
+                nearest = layer.placing == "nearest"
                 scales = np.array((1, 1, *layer.factor), np.float32)
-                inputs += ["", self._constant(f"{name}.scales", scales)]
+                self._node(
+                    node,
+                    "Resize",
+                    "",
+                    self._constant(f"{name}.scales", scales),
+                    mode="nearest" if nearest else "linear",
+                    coordinate_transformation_mode="asymmetric" if nearest else layer.placing,
+                    nearest_mode="floor",
+                )
+            case _:
+                raise TypeError(f"no ONNX is known for {layer.kind}")
+
+    def _activation(self, layer: layers.Activation, node: Node, weights: Weights) -> None:
+        name = node.name
+        match layer.function:
+            case "prelu":
+                slope = weights["slope"].reshape(-1, 1, 1, 1)
+                self._node(node, "PRelu", self._constant(f"{name}.slope", slope))
+            case "clip":
+                bounds = [
+                    self._constant(f"{name}.{k}", np.array(v, np.float32))
+                    for k, v in (("low", layer.alpha), ("high", layer.beta))
+                ]
+                self._node(node, "Clip", *bounds)
+            case "pow":
+                exponent = np.array(layer.alpha, np.float32)
+                self._node(node, "Pow", self._constant(f"{name}.exponent", exponent))
+            case "silu":
+                self._emit("Sigmoid", [node.inputs[0]], f"{name}.gate")
+                self._node(node, "Mul", f"{name}.gate")
+            case function:
+                operator, *keys = _ACTIVATIONS[function]
+                attributes: dict[str, object] = dict(
+                    zip(keys, (layer.alpha, layer.beta), strict=False)
+                )
+                if function == "gelu_tanh":
+                    attributes = {"approximate": "tanh"}
+                self._node(node, operator, **attributes)
+
+    def _linear(self, layer: layers.Conv, node: Node, weights: Weights) -> None:
+        """Flatten, Gemm, and the axes of space back."""
+        name = node.name
+        matrix = weights["weight"].reshape(layer.out_channels, -1)
+        arrays = [self._constant(f"{name}.weight", matrix)]
+        if layer.bias:
+            arrays.append(self._constant(f"{name}.bias", weights["bias"]))
+        self._emit("Flatten", [node.inputs[0]], f"{name}.flat")
+        self._emit("Gemm", [f"{name}.flat", *arrays], f"{name}.row", transB=1)
+        shape = self._constant(f"{name}.shape", np.array([0, -1, 1, 1, 1], np.int64))
+        self._emit("Reshape", [f"{name}.row", shape], name)
+
+    def _softmax(self, layer: layers.Softmax, node: Node) -> None:
+        if len(layer.axes) > 1:
+            raise OutputError(f"{node.name}: a softmax over {layer.axes} cannot be written as ONNX")
+        self._node(node, layer.kind, axis="nczyx".index(layer.axes))
+
+    def _reduce(self, layer: layers.Reduce, node: Node) -> None:
+        if layer.function == "argmax":
+            self._emit("ArgMax", [node.inputs[0]], f"{node.name}.index", axis=1, keepdims=1)
+            self._emit("Cast", [f"{node.name}.index"], node.name, to=onnx.TensorProto.FLOAT)
+            return
+        axes = np.array(["nczyx".index(a) for a in layer.axes], np.int64)
+        array = self._constant(f"{node.name}.axes", axes)
+        self._node(node, _REDUCTIONS[layer.function], array, keepdims=1)
+
+    def _normalize(self, layer: layers.Normalize, node: Node, weights: Weights) -> None:
+        name = node.name
+        arrays = [self._constant(f"{name}.{k}", weights[k]) for k in ("scale", "shift")]
+        if layer.space == "zyx":
+            self._node(
+                node,
+                "GroupNormalization",
+                *arrays,
+                epsilon=layer.epsilon,
+                num_groups=layer.groups,
+            )
+        elif not layer.space and layer.groups == 1:
+            self._emit("Transpose", [node.inputs[0]], f"{name}.last", perm=[0, 2, 3, 4, 1])
+            inputs = [f"{name}.last", *arrays]
+            self._emit("LayerNormalization", inputs, f"{name}.normal", epsilon=layer.epsilon)
+            self._emit("Transpose", [f"{name}.normal"], name, perm=[0, 4, 1, 2, 3])
+        else:
+            raise OutputError(f"{name}: {layer.kind} {layer.summary} cannot be written as ONNX")
+
+    def _node(self, node: Node, operator: str, *arrays: str, **attributes: object) -> None:
+        """The node that makes a layer's output from its inputs and constants."""
+        self._emit(operator, [*node.inputs, *arrays], node.name, **attributes)
+
+    def _emit(self, operator: str, inputs: list[str], name: str, **attributes: object) -> None:
         self.nodes.append(helper.make_node(operator, inputs, [name], name, **attributes))
 
     def _constant(self, name: str, value: np.ndarray) -> str:
@@ -130,8 +291,17 @@ class _Graph:
         ]
 
 
-def _pads(padding: Padding) -> tuple[int, ...]:
-    return padding[0] + padding[1]
+def _pooling(layer: layers.MaxPool | layers.AveragePool) -> dict[str, object]:
+    attributes: dict[str, object] = {
+        "kernel_shape": layer.kernel,
+        "strides": layer.stride,
+        "dilations": layer.dilation,
+        "pads": layer.padding[0] + layer.padding[1],
+        "ceil_mode": int(layer.ceil),
+    }
+    if isinstance(layer, layers.AveragePool):
+        attributes["count_include_pad"] = int(layer.count_padding)
+    return attributes
 
 
 def _convolution(layer: layers.Conv | layers.ConvTranspose) -> dict[str, object]:

@@ -1,1 +1,1 @@
-"""Compiled inner loops that the CPU primitives share."""
+"""Compiled inner loops that the CPU primitives share, and the threads that run them."""

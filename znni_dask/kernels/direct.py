@@ -1,4 +1,4 @@
-"""Compiled loops of direct convolution, transposed convolution, pooling and resizing.
+"""Compiled loops of direct convolution and transposed convolution.
 
 Arrays are (batch, channel, z, y, x), float32, contiguous. ``offset`` (z, y, x) is where the first
 tap of output 0 lies in the input given; taps that fall outside that input are padding. Work is
@@ -22,7 +22,7 @@ CHANNELS = 4
 RUN = 512
 LANES = 16
 SLACK_BYTES = 4 * LANES
-_OPTIONS = {
+OPTIONS = {
     "nogil": True,
     "cache": True,
     "error_model": "numpy",
@@ -30,7 +30,7 @@ _OPTIONS = {
 }
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def convolve(x, weight, bias, out, offset, stride, dilation, first, last):
     """Convolution with stride 1 in y and x.
 
@@ -81,7 +81,7 @@ def convolve(x, weight, bias, out, offset, stride, dilation, first, last):
             _store(out, runs, batch, group, groups, block, z, 0, begin, count, pitch)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def convolve_strided(x, weight, bias, out, offset, stride, dilation, first, last):
     """Convolution with any stride, row by row; arguments as of `convolve`."""
     groups, blocks, fan_in, kz, ky, kx = weight.shape[:6]
@@ -116,14 +116,14 @@ def convolve_strided(x, weight, bias, out, offset, stride, dilation, first, last
                 _store(out, runs, batch, group, groups, block, z, y, begin, count, out_x)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _start(runs, bias):
     """Begin runs with the bias of each channel."""
     for c in range(CHANNELS):
         runs[c * RUN : (c + 1) * RUN] = bias[c]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _store(out, runs, batch, group, groups, block, z, y, begin, count, pitch):
     """Write a run that begins ``begin`` voxels after row ``y``, rows ``pitch`` voxels apart,
     leaving out what lies between rows."""
@@ -140,7 +140,7 @@ def _store(out, runs, batch, group, groups, block, z, y, begin, count, pitch):
             at += pitch - column
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _pad(padded, plane, begin, count, pitch, offset):
     """Voxels ``begin`` to ``begin + count`` of the plane with its padding, rows of ``pitch``."""
     size_y = plane.shape[0]
@@ -157,17 +157,17 @@ def _pad(padded, plane, begin, count, pitch, offset):
         at += width
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _gather(line, row, first_x, stride, count):
     """``line[i] = row[first_x + i · stride]``, 0 where that lies outside the row."""
-    low, high = _reach(first_x, stride, count, row.shape[0])
+    low, high = reach(first_x, stride, count, row.shape[0])
     line[: min(low, count)] = 0
     for i in range(low, high):
         line[i] = row[first_x + i * stride]
     line[max(high, 0) : count] = 0
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _add_taps(runs, values, start, taps, dilation, count):
     """Add all taps of a kernel row to runs whose inputs all exist, three taps in one pass."""
     blocks = (count + LANES - 1) // LANES
@@ -192,7 +192,7 @@ def _add_taps(runs, values, start, taps, dilation, count):
         t += 1
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _add_tap(runs, values, source, tap, count):
     """Add one tap to runs."""
     w0, w1, w2, w3 = tap[0], tap[1], tap[2], tap[3]
@@ -207,15 +207,15 @@ def _add_tap(runs, values, source, tap, count):
             runs[3 * RUN + at + i] += w3 * v
 
 
-@njit(**_OPTIONS)
-def _reach(shift, stride, count, size_x):
+@njit(**OPTIONS)
+def reach(shift, stride, count, size_x):
     """The outputs of ``range(count)`` whose input i · stride + shift is in ``range(size_x)``."""
     low = max(0, (-shift + stride - 1) // stride)
     high = min(count, (size_x - shift + stride - 1) // stride)
     return low, high
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def convolve_transposed(x, weight, bias, out, offset, up, dilation, first, last):
     """Items are (batch, output channel, z); ``weight`` is (out, in / groups, z, y, x).
 
@@ -264,70 +264,3 @@ def convolve_transposed(x, weight, bias, out, offset, up, dilation, first, last)
                                 total[i] += w * source[i]
                         for i in range(end - begin):
                             target[low + (begin + i) * up[2]] += total[i]
-
-
-@njit(**_OPTIONS)
-def max_pool(x, out, offset, kernel, stride, dilation, first, last):
-    """Items are (batch, channel, z); padding never wins."""
-    _, channels, size_z, size_y, size_x = x.shape
-    _, _, out_z, out_y, out_x = out.shape
-    for item in range(first, last):
-        z = item % out_z
-        c = item // out_z % channels
-        batch = item // (out_z * channels)
-        for y in range(out_y):
-            target = out[batch, c, z, y]
-            target[:] = -np.inf
-            for tz in range(kernel[0]):
-                iz = z * stride[0] + tz * dilation[0] + offset[0]
-                if iz < 0 or iz >= size_z:
-                    continue
-                for ty in range(kernel[1]):
-                    iy = y * stride[1] + ty * dilation[1] + offset[1]
-                    if iy < 0 or iy >= size_y:
-                        continue
-                    row = x[batch, c, iz, iy]
-                    for tx in range(kernel[2]):
-                        shift = tx * dilation[2] + offset[2]
-                        _max_row(target, row, shift, stride[2], out_x, size_x)
-
-
-@njit(**_OPTIONS)
-def _max_row(target, row, shift, stride, width, size_x):
-    """Raise every ``target[i]`` to ``row[i · stride + shift]``; NaN, once met, stays."""
-    low, high = _reach(shift, stride, width, size_x)
-    for i in range(low, high):
-        v = row[i * stride + shift]
-        if v > target[i] or v != v:
-            target[i] = v
-
-
-@njit(**_OPTIONS)
-def repeat(x, out, offset, factor, first, last):
-    """Items are (batch, channel, z); every voxel stands ``factor`` times, ``offset`` counting in
-    steps of the output."""
-    _, channels, out_z, out_y, out_x = out.shape
-    for item in range(first, last):
-        z = item % out_z
-        c = item // out_z % channels
-        batch = item // (out_z * channels)
-        iz = (z + offset[0]) // factor[0]
-        for y in range(out_y):
-            source = x[batch, c, iz, (y + offset[1]) // factor[1]]
-            target = out[batch, c, z, y]
-            for i in range(out_x):
-                target[i] = source[(i + offset[2]) // factor[2]]
-
-
-def compile_kernels() -> None:
-    """Compile all kernels, or load them from the cache on disk, by running each on one voxel."""
-    x = np.zeros(1 + LANES, np.float32)[:1].reshape(1, 1, 1, 1, 1)
-    out = np.zeros_like(x)
-    zeros, ones = np.zeros(3, np.int64), np.ones(3, np.int64)
-    weight = np.zeros((1, 1, 1, 1, 1, 1, CHANNELS), np.float32)
-    bias = np.zeros((1, 1, CHANNELS), np.float32)
-    convolve(x, weight, bias, out, zeros, ones, ones, 0, 1)
-    convolve_strided(x, weight, bias, out, zeros, ones, ones, 0, 1)
-    convolve_transposed(x, x, np.zeros(1, np.float32), out, zeros, ones, ones, 0, 1)
-    max_pool(x, out, zeros, ones, ones, ones, 0, 1)
-    repeat(x, out, zeros, ones, 0, 1)

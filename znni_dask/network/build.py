@@ -75,9 +75,10 @@ class Builder:
         padding: Extent | str = 0,
         groups: int = 1,
         weight: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
+        bias: ArrayLike | bool | None = None,
     ) -> str:
-        """Convolution. ``padding`` is a number of voxels per axis, or ``"same"``."""
+        """Convolution. ``padding`` is a number of voxels per axis, or ``"same"``; with ``bias``
+        False there is none."""
         spacing = sizes(dilation)
         layer = layers.Conv(
             self._channels[x],
@@ -87,6 +88,7 @@ class Builder:
             spacing,
             _padding(padding, sizes(kernel), spacing),
             groups,
+            bias=bias is not False,
         )
         return self.add(layer, x, weights=self._filters(layer, weight, bias))
 
@@ -126,9 +128,50 @@ class Builder:
             x,
         )
 
-    def activation(self, x: str, function: Function, alpha: float = 0.0) -> str:
-        """An activation function of every value; ``alpha`` is rounded to float32, as ONNX does."""
-        return self.add(Activation(function, float(np.float32(alpha))), x)
+    def average_pool(
+        self, x: str, kernel: Extent, stride: Extent | None = None, padding: Extent = 0
+    ) -> str:
+        """Average pooling; the stride is the kernel unless given, padding counts as zeros."""
+        pad = sizes(padding)
+        stride = kernel if stride is None else stride
+        return self.add(
+            layers.AveragePool(
+                sizes(kernel), sizes(stride), padding=(pad, pad), count_padding=True
+            ),
+            x,
+        )
+
+    def reduce(self, x: str, function: layers.Reduction, axes: str = "zyx") -> str:
+        """Mean, sum, maximum … over channels ("c") or axes of space."""
+        return self.add(layers.Reduce(function, axes), x)
+
+    def linear(self, x: str, channels: int, size: Extent) -> str:
+        """A matrix on all voxels and channels of an array of ``size``: flattening, then linear."""
+        layer = layers.Conv(self._channels[x], channels, sizes(size), whole=True)
+        return self.add(layer, x, weights=self._filters(layer, None, None))
+
+    def batch_norm(self, x: str) -> str:
+        """A batch normalisation as it is in evaluation, one factor and one shift per channel."""
+        width = self._channels[x]
+        weights = {
+            "scale": self._random.uniform(0.5, 1.5, width),
+            "shift": 0.1 * self._random.standard_normal(width),
+        }
+        return self.add(layers.Affine(width), x, weights=weights)
+
+    def normalize(self, x: str, groups: int, space: str = "zyx", epsilon: float = 1e-5) -> str:
+        """Instance (as many groups as channels), group or layer (one group) normalisation."""
+        width = self._channels[x]
+        weights = {
+            "scale": self._random.uniform(0.5, 1.5, width),
+            "shift": 0.1 * self._random.standard_normal(width),
+        }
+        return self.add(layers.Normalize(width, groups, space, epsilon), x, weights=weights)
+
+    def activation(self, x: str, function: Function, alpha: float = 0.0, beta: float = 0.0) -> str:
+        """A function of every value; its parameters are rounded to float32, as ONNX does."""
+        layer = Activation(function, float(np.float32(alpha)), float(np.float32(beta)))
+        return self.add(layer, x)
 
     def relu(self, x: str) -> str:
         """max(x, 0)."""
@@ -140,11 +183,11 @@ class Builder:
 
     def plus(self, *inputs: str) -> str:
         """Sum."""
-        return self.add(layers.Add(), *inputs)
+        return self.add(layers.Arithmetic("add"), *inputs)
 
-    def resize(self, x: str, factor: Extent) -> str:
-        """Nearest-neighbour up-sampling."""
-        return self.add(layers.Resize(sizes(factor)), x)
+    def resize(self, x: str, factor: Extent, placing: layers.Placing = "nearest") -> str:
+        """Up-sampling, by repeating voxels or by linear interpolation (see `layers.Resize`)."""
+        return self.add(layers.Resize(sizes(factor), placing), x)
 
     def crop(self, x: str, low: Extent, high: Extent | None = None) -> str:
         """Drop ``low`` first and ``high`` (as many unless given) last voxels per axis."""
@@ -152,20 +195,22 @@ class Builder:
 
     def network(self, output: str) -> Network:
         """The network that ends in ``output``; layers it does not depend on are left out."""
-        return without_unused(self._nodes, output, self._weights)
+        return without_unused(self._nodes, {"output": output}, self._weights)
 
     def _filters(
         self,
         layer: layers.Conv | layers.ConvTranspose,
         weight: ArrayLike | None,
-        bias: ArrayLike | None,
+        bias: ArrayLike | bool | None,
     ) -> dict[str, ArrayLike]:
         shapes = layer.weight_shapes()
         if weight is None:
             per_output = layer.multiply_adds() / layer.out_channels
             deviation = np.sqrt(2 / max(per_output, 1))
             weight = self._random.standard_normal(shapes["weight"], np.float32) * deviation
-        if bias is None:
+        if not layer.bias:
+            return {"weight": weight}
+        if bias is None or bias is True:
             bias = 0.1 * self._random.standard_normal(shapes["bias"], np.float32)
         return {"weight": weight, "bias": bias}
 

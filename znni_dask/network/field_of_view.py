@@ -12,18 +12,20 @@ sliding network that is the low halo, (field of view - 1) // 2.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import ceil, lcm
 
 from znni_dask.errors import NetworkError, VolumeError
+from znni_dask.geometry import AXES
 from znni_dask.network.layers import Input
 from znni_dask.network.network import Network, Node
 from znni_dask.network.window import LARGEST, Window
 
 Interval = tuple[int, int]
+_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,42 @@ def geometry(network: Network) -> NetworkGeometry:
     >>> geometry(n337()).field_of_view
     (85, 85, 85)
     """
+    if broken := network.nonlocal_layers:
+        raise NetworkError(nonlocal_text(broken))
     dense = slides(network) and any(s != 1 for s in network.spacing[network.output])
     z, y, x = (_axis(network, axis, dense) for axis in range(3))
     return NetworkGeometry((z, y, x), dense)
+
+
+def nonlocal_text(broken: Sequence[Node]) -> str:
+    """Why a network with these layers has no answer in patches."""
+    shown = [
+        f"{node.name!r} ({node.layer.kind}, over "
+        + "".join(AXES[axis] for axis in range(3) if node.layer.window(axis).whole)
+        + ")"
+        for node in broken
+    ]
+    more = f" and {len(shown) - _LISTED} more" if len(shown) > _LISTED else ""
+    return (
+        f"{len(broken)} layers reduce over space, so that every output voxel depends on the whole "
+        f"volume: {', '.join(shown[:_LISTED])}{more}. Such a network has no answer in patches; "
+        "apply it window by window with --patchwise Z,Y,X, which is approximate"
+    )
+
+
+def sizes_of(network: Network, axis: int, n: int) -> dict[str, int] | None:
+    """Length of every layer's output for an input of ``n`` to the network as it is, layers that
+    reduce over space included; None where branches do not fit or nothing is left."""
+    found: dict[str, int] = {}
+    for node in network:
+        extended = [i for i in node.inputs if not network.reduced[i][axis]] or node.inputs
+        sources = {found[i] for i in extended} or {n}
+        if len(sources) > 1:
+            return None
+        found[node.name] = node.layer.window(axis).size(sources.pop()) if node.inputs else n
+        if found[node.name] < 1:
+            return None
+    return found
 
 
 def slides(network: Network) -> bool:
@@ -158,14 +193,14 @@ def demand(
     axis: int,
     output: Interval,
     *,
-    sizes: Mapping[str, int] | None = None,
+    bounds: Mapping[str, Interval] | None = None,
     fragmented: Collection[str] = (),
 ) -> dict[str, Interval]:
     """The stretch of every layer's own output behind ``output`` of the network.
 
-    With ``sizes`` (of every layer's whole output) stretches are clipped to what exists; without,
-    they include the padding. A layer in ``fragmented`` is evaluated at all offsets of its stride,
-    for which its input reaches ``stride - 1`` further.
+    With ``bounds`` (of every layer's output) stretches are clipped to what exists; without, they
+    include the padding. A layer in ``fragmented`` (of a dense network, which has no bounds) is
+    evaluated at all offsets of its stride, for which its input reaches ``stride - 1`` further.
     """
     found: dict[str, Interval] = {network.output: output}
     for node in reversed(network.nodes):
@@ -177,9 +212,8 @@ def demand(
             stop += window.stride - 1
         for name in node.inputs:
             needed = (start, stop)
-            if sizes is not None:
-                first = min(max(start, 0), sizes[name] - 1)
-                needed = (first, max(min(stop, sizes[name]), first + 1))
+            if bounds is not None:
+                needed = window.within(*found[node.name], bounds[name])
             found[name] = hull(found.get(name), needed)
     return found
 

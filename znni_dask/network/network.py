@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.errors import NetworkError
-from znni_dask.network.layers import Input, Layer
+from znni_dask.geometry import AXES
+from znni_dask.network.layers import Concat, Input, Layer
 
 Weights = Mapping[str, NDArray[np.float32]]
 
@@ -29,10 +30,11 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """Nodes in an order in which every node follows its inputs; one input, one output.
+    """Nodes in an order in which every node follows its inputs; one input.
 
-    ``weights[node][array]`` are float32. Raises `NetworkError` where nodes, channels, sampling
-    or weights contradict each other; where a network is built, it is sound.
+    ``outputs`` says under which name which node is handed out; what is computed has one output,
+    `only` picks it. ``weights[node][array]`` are float32. Raises `NetworkError` where nodes,
+    channels, sampling or weights contradict each other; where a network is built, it is sound.
 
     >>> from znni_dask.network.build import Builder
     >>> b = Builder(channels=1)
@@ -42,7 +44,7 @@ class Network:
     """
 
     nodes: tuple[Node, ...]
-    output: str
+    outputs: Mapping[str, str]
     weights: Mapping[str, Weights]
 
     def __post_init__(self) -> None:
@@ -60,13 +62,38 @@ class Network:
     def __repr__(self) -> str:
         return (
             f"<Network of {len(self.nodes) - 1} layers, {self.in_channels} → "
-            f"{self.out_channels} channels, {self.parameters:,} parameters>"
+            f"{' and '.join(str(self.channels[o]) for o in self.outputs.values())} channels, "
+            f"{self.parameters:,} parameters>"
         )
 
     @property
     def input(self) -> Node:
         """The node that stands for the volume."""
         return self.nodes[0]
+
+    @property
+    def output(self) -> str:
+        """The node that is the answer; raises `NetworkError` where there are several."""
+        if len(self.outputs) > 1:
+            raise NetworkError(
+                f"the network has {len(self.outputs)} outputs ({', '.join(self.outputs)}): "
+                "choose one of them"
+            )
+        return next(iter(self.outputs.values()))
+
+    def only(self, *names: str) -> Network:
+        """The network with one of its outputs, or with some joined as channels of one."""
+        for name in names:
+            if name not in self.outputs:
+                raise NetworkError(
+                    f"the network has no output {name!r}: it has {', '.join(self.outputs)}"
+                )
+        chosen = [self.outputs[name] for name in names]
+        nodes, output = list(self.nodes), chosen[0]
+        if len(chosen) > 1:
+            output = unused_name("outputs", self._by_name)
+            nodes.append(Node(output, Concat(), tuple(chosen)))
+        return without_unused(nodes, {"+".join(names): output}, self.weights)
 
     @property
     def in_channels(self) -> int:
@@ -99,17 +126,47 @@ class Network:
         """Distance of neighbouring voxels of every node's output, in voxels of the volume."""
         found: dict[str, tuple[Fraction, Fraction, Fraction]] = {}
         for node in self:
-            sources = {found[i] for i in node.inputs} or {(Fraction(1),) * 3}
-            if len(sources) > 1:
-                shown = " and ".join("·".join(map(str, s)) for s in sorted(sources))
-                raise NetworkError(
-                    f"layer {node.name!r} joins arrays of voxel spacing {shown}: "
-                    "branches must be down- and up-sampled alike"
-                )
-            source = sources.pop()
-            z, y, x = (source[axis] * node.layer.window(axis).step for axis in range(3))
+            z, y, x = (
+                self._source_spacing(node, axis, found) * node.layer.window(axis).step
+                for axis in range(3)
+            )
             found[node.name] = (z, y, x)
         return found
+
+    def _source_spacing(
+        self, node: Node, axis: int, found: Mapping[str, tuple[Fraction, Fraction, Fraction]]
+    ) -> Fraction:
+        """The spacing that a node's inputs have in common, those of one voxel left aside."""
+        extended = [i for i in node.inputs if not self.reduced[i][axis]] or node.inputs
+        sources = {found[i][axis] for i in extended} or {Fraction(1)}
+        if len(sources) > 1:
+            raise NetworkError(
+                f"layer {node.name!r} joins arrays of voxel spacing "
+                f"{' and '.join(map(str, sorted(sources)))} along {AXES[axis]}: "
+                "branches must be down- and up-sampled alike"
+            )
+        return sources.pop()
+
+    @cached_property
+    def reduced(self) -> dict[str, tuple[bool, bool, bool]]:
+        """For every node the axes along which it is one voxel, whatever the volume's size."""
+        found: dict[str, tuple[bool, bool, bool]] = {}
+        for node in self:
+            z, y, x = (
+                node.layer.window(axis).single
+                or (bool(node.inputs) and all(found[i][axis] for i in node.inputs))
+                for axis in range(3)
+            )
+            found[node.name] = (z, y, x)
+        return found
+
+    @cached_property
+    def nonlocal_layers(self) -> tuple[Node, ...]:
+        """The layers whose outputs depend on all of an axis: with any of them the network has no
+        answer in patches."""
+        return tuple(
+            node for node in self if any(node.layer.window(axis).whole for axis in range(3))
+        )
 
     @cached_property
     def readers(self) -> dict[str, tuple[Node, ...]]:
@@ -121,7 +178,7 @@ class Network:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of layers, their names and weights: who has it gives the same answers."""
-        digest = hashlib.sha256(repr((self.nodes, self.output)).encode())
+        digest = hashlib.sha256(repr((self.nodes, dict(self.outputs))).encode())
         for name in sorted(self.weights):
             for key in sorted(self.weights[name]):
                 digest.update(f"{name}/{key}".encode())
@@ -147,9 +204,12 @@ class Network:
             if isinstance(node.layer, Input) and node is not self.nodes[0]:
                 raise NetworkError(f"a second Input, {node.name!r}: a network has one")
             seen.add(node.name)
-        if self.output not in seen:
-            raise NetworkError(f"the output {self.output!r} is not a layer of the network")
-        read = {self.output, self.nodes[0].name}.union(*(node.inputs for node in self))
+        if not self.outputs:
+            raise NetworkError("a network has at least one output")
+        ends = set(self.outputs.values())
+        if missing := sorted(ends - seen):
+            raise NetworkError(f"the output {missing[0]!r} is not a layer of the network")
+        read = ends.union({self.nodes[0].name}, *(node.inputs for node in self))
         if unread := seen - read:
             raise NetworkError(f"nothing reads the layer {sorted(unread)[0]!r}")
 
@@ -166,11 +226,20 @@ class Network:
                 raise NetworkError(f"weights {node.name}/{key} hold NaN or infinity")
 
 
+def unused_name(name: str, taken: Container[str]) -> str:
+    """``name``, with dashes behind it where it is taken."""
+    while name in taken:
+        name += "'"
+    return name
+
+
 def without_unused(
-    nodes: list[Node], output: str, weights: Mapping[str, Mapping[str, NDArray[np.generic]]]
+    nodes: list[Node],
+    outputs: Mapping[str, str],
+    weights: Mapping[str, Mapping[str, NDArray[np.generic]]],
 ) -> Network:
-    """A network of the nodes that the output depends on, its weights made float32."""
-    needed = {output, nodes[0].name}
+    """A network of the nodes that the outputs depend on, its weights made float32."""
+    needed = {*outputs.values(), nodes[0].name}
     for node in reversed(nodes):
         if node.name in needed:
             needed.update(node.inputs)
@@ -183,4 +252,4 @@ def without_unused(
         for node in kept
         if weights.get(node.name)
     }
-    return Network(kept, output, as_float)
+    return Network(kept, outputs, as_float)

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import cast
+
 import numpy as np
 
-from znni_dask.network.layers import Affine, Conv, ConvTranspose
+from znni_dask.geometry import AXES, Size, triple
+from znni_dask.network.field_of_view import sizes_of
+from znni_dask.network.layers import (
+    ONES,
+    Affine,
+    AveragePool,
+    Conv,
+    ConvTranspose,
+    Layer,
+    MaxPool,
+    Reduce,
+)
 from znni_dask.network.network import Network, Node, Weights
 
 
@@ -18,24 +32,67 @@ def simplify(network: Network) -> Network:
         source = node.inputs[0] if node.inputs else ""
         if isinstance(node.layer, Affine) and _folds(network, source):
             target = renamed.get(source, source)
-            layer = network[source].layer
+            index = next(i for i, n in enumerate(nodes) if n.name == target)
+            layer = replace(cast("Conv | ConvTranspose", nodes[index].layer), bias=True)
             weights[target] = _folded(layer, weights[target], weights.pop(node.name))
+            nodes[index] = replace(nodes[index], layer=layer)
             renamed[node.name] = target
             continue
         inputs = tuple(renamed.get(i, i) for i in node.inputs)
         nodes.append(Node(node.name, node.layer, inputs))
-    return Network(tuple(nodes), renamed.get(network.output, network.output), weights)
+    outputs = {name: renamed.get(node, node) for name, node in network.outputs.items()}
+    return Network(tuple(nodes), outputs, weights)
+
+
+def as_sliding(network: Network, window: Size) -> Network:
+    """A classifier of windows of one size as a sliding network, where it is one.
+
+    A valid network that ends by reducing what is left of its window to one voxel (a global pool,
+    or a matrix on what was flattened) looks at that window alone. What reduces becomes a pool or
+    a convolution as large as what it finds in a window of size ``window``; the network then
+    slides. Networks that pad, or use what was reduced beside what was not, stay as they are.
+    """
+    windows = [[node.layer.window(axis) for axis in range(3)] for node in network]
+    if not network.nonlocal_layers or any(w.pads or w.up > 1 for axes in windows for w in axes):
+        return network
+    sizes = [sizes_of(network, axis, window[axis]) for axis in range(3)]
+    nodes: list[Node] = []
+    for node in network:
+        layer = node.layer
+        if layer in {n.layer for n in network.nonlocal_layers}:
+            kernel = tuple((size or {})[node.inputs[0]] for size in sizes)
+            replaced = _sliding(layer, triple(kernel))
+            if replaced is None:
+                return network
+            layer = replaced
+        mixed = {tuple(network.reduced[i]) for i in node.inputs}
+        if len(mixed) > 1:
+            return network
+        nodes.append(replace(node, layer=layer))
+    return Network(tuple(nodes), network.outputs, network.weights)
+
+
+def _sliding(layer: Layer, kernel: Size) -> Layer | None:
+    """What a layer that reduces a window to one voxel is on a larger volume."""
+    if isinstance(layer, Conv):
+        return replace(layer, whole=False)
+    if isinstance(layer, Reduce) and layer.function in ("mean", "max"):
+        kernel = triple(
+            k if name in layer.axes else 1 for name, k in zip(AXES, kernel, strict=True)
+        )
+        return (AveragePool if layer.function == "mean" else MaxPool)(kernel, ONES)
+    return None
 
 
 def _folds(network: Network, source: str) -> bool:
     return (
         isinstance(network[source].layer, Conv | ConvTranspose)
         and len(network.readers[source]) == 1
-        and source != network.output
+        and source not in network.outputs.values()
     )
 
 
-def _folded(layer: object, convolution: Weights, affine: Weights) -> Weights:
+def _folded(layer: Conv | ConvTranspose, convolution: Weights, affine: Weights) -> Weights:
     scale, shift = affine["scale"].astype(np.float64), affine["shift"].astype(np.float64)
     weight = convolution["weight"].astype(np.float64)
     if isinstance(layer, ConvTranspose):  # (in, out / groups, ...): out lies on two axes
@@ -46,5 +103,5 @@ def _folded(layer: object, convolution: Weights, affine: Weights) -> Weights:
         weight = weight * scale[:, None, None, None, None]
     return {
         "weight": weight.astype(np.float32),
-        "bias": (convolution["bias"] * scale + shift).astype(np.float32),
+        "bias": (convolution.get("bias", 0.0) * scale + shift).astype(np.float32),
     }

@@ -21,6 +21,10 @@ class Window:
     ``extent`` is the window's length including dilation, (kernel - 1) · dilation + 1.
     ``low`` and ``high`` pad the input (negative values crop it); of an up-sampling window
     they trim the output instead, as the padding of a transposed convolution does.
+
+    With ``ceil`` a last window that begins inside counts although it reaches beyond the input.
+    ``reflects``: the padding is the input mirrored. ``whole``: every output depends on the whole
+    axis; with ``single`` there is only one.
     """
 
     extent: int = 1
@@ -28,20 +32,57 @@ class Window:
     up: int = 1
     low: int = 0
     high: int = 0
+    ceil: bool = False
+    reflects: bool = False
+    whole: bool = False
+    single: bool = False
 
     def size(self, n: int) -> int:
         """Outputs along the axis for ``n`` inputs; not positive where there are none."""
+        if self.single:
+            return 1
         if self.up > 1:
             return (n - 1) * self.up + self.extent - self.low - self.high
-        return (n + self.low + self.high - self.extent) // self.stride + 1
+        room = n + self.low + self.high - self.extent
+        if not self.ceil:
+            return room // self.stride + 1
+        last = ceil_divide(room, self.stride)
+        return last + 1 if last * self.stride < n + self.low else last
+
+    def drops(self, n: int) -> int:
+        """How many of ``n`` inputs no output looks at because the stride steps over them."""
+        if self.up > 1 or self.single or self.ceil:
+            return 0
+        rest = (n + self.low + self.high - self.extent) % self.stride
+        return max(0, rest - max(self.high, 0))
 
     def needs(self, start: int, stop: int) -> tuple[int, int]:
-        """Inputs behind outputs ``[start, stop)``; what lies outside the input is padding."""
+        """Inputs behind outputs ``[start, stop)``; what lies outside the input is padding.
+
+        Of a window that is ``whole`` that is the whole axis, whose length the window does not
+        know: see `within`.
+        """
         if self.up > 1:
             first = ceil_divide(start + self.low - self.extent + 1, self.up)
             last = (stop - 1 + self.low) // self.up
             return first, max(first, last + 1)
         return start * self.stride - self.low, (stop - 1) * self.stride - self.low + self.extent
+
+    def within(self, start: int, stop: int, bounds: tuple[int, int]) -> tuple[int, int]:
+        """`needs` clipped to the inputs that exist, ``[low, high)``: at least one of them, and
+        those that are mirrored."""
+        low, high = bounds
+        if self.whole:
+            return low, high
+        first, last = self.needs(start, stop)
+        if self.reflects:
+            below, above = low - first, last - high
+            if below > 0:
+                last = max(last, low + below + 1)
+            if above > 0:
+                first = min(first, high - above - 1)
+        first = min(max(first, low), high - 1)
+        return first, max(min(last, high), first + 1)
 
     def offset(self, output: int, input_start: int) -> int:
         """Place of output ``output``'s first tap relative to an input that begins at
@@ -78,7 +119,7 @@ class Window:
     @property
     def pads(self) -> bool:
         """Whether outputs exist whose window reaches beyond the input."""
-        return self.up == 1 and (self.low > 0 or self.high > 0)
+        return self.up == 1 and (self.low > 0 or self.high > 0 or self.ceil)
 
 
 SAME = Window()

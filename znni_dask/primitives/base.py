@@ -32,13 +32,17 @@ class Problem:
     """One layer on one box: shapes are (batch, channel, z, y, x).
 
     ``offsets[i]`` is where, in input i, the first tap of output voxel 0 lies (z, y, x); of an
-    up-sampling layer it counts in steps of the output's grid (`Window.offset`).
+    up-sampling layer it counts in steps of the output's grid (`Window.offset`). ``start`` is the
+    place of that voxel in the layer's whole output, ``whole`` the size of its whole first input:
+    a few layers do at the edges of the whole what they do nowhere else.
     """
 
     layer: Layer
     inputs: tuple[Shape, ...]
     output: Shape
     offsets: tuple[Size, ...]
+    start: Size
+    whole: Size
 
     @property
     def output_bytes(self) -> int:

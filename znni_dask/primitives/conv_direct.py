@@ -49,7 +49,8 @@ class ConvDirect(Primitive):
         weight[:, :per_group] = weights["weight"].reshape(conv.groups, per_group, fan_in, *kernel)
         blocked = weight.reshape(conv.groups, blocks, wide, fan_in, *kernel)
         bias = np.zeros((conv.groups, blocks * wide), np.float32)
-        bias[:, :per_group] = weights["bias"].reshape(conv.groups, per_group)
+        if conv.bias:
+            bias[:, :per_group] = weights["bias"].reshape(conv.groups, per_group)
         return (
             np.ascontiguousarray(np.moveaxis(blocked, 2, -1)),
             bias.reshape(conv.groups, blocks, wide),

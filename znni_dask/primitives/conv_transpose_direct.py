@@ -38,7 +38,8 @@ class ConvTransposeDirect(Primitive):
         weight = np.moveaxis(grouped, 2, 1).reshape(
             conv.out_channels, channels // conv.groups, *kernel
         )
-        return np.ascontiguousarray(weight), weights["bias"]
+        bias = weights["bias"] if conv.bias else np.zeros(conv.out_channels, np.float32)
+        return np.ascontiguousarray(weight), bias
 
     def apply(
         self,

@@ -1,7 +1,7 @@
-"""Layers that look at one voxel at a time: activations, affine maps, softmax, sums and products.
+"""Layers that look at one value at a time: activations, affine maps.
 
-Where its first input is not needed any more, such a layer overwrites it. Work goes in pieces
-that stay in the second-level cache, so temporaries are small and their size is known.
+Where its input is not needed any more, such a layer overwrites it. Work goes in pieces that stay
+in the second-level cache, so temporaries are small and their size is known.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any, ClassVar, cast, final
 import numpy as np
 
 from znni_dask.geometry import Size
+from znni_dask.kernels import special
 from znni_dask.kernels.team import Team
-from znni_dask.network.layers import Activation, Add, Affine, Layer, Mul, Softmax
+from znni_dask.network.layers import Activation, Affine, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem
 
@@ -27,7 +28,7 @@ def crop(x: Array, offset: Size, size: Sequence[int]) -> Array:
     return x[:, :, z, y, x_axis]
 
 
-def _bring(problem: Problem, inputs: Sequence[Array], out: Array, team: Team) -> None:
+def bring(problem: Problem, inputs: Sequence[Array], out: Array, team: Team) -> None:
     """Copy the first input into ``out`` unless it is there already."""
     if out is inputs[0] or np.shares_memory(out, inputs[0]):
         return
@@ -46,7 +47,7 @@ def _bring(problem: Problem, inputs: Sequence[Array], out: Array, team: Team) ->
 
 @final
 class ActivationFunction(Primitive):
-    """relu, leaky_relu, prelu, elu, tanh, sigmoid."""
+    """Every function of a value that `layers.Activation` names."""
 
     name: ClassVar[str] = "pointwise"
     layer: ClassVar[type[Layer]] = Activation
@@ -66,64 +67,138 @@ class ActivationFunction(Primitive):
         out: Array,
         team: Team,
     ) -> None:
-        _bring(problem, inputs, out, team)
+        bring(problem, inputs, out, team)
         activation = cast("Activation", problem.layer)
         channels = out.shape[1]
         if activation.function == "prelu":
             assert prepared is not None
-            _per_channel(out, team, lambda v, c: _leak(v, prepared[c % channels]))
+            _per_channel(out, team, lambda v, c: _leak(v, prepared[c % channels], 0))
             return
         function = _FUNCTIONS[activation.function]
-        _per_channel(out, team, lambda v, c: function(v, activation.alpha))
+        alpha, beta = np.float32(activation.alpha), np.float32(activation.beta)
+        _per_channel(out, team, lambda v, c: function(v, alpha, beta))
 
 
-def _per_channel(out: Array, team: Team, function: Callable[[Array, int], None]) -> None:
+def _per_channel(out: Array, team: Team, function: Callable[[Array, int], object]) -> None:
     """Call ``function(values, index)`` on pieces of every (batch, channel)."""
     flat = out.reshape(out.shape[0] * out.shape[1], -1)
     pieces = max(1, -(-flat.shape[1] // PIECE))
 
     def work(first: int, last: int) -> None:
-        for item in range(first, last):
-            row, piece = divmod(item, pieces)
-            function(flat[row, piece * PIECE : (piece + 1) * PIECE], row)
+        with np.errstate(all="ignore"):  # infinities are what such functions have there
+            for item in range(first, last):
+                row, piece = divmod(item, pieces)
+                function(flat[row, piece * PIECE : (piece + 1) * PIECE], row)
 
     team.share(work, flat.shape[0] * pieces)
 
 
-def _relu(v: Array, alpha: float) -> None:
-    np.maximum(v, 0, out=v)
+def _leak(v: Array, alpha: Any, beta: Any) -> None:
+    np.multiply(v, alpha, out=v, where=v < 0)
 
 
-def _leak(v: Array, alpha: float | np.floating[Any]) -> None:
-    np.multiply(v, np.float32(alpha), out=v, where=v < 0)
-
-
-def _elu(v: Array, alpha: float) -> None:
+def _elu(v: Array, alpha: Any, beta: Any) -> None:
     negative = np.minimum(v, 0)
     np.expm1(negative, out=negative)
-    np.multiply(negative, np.float32(alpha), out=negative)
+    np.multiply(negative, alpha, out=negative)
     np.maximum(v, 0, out=v)
     np.add(v, negative, out=v)
 
 
-def _tanh(v: Array, alpha: float) -> None:
-    np.tanh(v, out=v)
+def _selu(v: Array, alpha: Any, gamma: Any) -> None:
+    _elu(v, alpha, 0)
+    np.multiply(v, gamma, out=v)
 
 
-def _sigmoid(v: Array, alpha: float) -> None:
-    with np.errstate(over="ignore"):  # exp of a large number is infinite, its reciprocal 0
-        np.negative(v, out=v)
-        np.exp(v, out=v)
-        np.add(v, 1, out=v)
-        np.reciprocal(v, out=v)
+def _celu(v: Array, alpha: Any, beta: Any) -> None:
+    np.multiply(v, 1 / alpha, out=v, where=v < 0)
+    _elu(v, alpha, 0)
 
 
-_FUNCTIONS: dict[str, Callable[[Array, float], None]] = {
-    "relu": _relu,
+def _sigmoid(v: Array, alpha: Any, beta: Any) -> None:
+    np.negative(v, out=v)
+    np.exp(v, out=v)
+    np.add(v, 1, out=v)
+    np.reciprocal(v, out=v)
+
+
+def _silu(v: Array, alpha: Any, beta: Any) -> None:
+    gate = v.copy()
+    _sigmoid(gate, 0, 0)
+    np.multiply(v, gate, out=v)
+
+
+def _gelu_tanh(v: Array, alpha: Any, beta: Any) -> None:
+    inner = v * v
+    np.multiply(inner, np.float32(0.044715), out=inner)
+    np.add(inner, 1, out=inner)
+    np.multiply(inner, v, out=inner)
+    np.multiply(inner, np.float32(np.sqrt(2 / np.pi)), out=inner)
+    np.tanh(inner, out=inner)
+    np.add(inner, 1, out=inner)
+    np.multiply(inner, np.float32(0.5), out=inner)
+    np.multiply(v, inner, out=v)
+
+
+def _hard_sigmoid(v: Array, slope: Any, shift: Any) -> None:
+    np.multiply(v, slope, out=v)
+    np.add(v, shift, out=v)
+    np.clip(v, 0, 1, out=v)
+
+
+def _hard_swish(v: Array, alpha: Any, beta: Any) -> None:
+    gate = v.copy()
+    _hard_sigmoid(gate, np.float32(1 / 6), np.float32(0.5))
+    np.multiply(v, gate, out=v)
+
+
+def _softplus(v: Array, alpha: Any, beta: Any) -> None:
+    np.logaddexp(v, np.float32(0), out=v)
+
+
+def _softsign(v: Array, alpha: Any, beta: Any) -> None:
+    size = np.abs(v)
+    np.add(size, 1, out=size)
+    np.divide(v, size, out=v)
+
+
+def _threshold(v: Array, alpha: Any, beta: Any) -> None:
+    np.multiply(v, 0, out=v, where=v <= alpha)
+
+
+_FUNCTIONS: dict[str, Callable[[Array, Any, Any], object]] = {
+    "relu": lambda v, a, b: np.maximum(v, 0, out=v),
     "leaky_relu": _leak,
     "elu": _elu,
-    "tanh": _tanh,
+    "selu": _selu,
+    "celu": _celu,
+    "gelu": lambda v, a, b: special.gelu(v),
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
+    "mish": lambda v, a, b: special.mish(v),
+    "hard_swish": _hard_swish,
+    "hard_sigmoid": _hard_sigmoid,
+    "softplus": _softplus,
+    "softsign": _softsign,
+    "tanh": lambda v, a, b: np.tanh(v, out=v),
     "sigmoid": _sigmoid,
+    "clip": lambda v, low, high: np.clip(v, low, high, out=v),
+    "thresholded_relu": _threshold,
+    "erf": lambda v, a, b: special.erf(v),
+    "exp": lambda v, a, b: np.exp(v, out=v),
+    "log": lambda v, a, b: np.log(v, out=v),
+    "sqrt": lambda v, a, b: np.sqrt(v, out=v),
+    "pow": lambda v, exponent, b: np.power(v, exponent, out=v),
+    "abs": lambda v, a, b: np.abs(v, out=v),
+    "neg": lambda v, a, b: np.negative(v, out=v),
+    "reciprocal": lambda v, a, b: np.reciprocal(v, out=v),
+    "sign": lambda v, a, b: np.sign(v, out=v),
+    "floor": lambda v, a, b: np.floor(v, out=v),
+    "ceil": lambda v, a, b: np.ceil(v, out=v),
+    "round": lambda v, a, b: np.rint(v, out=v),
+    "sin": lambda v, a, b: np.sin(v, out=v),
+    "cos": lambda v, a, b: np.cos(v, out=v),
+    "atan": lambda v, a, b: np.arctan(v, out=v),
 }
 
 
@@ -156,88 +231,5 @@ class AffineMap(Primitive):
             np.multiply(v, scale[row % channels], out=v)
             np.add(v, shift[row % channels], out=v)
 
-        _bring(problem, inputs, out, team)
+        bring(problem, inputs, out, team)
         _per_channel(out, team, affine)
-
-
-def _combine(
-    ufunc: np.ufunc, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
-) -> None:
-    views = [
-        np.broadcast_to(crop(x, offset, out.shape[2:]), out.shape)
-        for x, offset in zip(inputs, problem.offsets, strict=True)
-    ]
-
-    def work(first: int, last: int) -> None:
-        for item in range(first, last):
-            at = divmod(item, out.shape[1])
-            ufunc(views[0][at], views[1][at], out=out[at])
-            for view in views[2:]:
-                ufunc(out[at], view[at], out=out[at])
-
-    team.share(work, out.shape[0] * out.shape[1])
-
-
-@final
-class Sum(Primitive):
-    """Sum of any number of inputs."""
-
-    name: ClassVar[str] = "pointwise"
-    layer: ClassVar[type[Layer]] = Add
-    in_place: ClassVar[bool] = True
-
-    def flops(self, problem: Problem) -> int:
-        return (len(problem.inputs) - 1) * prod(problem.output)
-
-    def apply(
-        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
-    ) -> None:
-        _combine(np.add, problem, inputs, out, team)
-
-
-@final
-class Product(Primitive):
-    """Product of any number of inputs."""
-
-    name: ClassVar[str] = "pointwise"
-    layer: ClassVar[type[Layer]] = Mul
-    in_place: ClassVar[bool] = True
-
-    def flops(self, problem: Problem) -> int:
-        return (len(problem.inputs) - 1) * prod(problem.output)
-
-    def apply(
-        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
-    ) -> None:
-        _combine(np.multiply, problem, inputs, out, team)
-
-
-@final
-class SoftmaxOverChannels(Primitive):
-    """exp(x - max) over its sum, the maximum and the sum taken over channels."""
-
-    name: ClassVar[str] = "pointwise"
-    layer: ClassVar[type[Layer]] = Softmax
-    in_place: ClassVar[bool] = True
-
-    def flops(self, problem: Problem) -> int:
-        return 4 * prod(problem.output)
-
-    def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        # a plane of maxima or sums, and numpy's buffer of a plane of one channel
-        _, channels, _, y, x = problem.output
-        return threads * (channels + 2) * y * x * ITEM_BYTES
-
-    def apply(
-        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
-    ) -> None:
-        def work(first: int, last: int) -> None:
-            for item in range(first, last):
-                batch, z = divmod(item, out.shape[2])
-                plane = out[batch, :, z]
-                np.subtract(plane, plane.max(axis=0), out=plane)
-                np.exp(plane, out=plane)
-                np.divide(plane, plane.sum(axis=0), out=plane)
-
-        _bring(problem, inputs, out, team)
-        team.share(work, out.shape[0] * out.shape[2])

@@ -1,44 +1,21 @@
-"""Layers that only move values: concatenation, padding, cropping, slicing, nearest resizing."""
+"""Layers that only move values: padding, cropping, choosing channels, resizing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast, final
 
-from znni_dask.kernels import direct
+import numpy as np
+from numpy.typing import NDArray
+
+from znni_dask.kernels import resampling
 from znni_dask.kernels.team import Team
-from znni_dask.network.layers import ChannelSlice, Concat, Crop, Layer, Pad, Resize
-from znni_dask.primitives.base import Array, Primitive, Problem, indices
+from znni_dask.network.layers import Crop, DepthToSpace, Layer, Pad, Resize, Select
+from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, indices
+from znni_dask.primitives.joining import copy_channels
 from znni_dask.primitives.pointwise import crop
 
-
-def _copy_channels(target: Array, source: Array, team: Team) -> None:
-    """Copy (batch, channel, z, y, x), shared out by batch and channel."""
-    channels = target.shape[1]
-
-    def work(first: int, last: int) -> None:
-        for item in range(first, last):
-            at = divmod(item, channels)
-            target[at] = source[at]
-
-    team.share(work, target.shape[0] * channels)
-
-
-@final
-class Concatenation(Primitive):
-    """Channels behind one another."""
-
-    name: ClassVar[str] = "copy"
-    layer: ClassVar[type[Layer]] = Concat
-
-    def apply(
-        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
-    ) -> None:
-        first = 0
-        for x, offset in zip(inputs, problem.offsets, strict=True):
-            last = first + x.shape[1]
-            _copy_channels(out[:, first:last], crop(x, offset, out.shape[2:]), team)
-            first = last
+_INDEX_BYTES = 8
 
 
 @final
@@ -51,61 +28,176 @@ class Cropping(Primitive):
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        _copy_channels(out, crop(inputs[0], problem.offsets[0], out.shape[2:]), team)
+        copy_channels(out, crop(inputs[0], problem.offsets[0], out.shape[2:]), team)
 
 
 @final
-class ChannelSlicing(Primitive):
-    """Some of the channels."""
+class Selecting(Primitive):
+    """Some of the channels, in any order."""
 
     name: ClassVar[str] = "copy"
-    layer: ClassVar[type[Layer]] = ChannelSlice
+    layer: ClassVar[type[Layer]] = Select
 
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        part = cast("ChannelSlice", problem.layer)
-        source = inputs[0][:, part.start : part.stop]
-        _copy_channels(out, crop(source, problem.offsets[0], out.shape[2:]), team)
+        chosen = cast("Select", problem.layer).indices
+        source = crop(inputs[0], problem.offsets[0], out.shape[2:])
+
+        def work(first: int, last: int) -> None:
+            for item in range(first, last):
+                batch, channel = divmod(item, len(chosen))
+                out[batch, channel] = source[batch, chosen[channel]]
+
+        team.share(work, out.shape[0] * len(chosen))
 
 
 @final
 class Padding(Primitive):
-    """A constant around the input; of a box, only where the box meets the array's edge."""
+    """A constant, the edge or the mirrored input around the input; of a box, only where the box
+    meets the edge of the whole."""
 
-    name: ClassVar[str] = "copy"
+    name: ClassVar[str] = "gather"
     layer: ClassVar[type[Layer]] = Pad
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        return 4 * _INDEX_BYTES * sum(problem.output[2:])
 
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        out.fill(cast("Pad", problem.layer).value)
-        here: list[slice] = []
-        there: list[slice] = []
-        for offset, n, wide in zip(
-            problem.offsets[0], inputs[0].shape[2:], out.shape[2:], strict=True
-        ):
-            first, last = max(0, -offset), min(wide, n - offset)
-            here.append(slice(first, last))
-            there.append(slice(first + offset, last + offset))
-        every = (slice(None), slice(None))
-        _copy_channels(out[(*every, *here)], inputs[0][(*every, *there)], team)
+        layer = cast("Pad", problem.layer)
+        index = [self._index(layer, problem, axis) for axis in range(3)]
+        value = np.float32(layer.value)
+
+        def work(first: int, last: int) -> None:
+            resampling.gather(inputs[0], out, *index, value, first, last)
+
+        team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
+
+    @staticmethod
+    def _index(layer: Pad, problem: Problem, axis: int) -> NDArray[np.int64]:
+        """For every output the place in the input given; -1 for the constant."""
+        n = problem.whole[axis]
+        low = layer.padding[0][axis]
+        place = problem.start[axis] + np.arange(problem.output[2 + axis]) - low
+        given = problem.start[axis] - low - problem.offsets[0][axis]
+        if layer.mode == "constant":
+            return np.where((place >= 0) & (place < n), place - given, -1)
+        if layer.mode == "reflect":
+            place = np.abs(place)
+            place = np.where(place >= n, 2 * (n - 1) - place, place)
+        return np.clip(np.clip(place, 0, n - 1) - given, 0, problem.inputs[0][2 + axis] - 1)
 
 
 @final
 class NearestResizing(Primitive):
     """Every voxel repeated."""
 
-    name: ClassVar[str] = "nearest"
+    name: ClassVar[str] = "gather"
     layer: ClassVar[type[Layer]] = Resize
+
+    def refusal(self, layer: Layer) -> str | None:
+        if reason := super().refusal(layer):
+            return reason
+        if cast("Resize", layer).placing != "nearest":
+            return f"repeating voxels does not interpolate ({layer.summary})"
+        return None
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        return 4 * _INDEX_BYTES * sum(problem.output[2:])
+
+    def apply(
+        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+    ) -> None:
+        factor = cast("Resize", problem.layer).factor
+        index = [
+            (np.arange(n) + offset) // f
+            for n, offset, f in zip(out.shape[2:], problem.offsets[0], factor, strict=True)
+        ]
+
+        def work(first: int, last: int) -> None:
+            resampling.gather(inputs[0], out, *index, np.float32(0), first, last)
+
+        team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
+
+
+@final
+class LinearResizing(Primitive):
+    """Linear interpolation between neighbouring voxels, axis by axis."""
+
+    name: ClassVar[str] = "linear"
+    layer: ClassVar[type[Layer]] = Resize
+
+    def refusal(self, layer: Layer) -> str | None:
+        if reason := super().refusal(layer):
+            return reason
+        if cast("Resize", layer).placing == "nearest":
+            return "interpolation does not repeat voxels (nearest)"
+        return None
+
+    def flops(self, problem: Problem) -> int:
+        batch, channels, z, y, x = problem.output
+        return batch * channels * z * y * (6 * problem.inputs[0][-1] + 2 * x)
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        places = 6 * _INDEX_BYTES * sum(problem.output[2:])
+        return places + threads * problem.inputs[0][-1] * ITEM_BYTES
+
+    def apply(
+        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+    ) -> None:
+        axes = [self._places(problem, axis) for axis in range(3)]
+        below, above, weight = (tuple(axis[i] for axis in axes) for i in range(3))
+
+        def work(first: int, last: int) -> None:
+            resampling.interpolate(inputs[0], out, below, above, weight, first, last)
+
+        team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
+
+    @staticmethod
+    def _places(
+        problem: Problem, axis: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """For every output the inputs given on both sides of it, and how far it is between."""
+        layer = cast("Resize", problem.layer)
+        factor, n = layer.factor[axis], problem.whole[axis]
+        output = problem.start[axis] + np.arange(problem.output[2 + axis], dtype=np.float64)
+        if factor == 1:
+            place = output
+        elif layer.placing == "half_pixel":
+            place = (output + 0.5) / factor - 0.5
+        elif layer.placing == "asymmetric":
+            place = output / factor
+        else:
+            place = output * ((n - 1) / (n * factor - 1))
+        place = np.clip(place, 0, n - 1)
+        below = np.minimum(place.astype(np.int64), n - 1)
+        window = layer.window(axis)
+        given = window.offset(problem.start[axis], 0) - problem.offsets[0][axis]
+        given //= window.up
+        last = problem.inputs[0][2 + axis] - 1
+        return (
+            np.clip(below - given, 0, last),
+            np.clip(below + 1 - given, 0, last),
+            (place - below).astype(np.float32),
+        )
+
+
+@final
+class ShufflingToSpace(Primitive):
+    """Channels moved into space."""
+
+    name: ClassVar[str] = "copy"
+    layer: ClassVar[type[Layer]] = DepthToSpace
 
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
         offset = indices(*problem.offsets[0])
-        factor = indices(*cast("Resize", problem.layer).factor)
+        factor = indices(*cast("DepthToSpace", problem.layer).factor)
 
         def work(first: int, last: int) -> None:
-            direct.repeat(inputs[0], out, offset, factor, first, last)
+            resampling.depth_to_space(inputs[0], out, offset, factor, first, last)
 
         team.share(work, out.shape[0] * out.shape[1] * out.shape[2])

@@ -13,37 +13,45 @@ from znni_dask.network.layers import Layer
 from znni_dask.primitives.base import Primitive
 from znni_dask.primitives.conv_direct import ConvDirect
 from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
-from znni_dask.primitives.max_pooling import MaxPooling, MaxPoolingFragments
-from znni_dask.primitives.pointwise import (
-    ActivationFunction,
-    AffineMap,
-    Product,
-    SoftmaxOverChannels,
-    Sum,
+from znni_dask.primitives.joining import ArithmeticOfInputs, Broadcasting, Concatenation
+from znni_dask.primitives.pointwise import ActivationFunction, AffineMap
+from znni_dask.primitives.pooling import (
+    AveragePooling,
+    AveragePoolingFragments,
+    MaxPooling,
+    MaxPoolingFragments,
 )
 from znni_dask.primitives.rearranging import (
-    ChannelSlicing,
-    Concatenation,
     Cropping,
+    LinearResizing,
     NearestResizing,
     Padding,
+    Selecting,
+    ShufflingToSpace,
 )
+from znni_dask.primitives.reducing import Normalization, Reducing, SoftmaxOverAxes
 
 TABLE: tuple[Primitive, ...] = (
     ConvDirect(),
     ConvTransposeDirect(),
     MaxPoolingFragments(),
     MaxPooling(),
+    AveragePoolingFragments(),
+    AveragePooling(),
     ActivationFunction(),
     AffineMap(),
-    SoftmaxOverChannels(),
-    Sum(),
-    Product(),
+    ArithmeticOfInputs(),
     Concatenation(),
+    Broadcasting(),
     Cropping(),
-    ChannelSlicing(),
+    Selecting(),
     Padding(),
     NearestResizing(),
+    LinearResizing(),
+    ShufflingToSpace(),
+    Reducing(),
+    SoftmaxOverAxes(),
+    Normalization(),
 )
 
 

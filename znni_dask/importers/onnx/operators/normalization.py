@@ -1,0 +1,248 @@
+"""Normalisations, reductions and softmax: told apart by the axes they reduce."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+import onnx
+
+from znni_dask.importers.onnx import layouts
+from znni_dask.importers.onnx.assembly import UnsupportedNode
+from znni_dask.importers.onnx.folding import Constant
+from znni_dask.importers.onnx.graph import GraphReader, Operator
+from znni_dask.importers.onnx.layouts import SPACE, Value
+from znni_dask.importers.onnx.operators.attributes import attributes_of
+from znni_dask.importers.onnx.operators.joining import affine, joined
+from znni_dask.network import layers
+from znni_dask.network.layers import Arithmetic, Reduction
+
+
+def _batch_normalization(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+    attributes = attributes_of(proto)
+    if attributes.get("training_mode"):
+        raise UnsupportedNode("training_mode=1: export the network in evaluation mode")
+    value = reader.given(proto)
+    numbers = [_on_axis(reader, value, 1, reader.weights(proto, i)) for i in range(1, 5)]
+    scale, shift, mean, variance = numbers
+    spread = variance + attributes.get("epsilon", 1e-5)
+    if not (spread > 0).all():
+        raise UnsupportedNode(f"its variances plus epsilon go down to {spread.min():g}")
+    scale = scale / np.sqrt(spread)
+    return affine(reader, proto, value, scale, shift - mean * scale)
+
+
+def _on_axis(reader: GraphReader, value: Value, axis: int, numbers: Constant) -> Constant:
+    """Numbers along one axis, as one per channel."""
+    shape = [1] * value.rank
+    shape[axis] = numbers.size
+    if numbers.size not in (1, reader.assembly.lengths(value, axis)[0]):
+        raise UnsupportedNode(
+            f"{numbers.size} numbers for {reader.assembly.lengths(value, axis)[0]} channels"
+        )
+    return layouts.per_channel(numbers.reshape(shape), value, reader.assembly.channels(value))
+
+
+def _reduced_space(reader: GraphReader, value: Value, axes: list[int]) -> str:
+    """The axes of space that lie on some axes of a value; they must lie there whole."""
+    found = ""
+    for kind in SPACE:
+        here = [p for i in axes for p in value.axes[i] if p.kind == kind]
+        if not here:
+            continue
+        if len(here) > 1 or here[0].stride != 1 or len(value.pieces(kind)) > 1:
+            raise UnsupportedNode(f"reduces over a part of the axis {kind}")
+        found += kind
+    return found
+
+
+def _normalize(
+    reader: GraphReader,
+    proto: onnx.NodeProto,
+    value: Value,
+    axes: list[int],
+    scale: Constant | None,
+    shift: Constant | None,
+    epsilon: float,
+) -> Value:
+    """Normalise over ``axes``; scale and shift are one number per channel."""
+    channels = reader.assembly.channels(value)
+    reduced = [p for i in axes for p in value.axes[i] if p.kind == "c" and not p.single]
+    size = prod(p.length for p in reduced)
+    # the channels of a group must lie side by side
+    if any(p.stride * p.length > size for p in reduced):
+        raise UnsupportedNode("normalises over channels that do not lie side by side")
+    layer = layers.Normalize(
+        channels, channels // size, _reduced_space(reader, value, axes), float(epsilon)
+    )
+    weights = {
+        "scale": np.ones(channels) if scale is None else scale,
+        "shift": np.zeros(channels) if shift is None else shift,
+    }
+    if layer.groups == channels and not layer.space:
+        raise UnsupportedNode("normalises single values")
+    return reader.pointwise(proto, layer, value, weights)
+
+
+def _instance_normalization(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+    value = reader.given(proto)
+    scale, shift = (_on_axis(reader, value, 1, reader.weights(proto, i)) for i in (1, 2))
+    epsilon = attributes_of(proto).get("epsilon", 1e-5)
+    return _normalize(reader, proto, value, list(range(2, value.rank)), scale, shift, epsilon)
+
+
+def _group_normalization(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+    attributes = attributes_of(proto)
+    value = reader.source(proto)
+    channels, groups = reader.assembly.channels(value), int(attributes["num_groups"])
+    numbers = [reader.weights(proto, i).ravel().astype(np.float64) for i in (1, 2)]
+    if groups < 1 or channels % groups:
+        raise UnsupportedNode(f"{channels} channels do not fall into {groups} groups")
+    if reader.opset < 21:  # before, there was one number for a group
+        numbers = [np.repeat(n, channels // groups) if n.size == groups else n for n in numbers]
+    layer = layers.Normalize(
+        channels, groups, "".join(value.kinds()[2:]), float(attributes.get("epsilon", 1e-5))
+    )
+    return reader.layer(proto, layer, [value], {"scale": numbers[0], "shift": numbers[1]})
+
+
+def _layer_normalization(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+    attributes = attributes_of(proto)
+    value = reader.given(proto)
+    first = reader.axis(value, int(attributes.get("axis", -1)))
+    scale, shift = (
+        layouts.per_channel(reader.numbers(proto, i, value), value, reader.assembly.channels(value))
+        if i < len(proto.input) and proto.input[i]
+        else None
+        for i in (1, 2)
+    )
+    epsilon = attributes.get("epsilon", 1e-5)
+    axes = list(range(first, value.rank))
+    return _normalize(reader, proto, value, axes, scale, shift, epsilon)
+
+
+def _rms_normalization(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+    """Divided by the root of the mean square, then scaled."""
+    attributes = attributes_of(proto)
+    value = reader.given(proto)
+    axes = list(range(reader.axis(value, int(attributes.get("axis", -1))), value.rank))
+    squares = joined(reader, proto, Arithmetic("mul"), [value, value])
+    mean = reduce(reader, proto, squares, "mean", axes)
+    ones = np.ones(reader.assembly.channels(mean))
+    mean = affine(reader, proto, mean, ones, ones * attributes.get("epsilon", 1e-5))
+    root = reader.pointwise(proto, layers.Activation("sqrt"), mean)
+    normal = joined(reader, proto, Arithmetic("div"), [value, root])
+    scale = layouts.per_channel(reader.weights(proto, 1), normal, reader.assembly.channels(normal))
+    return affine(reader, proto, normal, scale, np.zeros_like(scale))
+
+
+def _axes(reader: GraphReader, proto: onnx.NodeProto, value: Value) -> list[int]:
+    """The axes that a reduction names; all where it names none."""
+    attributes = attributes_of(proto)
+    listed = attributes.get("axes")
+    if listed is None and len(proto.input) > 1:
+        found = reader.constant(proto, 1)
+        listed = None if found is None else found.ravel().tolist()
+    if not listed:
+        return [] if attributes.get("noop_with_empty_axes") else list(range(value.rank))
+    return [reader.axis(value, int(a)) for a in listed]
+
+
+def reduce(
+    reader: GraphReader, proto: onnx.NodeProto, value: Value, function: Reduction, axes: list[int]
+) -> Value:
+    """Reduce over channels, over axes of space, or over both one after the other."""
+    pieces = [p for i in axes for p in value.axes[i] if p.kind == "c" and not p.single]
+    if pieces and pieces != value.pieces("c"):
+        raise UnsupportedNode("reduces over a part of the channels")
+    space = _reduced_space(reader, value, axes)
+    name, label = value.layer, proto.name or proto.output[0]
+    if pieces:
+        name = reader.assembly.add(layers.Reduce(function, "c"), [name], label)
+    if space:
+        name = reader.assembly.add(layers.Reduce(function, space), [name], label)
+    if any(p.kind == "n" and not p.single for i in axes for p in value.axes[i]):
+        raise UnsupportedNode("reduces over the batch")
+    return Value(name, tuple(() if i in axes else a for i, a in enumerate(value.axes)))
+
+
+def _reduction(function: Reduction) -> Operator:
+    def read(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+        value = reader.given(proto)
+        axes = _axes(reader, proto, value)
+        made = reduce(reader, proto, value, function, axes)
+        return _kept(made, axes, bool(attributes_of(proto).get("keepdims", 1)))
+
+    return read
+
+
+def _kept(value: Value, axes: list[int], keep: bool) -> Value:
+    """Without the axes that were reduced, unless they are kept."""
+    if keep:
+        return value
+    return Value(value.layer, tuple(a for i, a in enumerate(value.axes) if i not in axes))
+
+
+def _sum_of_squares(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+    value = reader.given(proto)
+    axes = _axes(reader, proto, value)
+    squares = joined(reader, proto, Arithmetic("mul"), [value, value])
+    made = reduce(reader, proto, squares, "sum", axes)
+    return _kept(made, axes, bool(attributes_of(proto).get("keepdims", 1)))
+
+
+def _argmax(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+    attributes = attributes_of(proto)
+    value = reader.given(proto)
+    axis = reader.axis(value, int(attributes.get("axis", 0)))
+    if value.kinds_of(axis) != {"c"} or attributes.get("select_last_index"):
+        raise UnsupportedNode("only the first largest channel is supported")
+    made = reduce(reader, proto, value, "argmax", [axis])
+    return _kept(made, [axis], bool(attributes.get("keepdims", 1)))
+
+
+def _lp_normalization(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+    attributes = attributes_of(proto)
+    value = reader.given(proto)
+    axis = reader.axis(value, int(attributes.get("axis", -1)))
+    function: Reduction = "l1" if int(attributes.get("p", 2)) == 1 else "l2"
+    norm = reduce(reader, proto, value, function, [axis])
+    return joined(reader, proto, Arithmetic("div"), [value, norm])
+
+
+def _softmax(log: bool) -> Operator:
+    def read(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+        value = reader.given(proto)
+        late = reader.opset >= 13  # before, all axes from the one named on were taken together
+        axis = reader.axis(value, int(attributes_of(proto).get("axis", -1 if late else 1)))
+        axes = [axis] if late else list(range(axis, value.rank))
+        pieces = [p for i in axes for p in value.axes[i] if p.kind == "c" and not p.single]
+        space = _reduced_space(reader, value, axes)
+        if space and not all(p.single for k in space for p in value.pieces(k)) and pieces:
+            raise UnsupportedNode("over channels and space together")
+        if pieces and pieces != value.pieces("c"):
+            raise UnsupportedNode("over a part of the channels")
+        over = "c" if pieces or not space else space
+        return reader.pointwise(proto, layers.Softmax(over, log), value)
+
+    return read
+
+
+OPERATORS: dict[str, Operator] = {
+    "ArgMax": _argmax,
+    "BatchNormalization": _batch_normalization,
+    "GroupNormalization": _group_normalization,
+    "InstanceNormalization": _instance_normalization,
+    "LayerNormalization": _layer_normalization,
+    "LogSoftmax": _softmax(log=True),
+    "LpNormalization": _lp_normalization,
+    "RMSNormalization": _rms_normalization,
+    "ReduceL1": _reduction("l1"),
+    "ReduceL2": _reduction("l2"),
+    "ReduceMax": _reduction("max"),
+    "ReduceMean": _reduction("mean"),
+    "ReduceMin": _reduction("min"),
+    "ReduceSum": _reduction("sum"),
+    "ReduceSumSquare": _sum_of_squares,
+    "Softmax": _softmax(log=False),
+}

@@ -1,0 +1,125 @@
+"""Layers with several inputs: sums, products …, concatenation, broadcasting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, ClassVar, cast, final
+
+import numpy as np
+
+from znni_dask.geometry import Size, triple
+from znni_dask.kernels.team import Team
+from znni_dask.network.layers import Arithmetic, Broadcast, Concat, Layer
+from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, Shape
+from znni_dask.primitives.pointwise import crop
+
+_BUFFER = 1 << 13  # elements that numpy casts at a time
+_UFUNCS: dict[str, np.ufunc] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "min": np.minimum,
+    "max": np.maximum,
+    "pow": np.power,
+    "greater": np.greater,
+    "less": np.less,
+    "equal": np.equal,
+}
+
+
+def copy_channels(target: Array, source: Array, team: Team) -> None:
+    """Copy (batch, channel, z, y, x), shared out by batch and channel."""
+    channels = target.shape[1]
+
+    def work(first: int, last: int) -> None:
+        for item in range(first, last):
+            at = divmod(item, channels)
+            target[at] = source[at]
+
+    team.share(work, target.shape[0] * channels)
+
+
+def _spread(x: Array, offset: Size, shape: Shape | tuple[int, ...]) -> Array:
+    """The part of an input behind ``shape``, as a view; axes of one voxel are repeated."""
+    reach = triple(min(n, have) for n, have in zip(shape[2:], x.shape[2:], strict=True))
+    part = crop(
+        x, triple(o if n > 1 else 0 for o, n in zip(offset, x.shape[2:], strict=True)), reach
+    )
+    return np.broadcast_to(part, shape)
+
+
+@final
+class ArithmeticOfInputs(Primitive):
+    """Inputs combined value by value."""
+
+    name: ClassVar[str] = "pointwise"
+    layer: ClassVar[type[Layer]] = Arithmetic
+    in_place: ClassVar[bool] = True
+
+    def flops(self, problem: Problem) -> int:
+        return (len(problem.inputs) - 1) * prod(problem.output)
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        # numpy's buffers where comparisons are cast, and the planes of "where"
+        return threads * 3 * (prod(problem.output[3:]) + _BUFFER) * ITEM_BYTES
+
+    def apply(
+        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+    ) -> None:
+        function = cast("Arithmetic", problem.layer).function
+        views = [
+            _spread(x, offset, out.shape) for x, offset in zip(inputs, problem.offsets, strict=True)
+        ]
+
+        def choose(first: int, last: int) -> None:
+            for item in range(first, last):
+                batch, channel, z = np.unravel_index(item, out.shape[:3])
+                plane = [view[batch, channel, z] for view in views]
+                out[batch, channel, z] = np.where(plane[0] != 0, plane[1], plane[2])
+
+        if function == "where":
+            team.share(choose, prod(out.shape[:3]))
+            return
+        ufunc = _UFUNCS[function]
+
+        def work(first: int, last: int) -> None:
+            with np.errstate(all="ignore"):
+                for item in range(first, last):
+                    at = divmod(item, out.shape[1])
+                    ufunc(views[0][at], views[1][at], out=out[at])
+                    for view in views[2:]:
+                        ufunc(out[at], view[at], out=out[at])
+
+        team.share(work, out.shape[0] * out.shape[1])
+
+
+@final
+class Concatenation(Primitive):
+    """Channels behind one another."""
+
+    name: ClassVar[str] = "copy"
+    layer: ClassVar[type[Layer]] = Concat
+
+    def apply(
+        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+    ) -> None:
+        first = 0
+        for x, offset in zip(inputs, problem.offsets, strict=True):
+            last = first + x.shape[1]
+            copy_channels(out[:, first:last], crop(x, offset, out.shape[2:]), team)
+            first = last
+
+
+@final
+class Broadcasting(Primitive):
+    """One voxel repeated over an axis."""
+
+    name: ClassVar[str] = "copy"
+    layer: ClassVar[type[Layer]] = Broadcast
+
+    def apply(
+        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+    ) -> None:
+        copy_channels(out, _spread(inputs[0], problem.offsets[0], out.shape), team)
