@@ -18,8 +18,19 @@ PACKAGE = ROOT / "znni_dask"
 
 # Every module or package may import only what stands below it.
 STAIRS = [
-    *("cli", "report", "verify", "run", "executors", "planner", "costs", "schedule"),
-    *("primitives", "kernels", "storage", "patches", "machine", "plan", "importers"),
+    *(
+        "cli",
+        "report",
+        "inspection",
+        "verify",
+        "run",
+        "recompute",
+        "application",
+        "job",
+        "patchwise",
+    ),
+    *("executors", "window_planner", "planner", "costs", "schedule", "primitives", "kernels"),
+    *("storage", "windows", "patches", "machine", "plan", "importers"),
     *("network", "geometry", "errors"),
 ]
 HEAVY = {"onnx", "google", "torch", "matplotlib", "cupy", "h5py", "bokeh", "tifffile"}

@@ -38,21 +38,6 @@ from znni_dask.verify import verify
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture(scope="module")
-def client():
-    """One in-process cluster for all runs of this file; two blocks at a time."""
-    loopback = "127.0.0.1:0"
-    with Client(
-        processes=False,
-        n_workers=1,
-        threads_per_worker=2,
-        memory_limit=0,
-        dashboard_address=loopback,
-        worker_dashboard_address=loopback,
-    ) as local:
-        yield local
-
-
 def ome_volume(path, size=(30, 45, 50), channels=1, dtype=np.float32, seed=0):
     values = np.random.default_rng(seed).standard_normal((channels, *size))
     values = values.astype(np.float32) if dtype == np.float32 else (40 * values + 128).astype(dtype)
@@ -311,18 +296,18 @@ def test_bad_input_is_refused_before_anything_is_written(
 
 
 def test_blocks_in_flight_are_bounded_and_computed_one_at_a_time(small, client, monkeypatch):
-    from znni_dask.run import BlockMaker
+    from znni_dask.job import BlockMaker
 
     active, most = 0, []
     make = BlockMaker.make
 
-    def counted(self, block):
+    def counted(self, *place):
         nonlocal active
         active += 1
         most.append(active)
         time.sleep(0.01)
         try:
-            return make(self, block)
+            return make(self, *place)
         finally:
             active -= 1
 

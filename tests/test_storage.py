@@ -274,7 +274,6 @@ def broken(kind, folder):
         ("bare datasets.zarr", "metadata cannot be read"),
         ("six.npy", "two to five axes"),
         ("empty.npy", "empty"),
-        ("time.zarr", "3 time points"),
         ("group.zarr", r"without OME multiscales.*'some'"),
         ("broken.zarr", "cannot read"),
         ("missing level.zarr", "cannot read"),

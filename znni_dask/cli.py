@@ -26,10 +26,13 @@ from znni_dask import report
 from znni_dask.errors import InputError, RunError
 from znni_dask.geometry import Size, triple
 from znni_dask.importers import load_network
+from znni_dask.inspection import facts
+from znni_dask.machine import cores
 from znni_dask.patches import BOUNDARIES
 from znni_dask.run import run
 from znni_dask.storage.output import DTYPES
 from znni_dask.verify import verify
+from znni_dask.windows import WEIGHTS
 
 _PLAIN_SECONDS = 5.0
 _FILE_WIDTH = 160
@@ -63,7 +66,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_network(info)
     info.set_defaults(command=_info)
 
-    infer = commands.add_parser("infer", help="apply a network to a volume")
+    _add_infer(commands.add_parser("infer", help="apply a network to a volume"))
+    check = commands.add_parser("verify", help="recompute random places of an output")
+    _add_network(check)
+    check.add_argument("input", help="the volume the output was made from")
+    check.add_argument("output", help="the output of znni infer")
+    check.add_argument("--places", type=int, default=8, metavar="N")
+    check.add_argument("--size", type=_size, default=(32, 32, 32), metavar="Z,Y,X")
+    check.add_argument("--seed", type=int, default=0)
+    check.add_argument("--threads", type=int, metavar="N")
+    check.set_defaults(command=_verify)
+    return parser
+
+
+def _add_infer(infer: argparse.ArgumentParser) -> None:
     _add_network(infer)
     infer.add_argument("input", help="volume: Zarr, OME-Zarr, TIFF stack (file or folder), .npy")
     infer.add_argument("output", help="OME-Zarr store to make")
@@ -82,20 +98,43 @@ def _parser() -> argparse.ArgumentParser:
     )
     infer.add_argument("--chunks", type=_size, metavar="Z,Y,X", help="of the output (default 64³)")
     infer.add_argument("--shards", type=_size, metavar="Z,Y,X", help="of the output (default none)")
+    infer.add_argument("--axes", metavar="LETTERS", help="what the input's axes mean, out of tczyx")
+    infer.add_argument(
+        "--channels", type=_numbers, metavar="C,…", help="the input's channels to use, from 0"
+    )
+    infer.add_argument(
+        "--output",
+        dest="outputs",
+        action="append",
+        metavar="NAME",
+        help="an output of the network to compute (may be repeated; default all)",
+    )
     infer.add_argument("--nan", type=float, metavar="VALUE", help="replaces NaN and infinity")
     infer.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    _add_approximate(infer)
     infer.set_defaults(command=_infer)
 
-    check = commands.add_parser("verify", help="recompute random places of an output")
-    _add_network(check)
-    check.add_argument("input", help="the volume the output was made from")
-    check.add_argument("output", help="the output of znni infer")
-    check.add_argument("--places", type=int, default=8, metavar="N")
-    check.add_argument("--size", type=_size, default=(32, 32, 32), metavar="Z,Y,X")
-    check.add_argument("--seed", type=int, default=0)
-    check.add_argument("--threads", type=int, metavar="N")
-    check.set_defaults(command=_verify)
-    return parser
+
+def _add_approximate(infer: argparse.ArgumentParser) -> None:
+    """Options that make the answer approximate."""
+    group = infer.add_argument_group("approximate answers, only when asked for")
+    group.add_argument(
+        "--patchwise",
+        type=_size,
+        metavar="Z,Y,X",
+        help="window for networks that reduce over space: approximate, blended where windows lap",
+    )
+    group.add_argument("--overlap", type=float, default=0.5, metavar="SHARE", help="of windows")
+    group.add_argument("--weights", choices=WEIGHTS, default="constant", help="of windows")
+    group.add_argument(
+        "--step", type=_size, metavar="Z,Y,X", help="distance of a classifier's windows"
+    )
+    group.add_argument(
+        "--halo",
+        type=_size,
+        metavar="Z,Y,X",
+        help="less than the derived halo: approximate, its error is measured and reported",
+    )
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +146,13 @@ def _size(text: str) -> Size:
         return triple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not z,y,x like 64,64,64") from None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 0,2") from None
 
 
 def _console() -> Console:
@@ -122,7 +168,11 @@ def _info(options: argparse.Namespace) -> int:
     console = _console()
     for line in report.network_lines(network):
         console.print(line, soft_wrap=True)
-    console.print(report.geometry_table(network))
+    for found in facts(network, cores()):
+        for line in report.facts_lines(found):
+            console.print(line, soft_wrap=True)
+        if found.geometry is not None:
+            console.print(report.geometry_table(found.geometry))
     console.print(report.layer_table(network))
     return 0
 
@@ -143,6 +193,14 @@ def _infer(options: argparse.Namespace) -> int:
             chunks=options.chunks,
             shards=options.shards,
             nan=options.nan,
+            axes=options.axes,
+            channels=options.channels,
+            outputs=options.outputs,
+            patchwise=options.patchwise,
+            overlap=options.overlap,
+            weights=options.weights,
+            step=options.step,
+            halo=options.halo,
             overwrite=options.overwrite,
             progress=progress,
         )

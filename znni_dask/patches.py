@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from znni_dask.errors import OptionError, VolumeError
-from znni_dask.geometry import AXES, Box, Size, ceil_divide, subtract, tiles, triple
+from znni_dask.geometry import AXES, Box, Size, ceil_divide, round_up, subtract, tiles, triple
 from znni_dask.network.field_of_view import (
     Extension,
     Interval,
@@ -46,20 +46,34 @@ class Patch:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A network applied to a volume of ``size`` voxels (z, y, x), extended by ``boundary``."""
+    """A network applied to a volume of ``size`` voxels (z, y, x), extended by ``boundary``.
+
+    With ``halo`` (z, y, x) patches see no more than so many voxels beyond themselves, rounded up
+    to the network's alignment: what lies further counts as padding, and the answer becomes
+    approximate.
+    """
 
     network: Network
     size: Size
     boundary: str
+    halo: Size | None = None
 
     def __post_init__(self) -> None:
-        if self.boundary not in BOUNDARIES:
-            raise OptionError(
-                f"boundary {self.boundary!r} is not known: choose {', '.join(BOUNDARIES)}"
-            )
+        check_boundary(self.boundary)
         if min(self.size) < 1:
             raise VolumeError(f"the volume is empty: its size is {self.size}")
         _ = self.extensions
+        if self.halo is not None:
+            self._check_halo(self.halo)
+
+    def _check_halo(self, halo: Size) -> None:
+        if min(halo) < 0:
+            raise OptionError(f"halo {halo} must not be negative")
+        if any(axis.shrink for axis in self.geometry.axes):
+            raise OptionError(
+                "a halo of one's own is for networks that pad, so that patches can end anywhere; "
+                "this one needs the voxels of its whole field of view"
+            )
 
     @property
     def geometry(self) -> NetworkGeometry:
@@ -82,6 +96,15 @@ class Layout:
     def output_size(self) -> Size:
         """Size of the answer, (z, y, x)."""
         return triple(e.outputs for e in self.extensions)
+
+    @property
+    def output_stride(self) -> tuple[Fraction, Fraction, Fraction]:
+        """Voxel spacing of the answer."""
+        return self.geometry.output_stride
+
+    def region(self, block: Box) -> Box:
+        """The box of the volume behind a block of the answer."""
+        return self.patch(block).input
 
     @property
     def translation(self) -> tuple[Fraction, Fraction, Fraction]:
@@ -151,7 +174,11 @@ class Layout:
         key = (axis, interval, fragmented)
         if key not in self._demands:
             self._demands[key] = demand(
-                self.network, axis, interval, bounds=self._bounds[axis], fragmented=fragmented
+                self.network,
+                axis,
+                interval,
+                bounds=self._seen(axis, interval),
+                fragmented=fragmented,
             )
         return self._demands[key]
 
@@ -160,6 +187,26 @@ class Layout:
         if self.geometry.dense:
             return boxes[name].size
         return triple(bounds[name][1] for bounds in self._bounds if bounds)
+
+    def _seen(self, axis: int, outputs: Interval) -> dict[str, Interval] | None:
+        """What a patch may see of every layer: all there is, or with a halo of its own what the
+        network makes of the patch and that halo."""
+        bounds = self._bounds[axis]
+        if self.halo is None or bounds is None:
+            return bounds
+        geometry, size = self.geometry.axes[axis], self.extensions[axis].size
+        step = geometry.alignment
+        start, stop = (int(q * geometry.output_stride) for q in outputs)
+        low = max((start - self.halo[axis]) // step * step, 0)
+        high = round_up(stop + self.halo[axis], step)
+        if high >= size:
+            high = size
+        sizes = geometry.sizes(high - low) or {}
+        spacing = self.network.spacing
+        return {
+            name: (int(low / spacing[name][axis]), int(low / spacing[name][axis]) + n)
+            for name, n in sizes.items()
+        }
 
     @cached_property
     def _bounds(self) -> list[dict[str, Interval] | None]:
@@ -175,6 +222,12 @@ class Layout:
     @cached_property
     def _demands(self) -> dict[tuple[int, Interval, frozenset[str]], dict[str, Interval]]:
         return {}
+
+
+def check_boundary(boundary: str) -> None:
+    """Raise `OptionError` where there is no such boundary."""
+    if boundary not in BOUNDARIES:
+        raise OptionError(f"boundary {boundary!r} is not known: choose {', '.join(BOUNDARIES)}")
 
 
 def source_index(start: int, stop: int, n: int, boundary: str) -> list[int]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import TypeVar
 
 from znni_dask.costs import estimated_seconds
-from znni_dask.errors import MemoryLimitError, OptionError
+from znni_dask.errors import MemoryLimitError, NetworkError, OptionError
 from znni_dask.geometry import (
     Box,
     Size,
@@ -31,26 +32,28 @@ from znni_dask.patches import Layout
 from znni_dask.plan import Choice, Plan, Stage
 from znni_dask.primitives.base import ITEM_BYTES, Primitive
 from znni_dask.primitives.table import candidates, named
-from znni_dask.schedule import ALIGN, Schedules
+from znni_dask.schedule import ALIGN, Arrangement, Schedules
 
 OVERHEAD_BYTES = 48 << 20  # scheduler, messages and allocator slack beside what is counted
 WEIGHT_COPIES = 4  # the plugin as sent, as kept by the scheduler, as received, as prepared
 MOST_BLOCKS_IN_FLIGHT = 3  # one being read, one computed, one written
 _WORTH_FEWER_IN_FLIGHT = 1.1  # times slower that overlapping reads and writes may make computing
-_MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16)
+MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16)
 _PARTS = (2, 3, 4, 6, 8, 12, 16)
 
 
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What a plan is asked for.
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Resources:
+    """What a run has, and what its reading and writing takes.
 
     ``unit`` is the output's chunk or shard; ``read_bytes`` the memory that reading a box of a
     size takes, ``write_bytes`` the memory that writing takes beside the values, of
     ``item_bytes`` each. ``baseline_bytes`` is what the process uses before it computes.
     """
 
-    layout: Layout
     unit: Size
     item_bytes: int
     read_bytes: Callable[[Size], int]
@@ -58,6 +61,13 @@ class Request:
     baseline_bytes: int
     allowed_bytes: int
     threads: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Request(Resources):
+    """What a plan is asked for: a network laid over a volume, and perhaps the patch."""
+
+    layout: Layout
     patch: Size | None = None
 
 
@@ -78,14 +88,10 @@ def plan(request: Request) -> Plan:
         (_rate(request, schedules, block, patch) for block, patch in _sizes(request)),
         key=lambda c: (c.seconds_per_voxel, -volume(c.patch), -volume(c.block)),
     )
-    best: tuple[_Candidate, int, int] | None = None
-    for in_flight in range(MOST_BLOCKS_IN_FLIGHT, 0, -1):
-        found = _first_that_fits(request, schedules, ranked, in_flight)
-        if found and (
-            best is None
-            or found[0].seconds_per_voxel * _WORTH_FEWER_IN_FLIGHT < best[0].seconds_per_voxel
-        ):
-            best = (found[0], in_flight, found[1])
+    best = most_in_flight(
+        lambda in_flight: _first_that_fits(request, schedules, ranked, in_flight),
+        lambda candidate: candidate.seconds_per_voxel,
+    )
     if best is None:
         smallest = min(ranked, key=lambda c: (c.least_bytes, volume(c.block)))
         raise MemoryLimitError(_refusal(request, schedules, smallest))
@@ -101,6 +107,22 @@ def plan(request: Request) -> Plan:
         allowed_bytes=request.allowed_bytes,
         flops_per_voxel=candidate.flops_per_voxel,
     )
+
+
+def most_in_flight(
+    find: Callable[[int], tuple[C, int] | None], cost: Callable[[C], float]
+) -> tuple[C, int, int] | None:
+    """The best candidate, the blocks in flight and the bytes it needs.
+
+    ``find`` gives the best candidate that fits with so many blocks in flight, and its bytes. More
+    in flight, which hides reading and writing, is given up only for what computes much faster.
+    """
+    best: tuple[C, int, int] | None = None
+    for in_flight in range(MOST_BLOCKS_IN_FLIGHT, 0, -1):
+        found = find(in_flight)
+        if found and (best is None or cost(found[0]) * _WORTH_FEWER_IN_FLIGHT < cost(best[0])):
+            best = (found[0], in_flight, found[1])
+    return best
 
 
 def _first_that_fits(
@@ -121,7 +143,7 @@ def _first_that_fits(
     return None
 
 
-def choose_primitives(layout: Layout, fragments: bool = True) -> dict[str, Primitive]:
+def choose_primitives(layout: Arrangement, fragments: bool = True) -> dict[str, Primitive]:
     """For every layer the first primitive of the table that takes it.
 
     Fragments are for dense networks alone, and only where all branches that meet bring the same
@@ -138,7 +160,7 @@ def choose_primitives(layout: Layout, fragments: bool = True) -> dict[str, Primi
     return chosen
 
 
-def chosen_primitives(layout: Layout, plan: Plan) -> dict[str, Primitive]:
+def chosen_primitives(layout: Arrangement, plan: Plan) -> dict[str, Primitive]:
     """The primitives that a plan names; raises `OptionError` where it does not fit the network."""
     names = plan.primitives
     layers = {node.name: node.layer for node in layout.network if node.inputs}
@@ -176,14 +198,20 @@ def _computing_bytes(
     request: Request, schedules: Schedules, sizes: Mapping[str, Size], patch: Size
 ) -> int:
     """Memory of the process while it computes a patch, blocks in flight not counted."""
-    network = request.layout.network
+    return request.baseline_bytes + computing_bytes(schedules, sizes, patch, request.threads)
+
+
+def computing_bytes(
+    schedules: Schedules, sizes: Mapping[str, Size], patch: Size, threads: int
+) -> int:
+    """Memory that computing one patch takes, and what the network takes all the time."""
+    network = schedules.layout.network
     return (
-        request.baseline_bytes
-        + OVERHEAD_BYTES
+        OVERHEAD_BYTES
         + WEIGHT_COPIES * ITEM_BYTES * network.parameters
         + schedules.arena(sizes).bytes
         + ALIGN
-        + schedules.workspace_bytes(sizes, request.threads)
+        + schedules.workspace_bytes(sizes, threads)
         + ITEM_BYTES * network.out_channels * volume(patch)
     )
 
@@ -237,7 +265,7 @@ def _sizes(request: Request) -> list[tuple[Size, Size]]:
 
 def _axis_sizes(n: int, unit: int, granule: int) -> list[tuple[int, int]]:
     """(block, patch) along one axis: whole chunks at once, or one chunk in parts."""
-    found = {(unit * m, min(unit * m, n)) for m in _MULTIPLES if unit * (m - 1) < n}
+    found = {(unit * m, min(unit * m, n)) for m in MULTIPLES if unit * (m - 1) < n}
     small = min(unit, n)
     found |= {(unit, min(round_up(ceil_divide(small, k), granule), small)) for k in _PARTS}
     found.add((unit, min(granule, small)))
@@ -293,5 +321,7 @@ def _refusal(request: Request, schedules: Schedules, smallest: _Candidate) -> st
 
 def _first(layer: Layer, fragment: bool) -> Primitive:
     found = candidates(layer)
+    if not found:
+        raise NetworkError(f"no primitive computes {layer.kind} ({layer.summary})")
     fitting = [p for p in found if p.fragments == fragment] or [p for p in found if not p.fragments]
     return fitting[0]

@@ -13,19 +13,19 @@ from rich.table import Table
 
 from znni_dask.geometry import AXES, text
 from znni_dask.machine import show_bytes
-from znni_dask.network.field_of_view import geometry
+from znni_dask.network.field_of_view import NetworkGeometry
 from znni_dask.network.network import Network
 
 if TYPE_CHECKING:
+    from znni_dask.inspection import Facts
     from znni_dask.run import Summary
     from znni_dask.verify import Verification
 
 _SIZES_SHOWN = 4
 
 
-def geometry_table(network: Network) -> Table:
+def geometry_table(found: NetworkGeometry) -> Table:
     """Field of view, halo, stride, alignment and valid sizes per axis."""
-    found = geometry(network)
     table = Table(
         title="geometry, in voxels of the volume", title_justify="left", box=box.SIMPLE_HEAD
     )
@@ -70,38 +70,77 @@ def layer_table(network: Network) -> Table:
 
 
 def network_lines(network: Network) -> list[str]:
-    """What the network is, in a few lines."""
-    found = geometry(network)
-    lines = [
-        f"{network.in_channels} → {network.out_channels} channels, {network.parameters:,} weights",
+    """What goes into a network and what comes out."""
+    outputs = ", ".join(
+        f"{name} ({network.channels[node]} channels)" for name, node in network.outputs.items()
+    )
+    return [
+        f"input: {network.input.name} ({network.in_channels} channels); "
+        f"{'outputs' if len(network.outputs) > 1 else 'output'}: {outputs}",
+        f"{network.parameters:,} parameters in {len(network.nodes) - 1} layers",
     ]
-    if found.dense:
-        lines.append("slides: neither pads nor up-samples; evaluated at every voxel (dense)")
-    elif any(s != 1 for s in found.output_stride):
-        lines.append(f"keeps its own grid: output stride {_spacing(found.output_stride)}")
+
+
+def facts_lines(found: Facts) -> list[str]:
+    """What one output of a network takes."""
+    lines = [f"{found.output}: {found.locality}"]
+    if (grid := found.geometry) is not None:
+        if grid.dense:
+            what = "slides: neither pads nor up-samples; evaluated at every voxel (dense)"
+        elif any(s != 1 for s in grid.output_stride):
+            what = f"keeps its own grid: output stride {_spacing(grid.output_stride)}"
+        else:
+            what = "one output voxel per voxel of the volume"
+        lines[0] += f"; {what}"
+    adds = float(found.multiply_adds)
+    memory = f"{found.activation_bytes:,.0f} bytes of activations" if found.patch else "?"
+    lines.append(f"{adds:,.0f} multiply-adds and {memory} per voxel of the volume")
+    kind = "a patch" if found.geometry else "windows"
+    if found.patch is None:
+        lines.append("none of the usual windows passes through it: give the one it was made for")
     else:
-        lines.append("one output voxel per voxel of the volume")
+        lines.append(
+            f"{kind} of {text(found.patch)} {'needs' if found.geometry else 'need'} "
+            f"{show_bytes(found.needed_bytes)} beside the process itself"
+        )
     return lines
 
 
 def run_lines(summary: Summary) -> list[str]:
     """What a run did."""
-    plan = summary.plan
-    channels = f"{summary.channels} × " if summary.channels > 1 else ""
+    times = f"{summary.times} × " if summary.times > 1 else ""
+    lines = []
+    for one in summary.passes:
+        plan = one.plan
+        names = f" ({', '.join(one.outputs)})" if len(summary.passes) > 1 else ""
+        channels = f"{one.channels} × " if one.channels > 1 else ""
+        lines.append(
+            f"{summary.output}{names}: {times}{channels}{text(one.size)} voxels in {one.blocks} "
+            f"blocks of {text(plan.block)}, patches of {text(plan.patch)}, "
+            f"{plan.flops_per_voxel:,.0f} operations per voxel, {plan.threads} threads, "
+            f"{plan.blocks_in_flight} blocks in flight"
+        )
+        if one.halo_error is not None:
+            error = one.halo_error
+            lines.append(
+                f"approximate: with this halo the largest difference at {error.voxels:,} random "
+                f"voxels is {error.largest:.3g}, the exact answer's standard deviation "
+                f"{error.standard_deviation:.3g}"
+            )
+    predicted = max(one.plan.predicted_bytes for one in summary.passes)
     return [
-        f"{summary.output}: {channels}{text(summary.size)} voxels in {summary.blocks} blocks of "
-        f"{text(plan.block)}, patches of {text(plan.patch)}",
-        f"{show_seconds(summary.seconds)}, {summary.voxels_per_second:,.0f} voxels/s, "
-        f"{plan.flops_per_voxel:,.0f} operations per voxel, {plan.threads} threads, "
-        f"{plan.blocks_in_flight} blocks in flight",
-        f"memory: {show_bytes(summary.peak_bytes)} measured, {show_bytes(plan.predicted_bytes)} "
-        f"predicted, {show_bytes(plan.allowed_bytes)} allowed",
+        *lines,
+        f"{show_seconds(summary.seconds)}, {summary.voxels_per_second:,.0f} voxels/s; memory: "
+        f"{show_bytes(summary.peak_bytes)} measured, {show_bytes(predicted)} predicted, "
+        f"{show_bytes(summary.plan.allowed_bytes)} allowed",
     ]
 
 
 def verification_lines(found: Verification) -> list[str]:
     """What a verification found."""
     verdict = "holds" if found.holds else "DIFFERS"
+    if found.halo is not None:
+        verdict = f"approximate, made with a halo of {text(found.halo)}"
     return [
         f"{verdict}: largest difference {found.largest_difference:.3g} at z, y, x = {found.at} "
         f"among {found.voxels:,} values at {found.places} places",

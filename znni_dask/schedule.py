@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
+from typing import Protocol
 
 from znni_dask.geometry import Box, Size, add, round_up, triple
 from znni_dask.network.field_of_view import Interval
-from znni_dask.network.network import Node
-from znni_dask.patches import Layout, Patch
+from znni_dask.network.network import Network, Node
+from znni_dask.patches import Patch
 from znni_dask.primitives.base import ITEM_BYTES, Primitive, Problem, Shape
 
 ALIGN = 64  # bytes: a cache line, and the widest vector
@@ -58,11 +59,39 @@ class Schedule:
     spacing: Size
 
 
+class Arrangement(Protocol):
+    """How a network lies over what it is applied to: `patches.Layout`, `windows.WholeWindow`."""
+
+    @property
+    def network(self) -> Network:
+        """The network."""
+
+    @property
+    def strided(self) -> frozenset[str]:
+        """Layers that are evaluated at all offsets of their stride."""
+
+    @property
+    def fragments(self) -> Size:
+        """Fragments per axis that the output falls into."""
+
+    def patch(self, output: Box) -> Patch:
+        """The boxes of all layers for ``output``, every such layer fragmented."""
+
+    def patch_with(self, output: Box, fragmented: frozenset[str]) -> Patch:
+        """The same with only some of them fragmented."""
+
+    def stretch(self, axis: int, span: Interval, fragmented: frozenset[str]) -> dict[str, Interval]:
+        """One axis of it, for outputs ``span``."""
+
+    def whole(self, name: str, boxes: Mapping[str, Box]) -> Size:
+        """Size of a layer's whole output."""
+
+
 @dataclass(frozen=True, eq=False)
 class Schedules:
     """The schedules of all patches of one layout, each layer computed by its primitive."""
 
-    layout: Layout
+    layout: Arrangement
     primitives: Mapping[str, Primitive]
 
     def schedule(self, output: Box) -> Schedule:
@@ -267,7 +296,7 @@ class Schedules:
         return (len(self._positions[name]), self.layout.network.channels[name], *size)
 
 
-def _moves(layout: Layout, node: Node, stride: Size) -> list[Size]:
+def _moves(layout: Arrangement, node: Node, stride: Size) -> list[Size]:
     """All offsets of a layer's stride, in voxels of the volume."""
     spacing = layout.network.spacing[node.inputs[0]]
     return [

@@ -7,6 +7,7 @@ definition, the network on that voxel's field of view, so that fragments are che
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,21 +15,20 @@ from typing import Any, cast
 import numpy as np
 import zarr
 
-from znni_dask import planner
+from znni_dask.application import Application, patchwise_of
 from znni_dask.errors import OptionError, OutputError
-from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, Size, add, triple
 from znni_dask.importers import load_network
 from znni_dask.network.network import Network
-from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout
 from znni_dask.primitives.base import Array
-from znni_dask.run import computing_threads, lay
-from znni_dask.schedule import Schedules
-from znni_dask.storage.output import Encoding
+from znni_dask.recompute import recompute
+from znni_dask.run import computing_threads
+from znni_dask.storage.output import Encoding, group_name
 from znni_dask.storage.volume import Volume, open_volume
 
 TOLERANCE = 1e-4  # largest difference allowed, in standard deviations of the answer
+_TOLD = {"network", "output", "boundary", "nan", "range", "axes", "channels", "patchwise", "halo"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Verification:
     """What `verify` found. Differences are between stored and recomputed values.
 
     ``allowed`` is 1e-4 standard deviations of the recomputed values, plus one step of the stored
-    type (values that differ by less may be rounded apart).
+    type (values that differ by less may be rounded apart). An output made with a ``halo`` of its
+    own is compared with the exact answer, from which it differs by design.
     """
 
     places: int
@@ -45,11 +46,12 @@ class Verification:
     at: Size
     standard_deviation: float
     allowed: float
+    halo: Size | None = None
 
     @property
     def holds(self) -> bool:
-        """Whether nothing differs by more than is allowed."""
-        return self.largest_difference <= self.allowed
+        """Whether nothing differs by more than is allowed, or differences were asked for."""
+        return self.halo is not None or self.largest_difference <= self.allowed
 
 
 def verify(
@@ -72,11 +74,12 @@ def verify(
             "seed not negative"
         )
     team = computing_threads(threads)
-    graph = simplify(load_network(network))
-    source = open_volume(input)
-    written, made = _open_output(output, graph)
-    layout = lay(graph, source, str(made["boundary"]))
-    if written.size != layout.output_size:
+    written, made = _open_output(output)
+    application = _repeated(network, input, made)
+    layout, source = application.laid(str(made["output"])), application.volume
+    if layout.network.fingerprint != made["network"]:
+        raise OutputError(f"{output} was made by another network, or one with other weights")
+    if (written.size, written.times) != (layout.output_size, source.times):
         raise OutputError(
             f"{output} has the size {written.size}, this network makes {layout.output_size} of "
             "this volume: was it made from another one?"
@@ -85,27 +88,47 @@ def verify(
     random = np.random.default_rng(seed)
     stored, fresh, boxes = [], [], []
     for index in range(places):
+        time = int(random.integers(source.times))
         box = _place(random, layout.output_size, size, written.chunks if index % 2 else None)
-        stored.append(encoding.decode(written.read(box)))
-        answer = _recompute(layout, source, box, made["nan"], team)
-        if layout.geometry.dense:
-            _slide(layout, source, box, made["nan"], team, random, answer)
+        stored.append(encoding.decode(written.read(box, time)))
+        options: dict[str, Any] = {"nan": application.nan, "threads": team, "time": time}
+        answer = recompute(layout, source, box, **options)
+        if isinstance(layout, Layout) and layout.geometry.dense:
+            _slide(layout, source, box, random, answer, options)
         fresh.append(answer)
         boxes.append(box)
-    return _compare(stored, fresh, boxes, encoding)
+    return _compare(stored, fresh, boxes, encoding, made["halo"])
 
 
-def _open_output(path: str | Path, network: Network) -> tuple[Volume, dict[str, Any]]:
-    written = open_volume(path)
+def _open_output(path: str | Path) -> tuple[Volume, dict[str, Any]]:
+    """An output, and what its metadata tell of how it was made."""
     made = None
     if (Path(path) / "zarr.json").is_file():
         node = zarr.open(str(path), mode="r")
         made = cast("dict[str, Any] | None", node.attrs.get("znni"))
-    if not isinstance(made, dict) or not {"network", "boundary", "nan", "range"} <= set(made):
+    if isinstance(made, dict) and "outputs" in made:
+        raise OutputError(
+            f"{path} holds several outputs: verify one of its groups, "
+            + ", ".join(group_name(name) for name in made["outputs"])
+        )
+    if not isinstance(made, dict) or not set(made) >= _TOLD:
         raise OutputError(f"{path} was not made by znni infer: how it was made is not known")
-    if made["network"] != network.fingerprint:
-        raise OutputError(f"{path} was made by another network, or one with other weights")
-    return written, made
+    return open_volume(path), made
+
+
+def _repeated(
+    network: str | Path | Network, input: str | Path, made: Mapping[str, Any]
+) -> Application:
+    """What an output's metadata say it was made of; of an answer with a halo of its own the exact
+    one, without."""
+    patchwise = patchwise_of(made)
+    return Application(
+        load_network(network, patchwise.window if patchwise else None),
+        open_volume(input, made["axes"], made["channels"]),
+        str(made["boundary"]),
+        made["nan"],
+        patchwise,
+    )
 
 
 def _place(random: np.random.Generator, whole: Size, size: Size, chunks: Size | None) -> Box:
@@ -125,10 +148,9 @@ def _slide(
     layout: Layout,
     source: Volume,
     box: Box,
-    nan: float | None,
-    threads: int,
     random: np.random.Generator,
     answer: Array,
+    options: Mapping[str, Any],
 ) -> None:
     """Put one voxel of a place in by definition: the network on that voxel's field of view, no
     fragments. So fragments are checked by what does without them."""
@@ -136,30 +158,12 @@ def _slide(
     start = add(box.start, place)
     one = Box(start, add(start, (1, 1, 1)))
     z, y, x = place
-    voxel = _recompute(layout, source, one, nan, threads, fragments=False)
+    voxel = recompute(layout, source, one, fragments=False, **options)
     answer[:, z, y, x] = voxel[:, 0, 0, 0]
 
 
-def _recompute(
-    layout: Layout,
-    source: Volume,
-    box: Box,
-    nan: float | None,
-    threads: int,
-    fragments: bool = True,
-) -> Array:
-    primitives = planner.choose_primitives(layout, fragments)
-    schedules = Schedules(layout, primitives)
-    todo = schedules.schedule(box)
-    arena = schedules.arena(schedules.sizes(box))
-    answer = np.empty((layout.network.out_channels, *box.size), np.float32)
-    with SerialExecutor(layout.network, primitives, arena, threads) as executor:
-        executor.run(todo, source.read_extended(todo.input, layout.boundary, nan), answer)
-    return answer
-
-
 def _compare(
-    stored: list[Any], fresh: list[Any], boxes: list[Box], encoding: Encoding
+    stored: list[Any], fresh: list[Any], boxes: list[Box], encoding: Encoding, halo: Any
 ) -> Verification:
     rounded = [encoding.decode(encoding.encode(values.copy())) for values in fresh]
     differences = [np.abs(a - b).max(axis=0) for a, b in zip(stored, rounded, strict=True)]
@@ -174,4 +178,5 @@ def _compare(
         at=triple(int(a + b) for a, b in zip(boxes[worst].start, place, strict=True)),
         standard_deviation=deviation,
         allowed=TOLERANCE * deviation + encoding.step(float(np.abs(values).max())),
+        halo=None if halo is None else triple(halo),
     )

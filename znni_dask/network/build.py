@@ -117,16 +117,20 @@ class Builder:
         return self.add(layer, x, weights=self._filters(layer, weight, bias))
 
     def max_pool(
-        self, x: str, kernel: Extent, stride: Extent | None = None, padding: Extent = 0
+        self,
+        x: str,
+        kernel: Extent,
+        stride: Extent | None = None,
+        padding: Extent = 0,
+        *,
+        ceil: bool = False,
     ) -> str:
-        """Max-pooling; the stride is the kernel unless given."""
+        """Max-pooling; the stride is the kernel unless given. With ``ceil`` a last window that
+        reaches beyond the input counts."""
         pad = sizes(padding)
-        return self.add(
-            layers.MaxPool(
-                sizes(kernel), sizes(kernel if stride is None else stride), padding=(pad, pad)
-            ),
-            x,
-        )
+        stride = kernel if stride is None else stride
+        layer = layers.MaxPool(sizes(kernel), sizes(stride), padding=(pad, pad), ceil=ceil)
+        return self.add(layer, x)
 
     def average_pool(
         self, x: str, kernel: Extent, stride: Extent | None = None, padding: Extent = 0
@@ -193,9 +197,11 @@ class Builder:
         """Drop ``low`` first and ``high`` (as many unless given) last voxels per axis."""
         return self.add(layers.Crop(sizes(low), sizes(low if high is None else high)), x)
 
-    def network(self, output: str) -> Network:
-        """The network that ends in ``output``; layers it does not depend on are left out."""
-        return without_unused(self._nodes, {"output": output}, self._weights)
+    def network(self, output: str | Mapping[str, str]) -> Network:
+        """The network that ends in the layer ``output``, or in several, each under its name;
+        layers that they do not depend on are left out."""
+        outputs = {"output": output} if isinstance(output, str) else output
+        return without_unused(self._nodes, outputs, self._weights)
 
     def _filters(
         self,
@@ -206,12 +212,12 @@ class Builder:
         shapes = layer.weight_shapes()
         if weight is None:
             per_output = layer.multiply_adds() / layer.out_channels
-            deviation = np.sqrt(2 / max(per_output, 1))
+            deviation = np.float32(np.sqrt(2 / max(per_output, 1)))
             weight = self._random.standard_normal(shapes["weight"], np.float32) * deviation
         if not layer.bias:
             return {"weight": weight}
         if bias is None or bias is True:
-            bias = 0.1 * self._random.standard_normal(shapes["bias"], np.float32)
+            bias = np.float32(0.1) * self._random.standard_normal(shapes["bias"], np.float32)
         return {"weight": weight, "bias": bias}
 
 

@@ -80,8 +80,8 @@ def multiscales(
     """The ``ome`` attribute of an image with one resolution, array ``0``."""
     space = dict(zip(_SPACE, units, strict=True))
     described = [
-        {"name": a, "type": "channel"}
-        if a == "c"
+        {"name": a, "type": {"c": "channel", "t": "time"}[a]}
+        if a in "ct"
         else {"name": a, "type": "space"} | ({"unit": space[a]} if space[a] else {})
         for a in axes
     ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import zarr
@@ -83,11 +84,17 @@ class OutputLayout:
     size: Size
     chunks: Size
     shards: Size | None
+    times: int = 1
 
     @property
     def axes(self) -> str:
-        """The stored axes: channels only where there are several."""
-        return "czyx" if self.channels > 1 else "zyx"
+        """The stored axes: times and channels only where there are several."""
+        return ("t" if self.times > 1 else "") + ("c" if self.channels > 1 else "") + "zyx"
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Lengths of the axes before those of space."""
+        return tuple(n for n in (self.times, self.channels) if n > 1)
 
     @property
     def unit(self) -> Size:
@@ -100,10 +107,16 @@ class OutputLayout:
 
 
 def output_layout(
-    channels: int, size: Size, chunks: Size | None, shards: Size | None
+    channels: int,
+    size: Size,
+    chunks: Size | None,
+    shards: Size | None,
+    times: int = 1,
+    default: Size = (64, 64, 64),
 ) -> OutputLayout:
-    """Chunks of 64³ unless given, clipped to the output; raises `OptionError` on contradictions."""
-    wanted = chunks or (64, 64, 64)
+    """Chunks of ``default`` unless given, clipped to the output; raises `OptionError` on
+    contradictions."""
+    wanted = chunks or default
     if min(wanted) < 1:
         raise OptionError(f"chunks {text(wanted)} must be positive")
     if shards is not None:
@@ -111,10 +124,9 @@ def output_layout(
             raise OptionError(
                 f"shards {text(shards)} are not whole numbers of chunks {text(wanted)}"
             )
-        return OutputLayout(channels, size, wanted, shards)
-    return OutputLayout(
-        channels, size, triple(min(c, n) for c, n in zip(wanted, size, strict=True)), None
-    )
+        return OutputLayout(channels, size, wanted, shards, times)
+    clipped = triple(min(c, n) for c, n in zip(wanted, size, strict=True))
+    return OutputLayout(channels, size, clipped, None, times)
 
 
 def check_place(path: str | Path, source: str | Path, overwrite: bool) -> Path:
@@ -141,6 +153,15 @@ def check_place(path: str | Path, source: str | Path, overwrite: bool) -> Path:
     return place
 
 
+def clear(place: Path) -> None:
+    """Take away the store that is to be replaced."""
+    try:
+        if place.exists():
+            shutil.rmtree(place)
+    except OSError as error:
+        raise OutputError(f"cannot replace {place}: {error}") from None
+
+
 def create(
     place: Path,
     layout: OutputLayout,
@@ -151,13 +172,9 @@ def create(
     units: tuple[str | None, str | None, str | None],
     attributes: Mapping[str, Any],
 ) -> zarr.Array[Any]:
-    """Make the store (in the place of an old one) and return its array ``0``."""
-    wide = layout.channels > 1
-    lead = (layout.channels,) if wide else ()
-    one = (1,) if wide else ()
+    """Make an image at ``place``, where nothing is, and return its array ``0``."""
+    one = (1,) * len(layout.lead)
     try:
-        if place.exists():
-            shutil.rmtree(place)
         group = zarr.create_group(
             str(place),
             zarr_format=3,
@@ -168,7 +185,7 @@ def create(
         )
         return group.create_array(
             "0",
-            shape=lead + layout.size,
+            shape=layout.lead + layout.size,
             chunks=one + layout.chunks,
             shards=one + layout.shards if layout.shards else None,
             dtype=encoding.dtype,
@@ -178,15 +195,29 @@ def create(
         raise OutputError(f"cannot write {place}: {error}") from None
 
 
-def write(array: zarr.Array[Any], box: Box, values: NDArray[np.generic]) -> None:
-    """Write ``values`` (channel, z, y, x) to ``box``, which must be whole chunks or shards."""
+def group_name(output: str) -> str:
+    """The name of a network's output as that of a group: what paths cannot hold is replaced."""
+    return re.sub(r"[^\w.+-]+", "_", output).strip("._") or "output"
+
+
+def create_root(place: Path, outputs: Sequence[str]) -> None:
+    """Make the group that holds an image for each of several outputs."""
+    try:
+        zarr.create_group(str(place), zarr_format=3, attributes={"znni": {"outputs": [*outputs]}})
+    except OSError as error:
+        raise OutputError(f"cannot write {place}: {error}") from None
+
+
+def write(array: zarr.Array[Any], box: Box, values: NDArray[np.generic], time: int = 0) -> None:
+    """Write ``values`` (channel, z, y, x) at one time point to ``box``, which must be whole
+    chunks or shards."""
     unit = (array.shards or array.chunks)[-3:]
     size = array.shape[-3:]
     for start, stop, u, n in zip(box.start, box.stop, unit, size, strict=True):
         if start % u or stop != min(round_up(stop, u), n):
             raise ValueError(f"box {box} is not a whole number of chunks or shards {unit}")
-    z, y, x = box.slices
-    if array.ndim == 4:
-        array[:, z, y, x] = values
-    else:
-        array[z, y, x] = values[0]
+    names = cast("Any", array.metadata).dimension_names or ()
+    lead: tuple[slice | int, ...] = ((time,) if "t" in names else ()) + (
+        (slice(None),) if "c" in names else ()
+    )
+    array[(*lead, *box.slices)] = values if "c" in names else values[0]

@@ -7,7 +7,7 @@ and translation, TIFF stacks (one file, or a folder of them), `.npy`.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +56,8 @@ class Volume:
     """An array on disk with the meaning of its axes.
 
     ``axes`` names the stored array's axes, letters of ``tczyx``. ``scale`` and ``translation``
-    are of voxel centres, (z, y, x), in ``units``.
+    are of voxel centres, (z, y, x), in ``units``. ``chosen`` are the stored channels that count,
+    in that order; None for all.
     """
 
     array: Stored
@@ -66,6 +67,7 @@ class Volume:
     translation: tuple[float, float, float] = (0.0, 0.0, 0.0)
     units: tuple[str | None, str | None, str | None] = (None, None, None)
     chunks: Size | None = None
+    chosen: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         shape, dtype = self.array.shape, self.array.dtype
@@ -76,10 +78,6 @@ class Volume:
             )
         if not {"y", "x"} <= set(self.axes) or len(set(self.axes)) != len(self.axes):
             raise VolumeError(f"{self.path}: axes {self.axes!r} do not name y and x once each")
-        if "t" in self.axes and shape[self.axes.index("t")] != 1:
-            raise VolumeError(
-                f"{self.path} holds {shape[self.axes.index('t')]} time points: give one volume"
-            )
         if dtype.kind not in "buif":
             raise VolumeError(
                 f"{self.path} holds values of type {dtype}: a network takes real numbers "
@@ -87,11 +85,22 @@ class Volume:
             )
         if 0 in shape:
             raise VolumeError(f"{self.path} is empty: its shape is {shape}")
+        stored = self._length("c")
+        if self.chosen is not None and not all(0 <= c < stored for c in self.chosen):
+            raise VolumeError(
+                f"{self.path} has {stored} channels, counted from 0 (axes {self.axes}, shape "
+                f"{tuple(shape)}): channels {', '.join(map(str, self.chosen))} are not all there"
+            )
 
     @property
     def channels(self) -> int:
         """Number of channels."""
-        return self._length("c")
+        return self._length("c") if self.chosen is None else len(self.chosen)
+
+    @property
+    def times(self) -> int:
+        """Number of time points; each is a volume of its own."""
+        return self._length("t")
 
     @property
     def size(self) -> Size:
@@ -103,14 +112,29 @@ class Volume:
         """Type of the stored values."""
         return self.array.dtype
 
-    def read(self, box: Box) -> Values:
-        """The values within ``box``, (channel, z, y, x), in the stored type."""
-        if not box.within(self.size):
-            raise ValueError(f"box {box} reaches out of a volume of size {self.size}")
-        window = dict(zip("zyx", box.slices, strict=True))
-        index = tuple(window.get(a, slice(None) if a == "c" else 0) for a in self.axes)
+    def read(self, box: Box, time: int = 0) -> Values:
+        """The values within ``box`` at one time point, (channel, z, y, x), in the stored type."""
+        if not box.within(self.size) or not 0 <= time < self.times:
+            raise ValueError(
+                f"box {box} at time {time} reaches out of a volume of size {self.size} at "
+                f"{self.times} times"
+            )
+        chosen = self.chosen
+        if chosen is None or "c" not in self.axes:
+            return self._read(box, time, slice(None))
+        first = chosen[0]
+        if chosen == tuple(range(first, first + len(chosen))):
+            return self._read(box, time, slice(first, first + len(chosen)))
+        values = np.empty((len(chosen), *box.size), self.dtype)
+        for place, channel in enumerate(chosen):
+            values[place] = self._read(box, time, slice(channel, channel + 1))[0]
+        return values
+
+    def _read(self, box: Box, time: int, channels: slice) -> Values:
+        window: dict[str, slice | int] = dict(zip("zyx", box.slices, strict=True))
+        window |= {"c": channels, "t": time}
         try:
-            values = np.asarray(self.array[index])
+            values = np.asarray(self.array[tuple(window[a] for a in self.axes)])
         except _DAMAGED as error:
             raise RunError(
                 f"cannot read z, y, x = {box} of {self.path}: {type(error).__name__}: {error}"
@@ -120,7 +144,9 @@ class Volume:
         absent = [i for i, a in enumerate("czyx") if a not in kept]
         return np.expand_dims(values.transpose(order), absent)
 
-    def read_extended(self, box: Box, boundary: str, nan: float | None = None) -> Values:
+    def read_extended(
+        self, box: Box, boundary: str, nan: float | None = None, time: int = 0
+    ) -> Values:
         """The values within ``box``, which may reach beyond the volume: there it is extended.
 
         NaN and infinity are replaced by ``nan``; without it they raise `RunError` with a place.
@@ -133,7 +159,7 @@ class Volume:
         if any(p.size == 0 for p in inside):  # all of it is the constant
             return np.zeros((self.channels, *box.size), self.dtype)
         stored = Box(triple(int(p.min()) for p in inside), triple(int(p.max()) + 1 for p in inside))
-        values = self._finite(self.read(stored), stored, nan)
+        values = self._finite(self.read(stored, time), stored, nan)
         for axis, (index, first) in enumerate(zip(places, stored.start, strict=True), start=1):
             if index.size == values.shape[axis] and np.array_equal(
                 index, np.arange(first, first + index.size)
@@ -185,8 +211,14 @@ class Volume:
         return floats
 
 
-def open_volume(path: str | Path) -> Volume:
-    """Open what lies at ``path``; raises `VolumeError` where it is no volume."""
+def open_volume(
+    path: str | Path, axes: str | None = None, channels: Sequence[int] | None = None
+) -> Volume:
+    """Open what lies at ``path``; raises `VolumeError` where it is no volume.
+
+    ``axes`` says what the array's axes mean (letters of "tczyx"), whatever the file says;
+    ``channels`` which of its channels count.
+    """
     if not isinstance(path, str | Path):
         raise VolumeError(f"a volume is given by its path, not as {type(path).__name__}")
     if "://" in str(path):
@@ -196,12 +228,31 @@ def open_volume(path: str | Path) -> Volume:
         raise VolumeError(f"there is no volume at {place}")
     try:
         found = _opener(place)(place)
+        if axes is not None or channels is not None:
+            found = _told(found, axes, channels)
         found.read(Box((0, 0, 0), (1, 1, 1)))  # whether its values can be decoded at all
         return found
     except RunError as error:
         raise VolumeError(str(error)) from error
     except _DAMAGED as error:
         raise VolumeError(f"cannot read {place}: {type(error).__name__}: {error}") from error
+
+
+def _told(found: Volume, axes: str | None, channels: Sequence[int] | None) -> Volume:
+    """The volume with what the user says of it."""
+    chosen = None if channels is None else tuple(int(c) for c in channels)
+    if chosen is not None and not chosen:
+        raise VolumeError("no channels are chosen: name at least one")
+    if axes is None or axes == found.axes:
+        return replace(found, chosen=chosen)
+    if len(axes) != len(found.axes):
+        raise VolumeError(
+            f"axes {axes!r} for {found.path}, an array of shape {tuple(found.array.shape)}: "
+            "name each of its axes once, with letters of t, c, z, y, x"
+        )
+    along = dict(zip(found.axes, axes, strict=True))  # what was called so before
+    grid = dict(zip((along.get(a) for a in "zyx"), found.chunks or (1, 1, 1), strict=True))
+    return replace(found, axes=axes, chosen=chosen, chunks=triple(grid.get(a, 1) for a in "zyx"))
 
 
 def _opener(path: Path) -> Callable[[Path], Volume]:

@@ -1,0 +1,21 @@
+"""Fixtures that several files share."""
+
+from __future__ import annotations
+
+import pytest
+from distributed import Client
+
+
+@pytest.fixture(scope="session")
+def client():
+    """One in-process cluster for all runs; two blocks at a time."""
+    loopback = "127.0.0.1:0"
+    with Client(
+        processes=False,
+        n_workers=1,
+        threads_per_worker=2,
+        memory_limit=0,
+        dashboard_address=loopback,
+        worker_dashboard_address=loopback,
+    ) as local:
+        yield local

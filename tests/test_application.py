@@ -1,0 +1,248 @@
+"""What a network is applied to, and which of its outputs: several outputs, time points, channels,
+axes, a halo of one's own."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaozarrs
+import zarr
+
+import graphs
+import oracle
+import znni_dask
+from test_identity import assert_same, at_once
+from znni_dask.cli import main
+from znni_dask.errors import NetworkError, OptionError, OutputError, VolumeError
+from znni_dask.geometry import Box
+from znni_dask.importers import load_network
+from znni_dask.importers.to_onnx import save
+from znni_dask.inspection import facts
+from znni_dask.network.build import Builder
+from znni_dask.patches import Layout
+from znni_dask.storage.volume import open_volume
+from znni_dask.verify import verify
+
+
+def two_headed():
+    """Two heads on one grid and a third, coarser one, as in deep supervision."""
+    b = Builder(1, seed=3)
+    x = b.relu(b.conv(b.input, 4, 3, padding="same"))
+    coarse = b.conv(b.max_pool(x, 2), 3, 3, padding="same")
+    y = b.concat(b.resize(b.relu(coarse), 2), x)
+    return b.network(
+        {
+            "mask": b.activation(b.conv(y, 1, 1), "sigmoid"),
+            "flows/0": b.conv(y, 2, 3, padding="same"),
+            "deep": coarse,
+        }
+    )
+
+
+def stored(path):
+    volume = open_volume(path)
+    return np.stack([volume.read(Box((0, 0, 0), volume.size), t) for t in range(volume.times)])
+
+
+@pytest.fixture
+def values(tmp_path):
+    made = np.random.default_rng(0).standard_normal((1, 20, 26, 30)).astype(np.float32)
+    np.save(tmp_path / "in.npy", made)
+    return made
+
+
+def test_every_output_is_written_as_a_group_of_its_own(values, tmp_path, client):
+    network = two_headed()
+    target = tmp_path / "out.zarr"
+    seen = []
+    summary = znni_dask.run(
+        network,
+        tmp_path / "in.npy",
+        target,
+        client=client,
+        chunks=16,
+        memory="4GiB",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert [one.outputs for one in summary.passes] == [("mask", "flows/0"), ("deep",)]
+    assert seen[-1][0] == seen[-1][1]
+    for name, group, stride in (
+        ("mask", "mask", 1),
+        ("flows/0", "flows_0", 1),
+        ("deep", "deep", 2),
+    ):
+        want = at_once(network.only(name), values, "reflect")
+        assert_same(stored(target / group)[0], want)
+        yaozarrs.validate_zarr_store(str(target / group))
+        dataset = zarr.open(str(target / group), mode="r").attrs["ome"]["multiscales"][0][
+            "datasets"
+        ][0]
+        assert dataset["coordinateTransformations"][0]["scale"][-1] == stride
+        assert verify(network, tmp_path / "in.npy", target / group, size=(8, 8, 8)).holds
+    with pytest.raises(
+        OutputError, match="several outputs: verify one of its groups, mask, flows_0"
+    ):
+        verify(network, tmp_path / "in.npy", target)
+
+
+def test_one_output_can_be_chosen_and_lies_at_the_root(values, tmp_path, client, capsys):
+    network = two_headed()
+    save(network, tmp_path / "net.onnx")
+    assert list(load_network(tmp_path / "net.onnx").outputs) == ["mask", "flows/0", "deep"]
+    files = [str(tmp_path / name) for name in ("net.onnx", "in.npy", "out.zarr")]
+    assert main(["infer", *files, "--output", "deep", "--memory", "4GiB"]) == 0
+    assert_same(stored(tmp_path / "out.zarr")[0], at_once(network.only("deep"), values, "reflect"))
+    assert main(["verify", *files]) == 0
+    assert main(["infer", *files, "--overwrite", "--output", "none"]) == 2
+    assert "no output 'none': it has mask, flows/0, deep" in capsys.readouterr().err
+    assert main(["info", files[0]]) == 0
+    shown = capsys.readouterr().out
+    for part in (
+        "outputs: mask (1 channels), flows/0 (2 channels), deep (3",
+        "deep: local; keeps its",
+    ):
+        assert part in shown
+
+
+def test_every_time_point_is_a_volume_of_its_own(tmp_path, client):
+    network = graphs.graph("unet", 0)
+    values = np.random.default_rng(1).standard_normal((3, 1, 18, 21, 24)).astype(np.float32)
+    np.save(tmp_path / "in.npy", values)
+    target = tmp_path / "out.zarr"
+    summary = znni_dask.run(
+        network, tmp_path / "in.npy", target, client=client, chunks=16, memory="4GiB"
+    )
+    assert summary.times == 3
+    got = stored(target)
+    for time in range(3):
+        assert_same(got[time], at_once(network, values[time], "reflect"))
+    image = zarr.open(str(target), mode="r").attrs["ome"]["multiscales"][0]
+    assert [a["type"] for a in image["axes"]] == ["time", "channel", "space", "space", "space"]
+    yaozarrs.validate_zarr_store(str(target))
+    assert verify(network, tmp_path / "in.npy", target, size=(8, 8, 8)).holds
+
+
+@pytest.mark.parametrize("chosen", [(2,), (0, 1), (3, 0)])
+def test_channels_are_chosen_in_any_order(chosen, tmp_path, client):
+    b = Builder(len(chosen), seed=5)
+    network = graphs.scaled(b.network(b.conv(b.input, 2, 3, padding="same")))
+    values = np.random.default_rng(2).standard_normal((4, 12, 13, 14)).astype(np.float32)
+    np.save(tmp_path / "in.npy", values)
+    target = tmp_path / "out.zarr"
+    znni_dask.run(network, tmp_path / "in.npy", target, channels=chosen, client=client)
+    assert_same(stored(target)[0], at_once(network, values[list(chosen)], "reflect"))
+    assert verify(network, tmp_path / "in.npy", target, size=(8, 8, 8)).holds
+
+
+def test_axes_say_what_the_file_does_not(tmp_path, client):
+    """Channels last, the sections second: (y, z, x, c)."""
+    b = Builder(2, seed=6)
+    network = graphs.scaled(b.network(b.conv(b.input, 1, (1, 3, 3), padding="same")))
+    values = np.random.default_rng(3).standard_normal((2, 5, 13, 14)).astype(np.float32)
+    np.save(tmp_path / "in.npy", np.moveaxis(values, (0, 1, 2, 3), (3, 1, 0, 2)))
+    target = tmp_path / "out.zarr"
+    znni_dask.run(network, tmp_path / "in.npy", target, axes="yzxc", client=client)
+    assert_same(stored(target)[0], at_once(network, values, "reflect"))
+    assert verify(network, tmp_path / "in.npy", target, size=(4, 8, 8)).holds
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"axes": "zy"}, VolumeError, "axes 'zy' for .*name each of its axes once"),
+        ({"axes": "qzyx"}, VolumeError, "'qzyx'"),
+        ({"axes": "zzyx"}, VolumeError, "'zzyx'"),
+        ({"channels": (0, 4)}, VolumeError, "has 1 channels, counted from 0"),
+        ({"channels": ()}, VolumeError, "no channels are chosen"),
+        ({"axes": "zcyx"}, NetworkError, "takes 1 channels.*has 20.*--channels"),
+        ({"outputs": ()}, OptionError, "no outputs are chosen"),
+        ({"halo": -1}, OptionError, "halo -1 is no size"),
+    ],
+)
+def test_contradictions_are_refused(options, error, message, values, tmp_path, client):
+    with pytest.raises(error, match=message):
+        znni_dask.run(
+            graphs.graph("unet", 0), tmp_path / "in.npy", tmp_path / "out.zarr", **options
+        )
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def within(values, network, patch, halo):
+    """The answer of patches that see ``halo`` voxels around themselves, by definition: the
+    network applied to that part of the volume alone, its padding at the part's edges."""
+    step = znni_dask.geometry(network).alignment
+    out = np.full((network.out_channels, *values.shape[1:]), np.nan)
+    for box in Layout(network, values.shape[1:], "reflect").blocks(patch):
+        part = []
+        for a, b, h, s, n in zip(box.start, box.stop, halo, step, values.shape[1:], strict=True):
+            part.append((max((a - h) // s * s, 0), min(-(-(b + h) // s) * s, n)))
+        seen = values[(slice(None), *(slice(a, b) for a, b in part))]
+        answer = oracle.whole(network, seen)
+        here = tuple(
+            slice(a - p[0], b - p[0]) for a, b, p in zip(box.start, box.stop, part, strict=True)
+        )
+        out[(slice(None), *box.slices)] = answer[(slice(None), *here)]
+    return out
+
+
+def test_a_halo_of_ones_own_is_what_patches_see_and_its_error_is_measured(tmp_path, client, capsys):
+    network = graphs.graph("unet", 2)
+    field = znni_dask.geometry(network)
+    derived = [max(axis.halo) for axis in field.axes]
+    values = np.random.default_rng(4).standard_normal((1, 32, 48, 48)).astype(np.float32)
+    np.save(tmp_path / "in.npy", values)
+    common = {"client": client, "patch": (16, 16, 16), "chunks": 16, "memory": "4GiB"}
+    errors = []
+    for index, halo in enumerate([(0, 0, 0), (2, 4, 4), tuple(derived)]):
+        target = tmp_path / f"out{index}.zarr"
+        summary = znni_dask.run(network, tmp_path / "in.npy", target, halo=halo, **common)
+        got = stored(target)[0]
+        assert_same(got, within(values, network, (16, 16, 16), halo))
+        error = summary.passes[0].halo_error
+        exact = at_once(network, values, "reflect")
+        assert error.largest <= np.abs(got - exact).max() * 1.01 + 1e-4
+        assert error.standard_deviation == pytest.approx(exact.std(), rel=0.2)
+        errors.append(error.largest / error.standard_deviation)
+        found = verify(network, tmp_path / "in.npy", target, size=(16, 16, 16))
+        assert found.holds
+        assert found.halo == halo
+    assert errors[0] > 0.1 > errors[2]
+    assert errors[2] < 1e-4
+    save(network, tmp_path / "net.onnx")
+    files = [str(tmp_path / name) for name in ("net.onnx", "in.npy", "cli.zarr")]
+    assert (
+        main(["infer", *files, "--halo", "2,4,4", "--memory", "4GiB", "--chunks", "16,16,16"]) == 0
+    )
+    assert "approximate: with this halo the largest difference at" in capsys.readouterr().out
+    assert main(["verify", *files, "--size", "8,8,8"]) == 0
+    assert "approximate, made with a halo of 2·4·4" in capsys.readouterr().out
+
+
+def test_a_sliding_network_has_no_halo_but_its_own(values, tmp_path, client):
+    with pytest.raises(OptionError, match="needs the voxels of its whole field of view"):
+        znni_dask.run(graphs.graph("chain", 0), tmp_path / "in.npy", tmp_path / "out.zarr", halo=2)
+
+
+def test_facts_are_those_of_large_patches():
+    network = graphs.graph("unet", 2)
+    (found,) = facts(network, threads=1)
+    by_hand = sum(
+        node.layer.multiply_adds() / np.prod([float(s) for s in network.spacing[node.name]])
+        for node in network
+    )
+    assert float(found.multiply_adds) == pytest.approx(by_hand)
+    widest = max(
+        (
+            sum(
+                network.channels[i] / np.prod([float(s) for s in network.spacing[i]])
+                for i in {*node.inputs, node.name}
+            )
+        )
+        for node in network
+    )
+    assert found.activation_bytes >= 4 * widest * 0.99
+    assert found.needed_bytes > 64**3 * found.activation_bytes
+    described = json.dumps(found.locality)
+    assert "local" in described

@@ -1,0 +1,270 @@
+"""Patchwise inference: the windows of a grid, blended; the same whatever the blocks."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import zarr
+
+import oracle
+import znni_dask
+from znni_dask.cli import main
+from znni_dask.errors import MemoryLimitError, NetworkError, OptionError, VolumeError
+from znni_dask.geometry import Box, tiles
+from znni_dask.importers.to_onnx import save
+from znni_dask.network.build import Builder
+from znni_dask.network.field_of_view import geometry
+from znni_dask.network.layers import Arithmetic
+from znni_dask.patchwise import WindowBlocks, apply
+from znni_dask.storage.output import Encoding
+from znni_dask.storage.volume import open_volume
+from znni_dask.verify import verify
+from znni_dask.windows import Patchwise, WindowGrid
+
+WINDOW = (8, 12, 16)
+
+
+def normalised(seed=0, space="zyx"):
+    """A small U-Net with instance and group normalisation, and squeeze and excitation."""
+    flat = space == "yx"
+    kernel, factor = ((1, 3, 3), (1, 2, 2)) if flat else (3, 2)
+    b = Builder(1, seed)
+    x = b.relu(b.normalize(b.conv(b.input, 4, kernel, padding="same"), 4, space))
+    skip = x
+    x = b.relu(b.normalize(b.conv(b.max_pool(x, factor), 6, kernel, padding="same"), 3, space))
+    gate = b.activation(b.conv(b.reduce(x, "mean", space), 6, 1), "sigmoid")
+    x = b.add(Arithmetic("mul"), x, gate)
+    x = b.concat(b.resize(x, factor), skip)
+    return b.network(b.conv(x, 2, kernel, padding="same"))
+
+
+def classifier(seed=0):
+    """A padded classifier of windows: global pool, then a matrix."""
+    b = Builder(1, seed)
+    x = b.relu(b.conv(b.input, 4, 3, stride=2, padding=1))
+    x = b.relu(b.conv(x, 6, 3, padding="same"))
+    return b.network(b.conv(b.reduce(x, "mean"), 3, 1))
+
+
+def starts(n, window, interval):
+    """Every interval until a window reaches the end, where it is moved back to end there."""
+    found = [0]
+    while found[-1] + window < n:
+        found.append(min(found[-1] + interval, n - window))
+    return found
+
+
+def blended(network, volume, window, overlap, weights):
+    """Patchwise inference by definition: every window by the oracle, a weighted mean."""
+    low = [max(w - n, 0) // 2 for w, n in zip(window, volume.shape[1:], strict=True)]
+    high = [max(w - n, 0) - a for w, n, a in zip(window, volume.shape[1:], low, strict=True)]
+    x = oracle.extend(volume, low, high, "constant")
+    total = np.zeros((network.out_channels, *x.shape[1:]))
+    weight = np.zeros(x.shape[1:])
+    importance = np.ones(window)
+    if weights == "gaussian":
+        for axis, n in enumerate(window):
+            bell = np.exp(-((np.arange(n) - (n - 1) / 2) ** 2) / (2 * (n / 8) ** 2))
+            importance = importance * np.moveaxis(bell[:, None, None], 0, axis)
+        importance = np.maximum(importance, max(importance.min(), 1e-3))
+    axes = [
+        starts(n, w, w if w == n else max(1, int(w * (1 - overlap))))
+        for n, w in zip(x.shape[1:], window, strict=True)
+    ]
+    for corner in product(*axes):
+        here = tuple(slice(a, a + w) for a, w in zip(corner, window, strict=True))
+        total[(slice(None), *here)] += oracle.whole(network, x[(slice(None), *here)]) * importance
+        weight[here] += importance
+    kept = tuple(slice(a, a + n) for a, n in zip(low, volume.shape[1:], strict=True))
+    return (total / weight)[(slice(None), *kept)]
+
+
+def stored(path):
+    volume = open_volume(path)
+    return volume.read(Box((0, 0, 0), volume.size))
+
+
+def predicted(network, values, tmp_path, client, name="out", **options):
+    source = tmp_path / f"{name}.npy"
+    np.save(source, values)
+    target = tmp_path / f"{name}.zarr"
+    options = {"boundary": "constant", "client": client, "memory": "4GiB", **options}
+    return target, znni_dask.run(network, source, target, **options)
+
+
+@pytest.mark.parametrize("weights", ["constant", "gaussian"])
+@pytest.mark.parametrize(
+    ("size", "overlap"),
+    [
+        ((19, 26, 31), 0.5),
+        ((8, 12, 16), 0.5),
+        ((9, 40, 20), 0.25),
+        ((5, 12, 50), 0.6),
+        ((3, 4, 5), 0),
+    ],
+)
+def test_windows_are_blended_as_defined(size, overlap, weights, tmp_path, client):
+    network = normalised()
+    values = np.random.default_rng(1).standard_normal((1, *size)).astype(np.float32)
+    target, _ = predicted(
+        network, values, tmp_path, client, patchwise=WINDOW, overlap=overlap, weights=weights
+    )
+    want = blended(network, values.astype(np.float64), WINDOW, overlap, weights)
+    got = stored(target)
+    assert got.shape == want.shape
+    assert np.linalg.norm(got - want) < 1e-5 * np.linalg.norm(want)
+
+
+def test_the_answer_does_not_depend_on_blocks_memory_or_threads(tmp_path, client):
+    network = normalised()
+    values = np.random.default_rng(2).standard_normal((1, 30, 41, 37)).astype(np.float32)
+    how = {"patchwise": WINDOW, "weights": "gaussian"}
+    answers, blocks = [], []
+    for index, options in enumerate(
+        (
+            {"chunks": (8, 8, 8)},
+            {"chunks": (16, 16, 16), "shards": (32, 16, 48), "threads": 1},
+            {"chunks": (64, 64, 64), "threads": 2},
+        )
+    ):
+        target, summary = predicted(
+            network, values, tmp_path, client, f"out{index}", **how, **options
+        )
+        answers.append(stored(target))
+        blocks.append(summary.plan.block)
+    assert len(set(blocks)) > 1
+    grid = WindowGrid(network, values.shape[1:], "constant", Patchwise(WINDOW, 0.5, "gaussian"))
+    maker = WindowBlocks(grid, 2)
+    pieces = np.full(answers[0].shape, np.nan, np.float32)
+    for box in tiles(grid.output_size, (7, 11, 13)):
+        region = grid.region(box)
+        given = open_volume(tmp_path / "out0.npy").read_extended(region, "constant")
+        pieces[(slice(None), *box.slices)] = maker.make(box, given, region.start, Encoding())
+    maker.close()
+    for other in (*answers[1:], pieces):
+        assert np.array_equal(other, answers[0])
+
+
+def test_a_flat_network_is_applied_to_windows_of_single_sections(tmp_path, client):
+    network = normalised(space="yx")
+    values = np.random.default_rng(3).standard_normal((1, 3, 30, 26)).astype(np.float32)
+    target, _ = predicted(network, values, tmp_path, client, patchwise=(1, 12, 16))
+    want = blended(network, values.astype(np.float64), (1, 12, 16), 0.5, "constant")
+    got = stored(target)
+    assert np.linalg.norm(got - want) < 1e-5 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("boundary", ["constant", "reflect", "valid"])
+def test_a_classifier_makes_one_vector_of_each_window(boundary, tmp_path, client):
+    network = classifier()
+    values = np.random.default_rng(4).standard_normal((1, 21, 26, 31)).astype(np.float32)
+    step = (4, 5, 8)
+    target, summary = predicted(
+        network, values, tmp_path, client, patchwise=WINDOW, step=step, boundary=boundary
+    )
+    low = [(w - 1) // 2 for w in WINDOW]
+    count = [-(-n // s) for n, s in zip(values.shape[1:], step, strict=True)]
+    if boundary == "valid":
+        x, count = (
+            values,
+            [(n - w) // s + 1 for n, w, s in zip(values.shape[1:], WINDOW, step, strict=True)],
+        )
+    else:
+        x = oracle.extend(values, low, [2 * w for w in WINDOW], boundary)
+    want = np.zeros((3, *count))
+    for place in np.ndindex(*count):
+        here = tuple(slice(q * s, q * s + w) for q, s, w in zip(place, step, WINDOW, strict=True))
+        want[(slice(None), *place)] = oracle.whole(network, x[(slice(None), *here)])[:, 0, 0, 0]
+    got = stored(target)
+    assert got.shape == want.shape == (3, *summary.size)
+    assert np.linalg.norm(got - want) < 1e-5 * np.linalg.norm(want)
+    dataset = zarr.open(str(target), mode="r").attrs["ome"]["multiscales"][0]["datasets"][0]
+    scale, translation = dataset["coordinateTransformations"]
+    assert scale["scale"] == [1, *step]
+    assert translation["translation"] == [0, *(low if boundary == "valid" else (0, 0, 0))]
+
+
+@pytest.mark.parametrize("boundary", ["constant", "reflect"])
+def test_a_patchwise_output_is_verified_and_a_changed_voxel_found(boundary, tmp_path, client):
+    network = normalised()
+    values = np.random.default_rng(5).standard_normal((1, 20, 30, 24)).astype(np.float32)
+    target, _ = predicted(
+        network, values, tmp_path, client, patchwise=WINDOW, boundary=boundary, chunks=8
+    )
+    assert verify(network, tmp_path / "out.npy", target, size=(8, 8, 8)).holds
+    array = zarr.open_array(str(target / "0"), mode="r+")
+    array[:] = np.roll(array[:], 1, axis=-1)
+    assert not verify(network, tmp_path / "out.npy", target, size=(8, 8, 8)).holds
+
+
+def test_one_array_can_be_computed_as_a_whole():
+    network = normalised()
+    x = np.random.default_rng(6).standard_normal((1, 8, 10, 12)).astype(np.float32)
+    np.testing.assert_allclose(apply(network, x), oracle.whole(network, x), atol=1e-4)
+    with pytest.raises(NetworkError, match=r"11 voxels along y do not.*nearest.*10, 12"):
+        apply(network, np.zeros((1, 8, 11, 12), np.float32))
+
+
+def test_memory_stays_within_what_was_predicted(tmp_path, client):
+    network = normalised()
+    values = np.zeros((1, 96, 96, 96), np.float32)
+    _, summary = predicted(network, values, tmp_path, client, patchwise=(32, 32, 32))
+    assert summary.peak_bytes <= summary.plan.predicted_bytes <= 4 << 30
+
+
+def test_networks_that_reduce_over_space_are_refused_without_windows_by_their_layers(
+    tmp_path, client
+):
+    with pytest.raises(NetworkError) as found:
+        geometry(normalised())
+    for name in ("InstanceNormalization", "GroupNormalization", "reduce_mean", "--patchwise"):
+        assert name in str(found.value)
+    with pytest.raises(NetworkError, match="reduce over space"):
+        predicted(normalised(), np.zeros((1, 9, 9, 9)), tmp_path, client)
+    assert not (tmp_path / "out.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"patchwise": (8, 12, 15)}, NetworkError, "15 voxels along x do not pass"),
+        ({"patchwise": WINDOW, "overlap": 1.0}, OptionError, "overlap 1"),
+        ({"patchwise": WINDOW, "overlap": -0.1}, OptionError, "overlap"),
+        ({"patchwise": WINDOW, "weights": "round"}, OptionError, "'round'"),
+        ({"patchwise": WINDOW, "step": 4}, OptionError, "one vector of a window"),
+        ({"patchwise": WINDOW, "patch": 8}, OptionError, "give no patch"),
+        ({"patchwise": WINDOW, "halo": 8}, OptionError, "either patchwise or halo"),
+        ({"patchwise": WINDOW, "boundary": "valid"}, VolumeError, "at least 12 voxels along y"),
+        ({"patchwise": WINDOW, "memory": "64MiB"}, MemoryLimitError, "windows of 8·12·16 need"),
+        ({"patchwise": 0}, OptionError, "patchwise 0 is no size"),
+        ({"step": 4}, OptionError, "give their size with patchwise"),
+    ],
+)
+def test_bad_windows_are_refused_before_anything_is_written(
+    options, error, message, tmp_path, client
+):
+    with pytest.raises(error, match=message):
+        predicted(normalised(), np.zeros((1, 9, 9, 20)), tmp_path, client, **options)
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_a_network_that_changes_the_size_is_no_network_for_windows(tmp_path, client):
+    b = Builder(1)
+    network = b.network(b.normalize(b.conv(b.input, 2, 3), 2))
+    with pytest.raises(NetworkError, match=r"makes 6·10·14"):
+        predicted(network, np.zeros((1, 9, 13, 20)), tmp_path, client, patchwise=WINDOW)
+
+
+def test_windows_on_the_command_line(tmp_path, capsys):
+    save(normalised(), tmp_path / "net.onnx")
+    values = np.random.default_rng(0).standard_normal((20, 20, 24)).astype(np.float32)
+    np.save(tmp_path / "in.npy", values)
+    common = ["infer", str(tmp_path / "net.onnx"), str(tmp_path / "in.npy")]
+    assert main([*common, str(tmp_path / "no.zarr")]) == 2
+    assert "--patchwise" in capsys.readouterr().err
+    options = ["--patchwise", "8,12,16", "--overlap", "0.25", "--weights", "gaussian"]
+    assert main([*common, str(tmp_path / "out.zarr"), *options, "--boundary", "constant"]) == 0
+    want = blended(normalised(), values[None].astype(np.float64), WINDOW, 0.25, "gaussian")
+    assert np.abs(stored(tmp_path / "out.zarr") - want).max() < 1e-4

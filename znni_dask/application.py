@@ -1,0 +1,126 @@
+"""What is applied to what, and how: everything that defines the answer of a run.
+
+`Application` is what a run makes, what the output's metadata tell and what a verification
+repeats. How fast, in which blocks and by which plan is no part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from znni_dask.errors import NetworkError, OptionError, OutputError
+from znni_dask.geometry import Size, triple
+from znni_dask.network.network import Network
+from znni_dask.network.rewrites import simplify
+from znni_dask.patches import Layout
+from znni_dask.storage.output import Encoding
+from znni_dask.storage.volume import Volume
+from znni_dask.windows import Patchwise, WindowGrid
+
+Laid = Layout | WindowGrid
+
+
+@dataclass(frozen=True, eq=False)
+class Application:
+    """A network, with all its outputs, on a volume.
+
+    ``patchwise`` and ``halo`` make the answer approximate (see `WindowGrid` and `Layout`); ``nan``
+    replaces what is not finite. Raises `NetworkError` where network and volume do not fit.
+    """
+
+    network: Network
+    volume: Volume
+    boundary: str = "reflect"
+    nan: float | None = None
+    patchwise: Patchwise | None = None
+    halo: Size | None = None
+
+    def __post_init__(self) -> None:
+        network, volume = self.network, self.volume
+        if volume.channels != network.in_channels:
+            raise NetworkError(
+                f"the network takes {network.in_channels} channels, the volume {volume.path} has "
+                f"{volume.channels} (axes {volume.axes}, shape {tuple(volume.array.shape)}): "
+                "choose them with --channels, or say what its axes mean with --axes"
+            )
+        if self.patchwise and self.halo:
+            raise OptionError("windows have no halo: give either patchwise or halo")
+
+    def laid(self, *outputs: str) -> Laid:
+        """The network with these outputs, joined as channels of one, laid over the volume."""
+        if outputs not in self._known:
+            network = simplify(self.network.only(*outputs))
+            size = self.volume.size
+            self._known[outputs] = (
+                WindowGrid(network, size, self.boundary, self.patchwise)
+                if self.patchwise
+                else Layout(network, size, self.boundary, self.halo)
+            )
+        return self._known[outputs]
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, ...], Laid]:
+        return {}
+
+    def passes(self, chosen: Sequence[str] | None = None) -> list[tuple[str, ...]]:
+        """The outputs, those together that lie on one grid and can be computed in one pass."""
+        names = list(self.network.outputs) if chosen is None else list(dict.fromkeys(chosen))
+        if not names:
+            raise OptionError(f"no outputs are chosen: there are {', '.join(self.network.outputs)}")
+        groups: dict[object, list[str]] = {}
+        for name in names:
+            groups.setdefault(_grid(self.laid(name)), []).append(name)
+        return [tuple(group) for group in groups.values()]
+
+    def described(self, output: str, encoding: Encoding) -> dict[str, Any]:
+        """What the metadata of one output tell of how it was made; `repeated` reads it."""
+        return {
+            "network": self.laid(output).network.fingerprint,
+            "output": output,
+            "boundary": self.boundary,
+            "nan": self.nan,
+            "range": [encoding.low, encoding.high],
+            "axes": self.volume.axes,
+            "channels": self.volume.chosen,
+            "patchwise": asdict(self.patchwise) if self.patchwise else None,
+            "halo": self.halo,
+        }
+
+    def placed(self, output: str) -> dict[str, Any]:
+        """Scale and translation (of voxel centres) and units of one output, (z, y, x)."""
+        source, laid = self.volume, self.laid(output)
+        return {
+            "scale": tuple(
+                s * float(k) for s, k in zip(source.scale, laid.output_stride, strict=True)
+            ),
+            "translation": tuple(
+                t + s * float(d)
+                for t, s, d in zip(source.translation, source.scale, laid.translation, strict=True)
+            ),
+            "units": source.units,
+        }
+
+
+def _grid(laid: Laid) -> object:
+    """What outputs have in common that can be joined: where their voxels lie in the volume."""
+    if isinstance(laid, WindowGrid):
+        return laid.layout.output_size
+    return tuple(
+        (axis.output_stride, axis.shrink, axis.shift, axis.origin, axis.dense)
+        for axis in laid.geometry.axes
+    )
+
+
+def patchwise_of(made: Mapping[str, Any]) -> Patchwise | None:
+    """How windows were laid, as the metadata of an output tell; raises `OutputError`."""
+    told = made.get("patchwise")
+    if told is None:
+        return None
+    try:
+        step = None if told["step"] is None else triple(told["step"])
+        return Patchwise(triple(told["window"]), told["overlap"], told["weights"], step)
+    except (KeyError, TypeError, ValueError) as error:
+        raise OutputError(f"the output's metadata of windows cannot be read: {error}") from None

@@ -1,0 +1,46 @@
+"""Makes blocks of an exact answer, patch by patch."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from znni_dask import planner
+from znni_dask.executors.serial import SerialExecutor
+from znni_dask.geometry import Box, Size, subtract
+from znni_dask.patches import Layout
+from znni_dask.plan import Plan
+from znni_dask.schedule import Schedules
+from znni_dask.storage.output import Encoding
+
+
+class PatchBlocks:
+    """Runs a plan on the patches of blocks; prepared once, for blocks one after another."""
+
+    def __init__(self, layout: Layout, plan: Plan) -> None:
+        self._layout, self._plan = layout, plan
+        primitives = planner.chosen_primitives(layout, plan)
+        self._schedules = Schedules(layout, primitives)
+        sizes = self._schedules.envelope(planner.spans(layout, plan.block, plan.patch))
+        arena = self._schedules.arena(sizes)
+        self._executor = SerialExecutor(layout.network, primitives, arena, plan.threads)
+
+    def make(
+        self, block: Box, values: NDArray[np.generic], corner: Size, encoding: Encoding
+    ) -> NDArray[np.generic]:
+        """The block (channel, z, y, x) as it is stored, of the extended volume's ``values``
+        behind it, whose first voxel is the volume's voxel ``corner``."""
+        channels = self._layout.network.out_channels
+        made = np.empty((channels, *block.size), encoding.dtype)
+        for box in planner.patches_of(block, self._plan.patch):
+            todo = self._schedules.schedule(box)
+            z, y, x = todo.input.shifted(subtract((0, 0, 0), corner)).slices
+            answer = np.empty((channels, *box.size), np.float32)
+            self._executor.run(todo, values[:, z, y, x], answer)
+            here = box.shifted(subtract((0, 0, 0), block.start)).slices
+            made[(slice(None), *here)] = encoding.encode(answer)
+        return made
+
+    def close(self) -> None:
+        """End the threads and free the memory."""
+        self._executor.close()

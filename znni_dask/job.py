@@ -1,0 +1,90 @@
+"""One pass of a run, as it travels to the workers, and what makes its blocks there.
+
+A pass applies one network to one volume. Its answer may be several outputs of the user's network
+that lie on one grid: their channels stand behind one another.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distributed import WorkerPlugin, get_worker
+
+from znni_dask.executors.patches import PatchBlocks
+from znni_dask.geometry import Box
+from znni_dask.patches import Layout
+from znni_dask.patchwise import WindowBlocks
+from znni_dask.plan import Plan
+from znni_dask.storage import output as store
+from znni_dask.storage.output import Encoding
+from znni_dask.storage.volume import Volume
+from znni_dask.windows import WindowGrid
+
+if TYPE_CHECKING:
+    import zarr
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A stored array, which takes channels ``first`` to ``last`` of a pass."""
+
+    array: zarr.Array[Any]
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Everything a worker needs to make any block; it travels to the workers once."""
+
+    laid: Layout | WindowGrid
+    volume: Volume
+    nan: float | None
+    encoding: Encoding
+    plan: Plan
+    targets: tuple[Target, ...] = ()
+
+
+class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
+    """Lives on a worker and makes blocks there.
+
+    Several tasks may read and write at a time; one computes, with all threads of the plan.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.name = f"znni-{uuid.uuid4().hex}"
+        self.job = job
+
+    def setup(self, worker: Any) -> None:
+        """Prepare what all blocks share."""
+        self._computing = threading.Lock()
+        laid, plan = self.job.laid, self.job.plan
+        self._blocks = (
+            PatchBlocks(laid, plan)
+            if isinstance(laid, Layout)
+            else WindowBlocks(laid, plan.threads)
+        )
+
+    def teardown(self, worker: Any) -> None:
+        """End the executor's threads."""
+        self._blocks.close()
+
+    def make(self, time: int, block: Box) -> int:
+        """Read, compute and write one block; returns its number of voxels."""
+        job = self.job
+        region = job.laid.region(block)
+        values = job.volume.read_extended(region, job.laid.boundary, job.nan, time)
+        with self._computing:
+            made = self._blocks.make(block, values, region.start, job.encoding)
+        for target in job.targets:
+            store.write(target.array, block, made[target.first : target.last], time)
+        return block.voxels
+
+
+def make_block(name: str, time: int, block: Box) -> int:
+    """The task: runs on a worker, where the plugin lives."""
+    maker: BlockMaker = get_worker().plugins[name]
+    return maker.make(time, block)

@@ -1,0 +1,107 @@
+"""Computing windows: a network on one array as a whole, and blocks blended from windows."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from znni_dask import planner
+from znni_dask.executors.serial import SerialExecutor
+from znni_dask.geometry import Box, Size, subtract, triple
+from znni_dask.network.network import Network
+from znni_dask.primitives.base import Array
+from znni_dask.schedule import Schedules
+from znni_dask.storage.output import Encoding
+from znni_dask.windows import WholeWindow, WindowGrid
+
+
+class WindowExecutor:
+    """Applies a network to arrays of one size. Use it as a context manager, or `close` it."""
+
+    def __init__(self, layout: WholeWindow, threads: int) -> None:
+        primitives = planner.choose_primitives(layout)
+        schedules = Schedules(layout, primitives)
+        whole = Box((0, 0, 0), layout.output_size)
+        self._todo = schedules.schedule(whole)
+        arena = schedules.arena(layout.sizes)
+        self._executor = SerialExecutor(layout.network, primitives, arena, threads)
+        self._channels = layout.network.out_channels
+        self._size = layout.output_size
+
+    def apply(self, x: NDArray[np.generic]) -> Array:
+        """The network's output (channel, z, y, x) for an array (channel, z, y, x)."""
+        out = np.empty((self._channels, *self._size), np.float32)
+        self._executor.run(self._todo, x, out)
+        return out
+
+    def close(self) -> None:
+        """End the threads and free the memory."""
+        self._executor.close()
+
+    def __enter__(self) -> WindowExecutor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def apply(network: Network, x: NDArray[np.generic], threads: int = 1) -> Array:
+    """Apply ``network`` once to a whole array (channel, z, y, x), held in memory.
+
+    Every network can be applied so, those that reduce over space included. Raises `NetworkError`
+    where the array's size does not pass through it.
+    """
+    layout = WholeWindow(network, triple(x.shape[1:]))
+    with WindowExecutor(layout, threads) as executor:
+        return executor.apply(x)
+
+
+class WindowBlocks:
+    """Makes blocks of the answer out of all the windows that touch them."""
+
+    def __init__(self, grid: WindowGrid, threads: int) -> None:
+        self._grid = grid
+        self._executor = WindowExecutor(grid.layout, threads)
+
+    def make(
+        self, block: Box, values: NDArray[np.generic], corner: Size, encoding: Encoding
+    ) -> NDArray[np.generic]:
+        """The block (channel, z, y, x) as it is stored, of the extended volume's ``values``
+        behind it, whose first voxel is the volume's voxel ``corner``."""
+        return encoding.encode(self._blended(block, values, corner))
+
+    def _blended(self, block: Box, values: NDArray[np.generic], corner: Size) -> Array:
+        grid, channels = self._grid, self._grid.network.out_channels
+        total = np.zeros((channels, *block.size), np.float32)
+        if grid.classifies:
+            places = np.ndindex(*block.size)
+            for place, window in zip(places, grid.windows_of(block), strict=True):
+                total[(slice(None), *place)] = self._answer(window, values, corner)[:, 0, 0, 0]
+            return total
+        weight = np.zeros(block.size, np.float32)
+        for window in grid.windows_of(block):
+            here, there = grid.place_in(window, block)
+            answer = self._answer(window, values, corner)
+            importance = grid.importance[there.slices]
+            weight[here.slices] += importance
+            answer = answer[(slice(None), *there.slices)]
+            answer *= importance
+            total[(slice(None), *here.slices)] += answer
+        total /= weight
+        return total
+
+    def close(self) -> None:
+        """End the threads and free the memory."""
+        self._executor.close()
+
+    def _answer(self, window: Box, values: Any, corner: Size) -> Array:
+        z, y, x = window.shifted(subtract((0, 0, 0), corner)).slices
+        return self._executor.apply(values[:, z, y, x])

@@ -1,0 +1,123 @@
+"""The planner of patchwise runs: how large a block is made at once of the windows that touch it.
+
+The window is given, and so is the answer. Only the block is free: windows that touch several
+blocks are computed once for each, so the largest block that fits is best.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+from znni_dask.errors import MemoryLimitError
+from znni_dask.geometry import Box, Size, text, tiles, triple, volume
+from znni_dask.machine import show_bytes
+from znni_dask.plan import Choice, Plan, Stage
+from znni_dask.planner import (
+    MULTIPLES,
+    Resources,
+    choose_primitives,
+    computing_bytes,
+    most_in_flight,
+)
+from znni_dask.primitives.base import ITEM_BYTES
+from znni_dask.schedule import Schedules
+from znni_dask.windows import WindowGrid
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    block: Size
+    windows: int
+
+
+def plan(grid: WindowGrid, resources: Resources) -> Plan:
+    """The plan that computes fewest windows and fits; raises `MemoryLimitError` where none does."""
+    primitives = choose_primitives(grid.layout)
+    schedules = Schedules(grid.layout, primitives)
+    per_axis = [_blocks(grid, axis, resources.unit[axis]) for axis in range(3)]
+    ranked = sorted(
+        (
+            _Candidate(triple(b for b, _ in chosen), chosen[0][1] * chosen[1][1] * chosen[2][1])
+            for chosen in product(*per_axis)
+        ),
+        key=lambda c: (c.windows, volume(c.block)),
+    )
+
+    def first_that_fits(in_flight: int) -> tuple[_Candidate, int] | None:
+        for candidate in ranked:
+            needed = _predicted_bytes(grid, schedules, resources, candidate.block, in_flight)
+            if needed <= resources.allowed_bytes:
+                return candidate, needed
+        return None
+
+    best = most_in_flight(first_that_fits, lambda c: c.windows)
+    if best is None:
+        smallest = min(ranked, key=lambda c: volume(c.block))
+        needed = _predicted_bytes(grid, schedules, resources, smallest.block, 1)
+        layer = schedules.largest_layer(grid.layout.sizes)
+        raise MemoryLimitError(
+            f"windows of {text(grid.window)} need {show_bytes(needed)}, "
+            f"{show_bytes(resources.allowed_bytes)} are allowed; the largest layer is {layer!r} "
+            f"({grid.network[layer].layer.kind}). To go on, allow at least {show_bytes(needed)}, "
+            "or choose smaller windows or chunks"
+        )
+    candidate, in_flight, needed = best
+    steps = schedules.steps(grid.layout.sizes)
+    flops = candidate.windows * sum(s.primitive.flops(s.problem) for s in steps)
+    return Plan(
+        patch=grid.layout.output_size,
+        block=candidate.block,
+        stages=(Stage("cpu", tuple(Choice(n, p.name) for n, p in primitives.items())),),
+        threads=resources.threads,
+        blocks_in_flight=in_flight,
+        predicted_bytes=needed,
+        allowed_bytes=resources.allowed_bytes,
+        flops_per_voxel=flops / volume(grid.output_size),
+    )
+
+
+def _blocks(grid: WindowGrid, axis: int, unit: int) -> list[tuple[int, int]]:
+    """Lengths of blocks along an axis, and how many windows all blocks touch together."""
+    n = grid.output_size[axis]
+    lengths = [unit * m for m in MULTIPLES if unit * (m - 1) < n]
+    return [
+        (length, sum(grid.count(axis, a, min(a + length, n)) for a in range(0, n, length)))
+        for length in lengths
+    ]
+
+
+def _predicted_bytes(
+    grid: WindowGrid, schedules: Schedules, resources: Resources, block: Size, in_flight: int
+) -> int:
+    """Peak memory of the whole process for this block."""
+    channels = grid.network.out_channels
+    largest = max(
+        (_edge(grid, block), _middle(grid, block)), key=lambda box: volume(grid.region(box).size)
+    )
+    reading = resources.read_bytes(grid.region(largest).size)
+    written = resources.item_bytes * channels * volume(largest.size)
+    per_block = max(reading + written, written + resources.write_bytes)
+    blending = ITEM_BYTES * (channels + 1) * volume(largest.size)
+    window = ITEM_BYTES * (channels + 2) * volume(grid.layout.output_size)
+    return (
+        resources.baseline_bytes
+        + computing_bytes(schedules, grid.layout.sizes, grid.layout.output_size, resources.threads)
+        + blending
+        + window
+        + in_flight * per_block
+    )
+
+
+def _edge(grid: WindowGrid, block: Size) -> Box:
+    """The first block."""
+    return next(tiles(grid.output_size, block))
+
+
+def _middle(grid: WindowGrid, block: Size) -> Box:
+    """A block in the middle, which windows surround."""
+    start = triple(
+        min(n // 2 // b * b, max(n - b, 0)) for n, b in zip(grid.output_size, block, strict=True)
+    )
+    stop = (min(a + b, n) for a, b, n in zip(start, block, grid.output_size, strict=True))
+    return Box(start, triple(stop))
