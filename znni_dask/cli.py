@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="show a network: geometry and layers")
     _add_network(info)
+    info.add_argument(
+        "--patchwise",
+        type=_size,
+        metavar="Z,Y,X",
+        help="the windows to which the network is to be applied",
+    )
     info.set_defaults(command=_info)
 
     _add_infer(commands.add_parser("infer", help="apply a network to a volume"))
@@ -164,11 +170,11 @@ def _console() -> Console:
 
 
 def _info(options: argparse.Namespace) -> int:
-    network = load_network(options.network)
+    network = load_network(options.network, options.patchwise)
     console = _console()
     for line in report.network_lines(network):
         console.print(line, soft_wrap=True)
-    for found in facts(network, cores()):
+    for found in facts(network, cores(), options.patchwise):
         for line in report.facts_lines(found):
             console.print(line, soft_wrap=True)
         if found.geometry is not None:

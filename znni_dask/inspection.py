@@ -18,6 +18,7 @@ from znni_dask.windows import WholeWindow
 
 _PATCH = 64  # voxels along the edges of the patch whose needs are told
 _WINDOWS = (96, 64, 128, 48, 32, 24, 16)  # lengths of windows to tell of, most usual first
+_LONGEST = 1024
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Facts:
     ``geometry`` is None where the network is not local; ``locality`` says why. Multiply-adds and
     activation memory are those per voxel of the volume where patches are large. ``needed_bytes``
     is what a process needs beside its own to compute ``patch`` voxels of output at once; of a
-    network that is not local that is a window, None where no usual one passes through it.
+    network that is not local that is a window, None where none passes through it.
     """
 
     output: str
@@ -40,14 +41,17 @@ class Facts:
     needed_bytes: int
 
 
-def facts(network: Network, threads: int) -> tuple[Facts, ...]:
-    """The facts of every output of a network."""
-    return tuple(_facts(simplify(network.only(name)), name, threads) for name in network.outputs)
+def facts(network: Network, threads: int, window: Size | None = None) -> tuple[Facts, ...]:
+    """The facts of every output of a network; with ``window`` what it takes to apply it to
+    windows of that size."""
+    return tuple(
+        _facts(simplify(network.only(name)), name, threads, window) for name in network.outputs
+    )
 
 
-def _facts(network: Network, name: str, threads: int) -> Facts:
+def _facts(network: Network, name: str, threads: int, window: Size | None) -> Facts:
     if network.nonlocal_layers:
-        return _of_windows(network, name, threads)
+        return _of_windows(network, name, threads, window)
     found = geometry(network)
     edges = [1 if _flat(network, axis) else _PATCH for axis in range(3)]
     size = triple(
@@ -78,8 +82,8 @@ def _facts(network: Network, name: str, threads: int) -> Facts:
     )
 
 
-def _of_windows(network: Network, name: str, threads: int) -> Facts:
-    window = _window(network)
+def _of_windows(network: Network, name: str, threads: int, window: Size | None) -> Facts:
+    window = window or _window(network)
     spread, needed = 0.0, 0
     if window is not None:
         layout = WholeWindow(network, window)
@@ -115,9 +119,12 @@ def _flat(network: Network, axis: int) -> bool:
 
 
 def _window(network: Network) -> Size | None:
-    """A window of a usual size that passes through the network."""
-    for length in _WINDOWS:
-        window = triple(1 if _flat(network, axis) else length for axis in range(3))
-        if all(sizes_of(network, axis, window[axis]) for axis in range(3)):
-            return window
-    return None
+    """A window that passes through the network: of a usual length, else the shortest there is."""
+    found = []
+    for axis in range(3):
+        lengths = (1,) if _flat(network, axis) else (*_WINDOWS, *range(1, _LONGEST))
+        fitting = next((n for n in lengths if sizes_of(network, axis, n)), None)
+        if fitting is None:
+            return None
+        found.append(fitting)
+    return triple(found)

@@ -97,7 +97,7 @@ def facts_lines(found: Facts) -> list[str]:
     lines.append(f"{adds:,.0f} multiply-adds and {memory} per voxel of the volume")
     kind = "a patch" if found.geometry else "windows"
     if found.patch is None:
-        lines.append("none of the usual windows passes through it: give the one it was made for")
+        lines.append("no window passes through it")
     else:
         lines.append(
             f"{kind} of {text(found.patch)} {'needs' if found.geometry else 'need'} "

@@ -158,9 +158,10 @@ def nonlocal_text(broken: Sequence[Node]) -> str:
     ]
     more = f" and {len(shown) - _LISTED} more" if len(shown) > _LISTED else ""
     return (
-        f"{len(broken)} layers reduce over space, so that every output voxel depends on the whole "
-        f"volume: {', '.join(shown[:_LISTED])}{more}. Such a network has no answer in patches; "
-        "apply it window by window with --patchwise Z,Y,X, which is approximate"
+        f"not local: every output voxel depends on the whole volume through {len(broken)} "
+        f"{'layers that reduce' if len(broken) > 1 else 'layer that reduces'} over space: "
+        f"{', '.join(shown[:_LISTED])}{more}. Such a network has no answer in patches; apply it "
+        "window by window with --patchwise Z,Y,X, which is approximate"
     )
 
 

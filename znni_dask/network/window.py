@@ -24,7 +24,8 @@ class Window:
 
     With ``ceil`` a last window that begins inside counts although it reaches beyond the input.
     ``reflects``: the padding is the input mirrored. ``whole``: every output depends on the whole
-    axis; with ``single`` there is only one.
+    axis; with ``single`` there is only one, and an ``extent`` beyond 1 is the length the axis
+    must have.
     """
 
     extent: int = 1
@@ -40,7 +41,7 @@ class Window:
     def size(self, n: int) -> int:
         """Outputs along the axis for ``n`` inputs; not positive where there are none."""
         if self.single:
-            return 1
+            return 1 if self.extent in (1, n) else 0
         if self.up > 1:
             return (n - 1) * self.up + self.extent - self.low - self.high
         room = n + self.low + self.high - self.extent

@@ -50,6 +50,7 @@ class Conv(Layer):
             low=self.padding[0][axis],
             high=self.padding[1][axis],
             whole=self.whole,
+            single=self.whole,
         )
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
