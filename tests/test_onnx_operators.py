@@ -617,6 +617,24 @@ def test_a_transposed_convolution_can_be_asked_for_a_shape(tmp_path):
     assert [layer.window(a).size(n) for a, n in enumerate((8, 10, 12))] == [16, 20, 24]
 
 
+def test_what_is_resized_to_a_size_has_that_size_or_the_size_is_not_mapped(tmp_path):
+    """Written and read back too."""
+    proto = model(
+        [
+            node("Conv", "x w", "c", strides=[1, 1, 4], pads=[0, 0, 1, 0, 0, 1]),
+            node("Shape", "x", "space", start=2),
+            node("Shape", "c", "lead", end=2),
+            node("Concat", "lead space", "sizes", axis=0),
+            helper.make_node("Resize", ["c", "", "", "sizes"], ["y"], mode="linear"),
+        ],
+        {"w": f4(3, 2, 1, 1, 3)},
+    )
+    network = loaded(proto, tmp_path)
+    for same in (network, loaded(to_onnx(network), tmp_path)):
+        assert geometry(same).axes[2].valid_sizes(3) == [4, 8, 12]
+        assert same.fingerprint == network.fingerprint
+
+
 def test_negative_pads_crop(tmp_path):
     pads = np.array([0, 0, 1, -1, 0, 0, 0, 0, -2, 1])
     network = loaded(model([node("Pad", "x p")], {"p": pads}), tmp_path)
@@ -658,8 +676,8 @@ UNSUPPORTED = {
     "operator not supported": [node("Cosh", "x")],
     "must be a constant": [node("Conv", "x x")],
     "two computed arrays (attention)": [node("MatMul", "x x")],
-    "whose length is open": [node("Flatten", "x", "y", axis=1), node("Gemm", "y w2")],
-    "are merged": [node("Reshape", "x flat", "y"), node("Conv", "y w1")],
+    "whose length is open": [node("Flatten", "x", "f", axis=1), node("Gemm", "f w2")],
+    "are merged": [node("Reshape", "x flat", "f"), node("Conv", "f w1")],
     "rounds to whole numbers": [node("Cast", "x", to=7)],
     "divides by a constant that is zero": [node("Div", "x zero")],
     "indices is not supported": [node("MaxPool", "x", "y i", kernel_shape=[2] * 3)],

@@ -221,7 +221,7 @@ def test_networks_that_reduce_over_space_are_refused_without_windows_by_their_la
         geometry(normalised())
     for name in ("InstanceNormalization", "GroupNormalization", "reduce_mean", "--patchwise"):
         assert name in str(found.value)
-    with pytest.raises(NetworkError, match="not local.*that reduce over space"):
+    with pytest.raises(NetworkError, match=r"not local.*that reduce over space"):
         predicted(normalised(), np.zeros((1, 9, 9, 9)), tmp_path, client)
     assert not (tmp_path / "out.zarr").exists()
 

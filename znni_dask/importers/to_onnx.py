@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def save(network: Network, path: str | Path) -> None:
 def to_onnx(network: Network) -> onnx.ModelProto:
     """The network as an ONNX model of opset 21; `importers.onnx` reads back what computes the
     same."""
-    graph = _Graph()
+    graph = _Graph(dict(network.alike))
     for node in network:
         if node.inputs:
             graph.add(node, network)
@@ -108,7 +109,8 @@ def to_onnx(network: Network) -> onnx.ModelProto:
 class _Graph:
     """Nodes and constants of the graph being written."""
 
-    def __init__(self) -> None:
+    def __init__(self, alike: Mapping[str, str]) -> None:
+        self._alike = alike
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
@@ -188,18 +190,28 @@ class _Graph:
                 self._emit("Reshape", [f"{name}.moved", f"{name}.whole"], name)
             case layers.Resize():
                 nearest = layer.placing == "nearest"
-                scales = np.array((1, 1, *layer.factor), np.float32)
                 self._node(
                     node,
                     "Resize",
                     "",
-                    self._constant(f"{name}.scales", scales),
+                    *self._target(layer, node),
                     mode="nearest" if nearest else "linear",
                     coordinate_transformation_mode="asymmetric" if nearest else layer.placing,
                     nearest_mode="floor",
                 )
             case _:
                 raise TypeError(f"no ONNX is known for {layer.kind}")
+
+    def _target(self, layer: layers.Resize, node: Node) -> list[str]:
+        """To what a Resize resizes: by factors, or to the size of another layer."""
+        name = node.name
+        if name not in self._alike:
+            scales = np.array((1, 1, *layer.factor), np.float32)
+            return [self._constant(f"{name}.scales", scales)]
+        self._emit("Shape", [node.inputs[0]], f"{name}.lead", start=0, end=2)
+        self._emit("Shape", [self._alike[name]], f"{name}.space", start=2)
+        self._emit("Concat", [f"{name}.lead", f"{name}.space"], f"{name}.sizes", axis=0)
+        return ["", f"{name}.sizes"]
 
     def _activation(self, layer: layers.Activation, node: Node, weights: Weights) -> None:
         name = node.name

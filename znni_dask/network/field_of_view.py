@@ -58,6 +58,7 @@ class AxisGeometry:
     origin: Fraction
     dense: bool
     windows: tuple[tuple[str, Window, tuple[str, ...]], ...]
+    alike: tuple[tuple[str, str], ...] = ()
 
     def sizes(self, n: int) -> dict[str, int] | None:
         """Length of every layer's output for an input of ``n``; None where the graph does not
@@ -71,7 +72,7 @@ class AxisGeometry:
             found[name] = window.size(min(sources)) if inputs else n
             if found[name] < 1:
                 return None
-        return found
+        return found if _alike(self.alike, found) else None
 
     def output_size(self, n: int) -> int | None:
         """Length of the network's output for an input of ``n``, None where there is none."""
@@ -177,7 +178,12 @@ def sizes_of(network: Network, axis: int, n: int) -> dict[str, int] | None:
         found[node.name] = node.layer.window(axis).size(sources.pop()) if node.inputs else n
         if found[node.name] < 1:
             return None
-    return found
+    return found if _alike(network.alike, found) else None
+
+
+def _alike(pairs: Sequence[tuple[str, str]], sizes: Mapping[str, int]) -> bool:
+    """Whether layers that have the same size by definition have it."""
+    return all(sizes[a] == sizes[b] for a, b in pairs)
 
 
 def slides(network: Network) -> bool:
@@ -248,7 +254,8 @@ def _axis(network: Network, axis: int, dense: bool) -> AxisGeometry:
         _shrink(
             own, network.output, spacing[network.output], lcm(*map(int, spacing.values())), field
         )
-    shrink = _shrink(windows, network.output, stride, alignment, field, dense)
+    alike = () if dense else network.alike
+    shrink = _shrink(windows, network.output, stride, alignment, field, dense, alike)
     slid = slides(network) and stride == 1
     shift = behind[0][0] + (field - 1) // 2 if slid else shrink // 2
     start, stop = demand(network, axis, (0, period))[source]
@@ -262,6 +269,7 @@ def _axis(network: Network, axis: int, dense: bool) -> AxisGeometry:
         origin=Fraction(shift) if stride == 1 else _origin(network, axis),
         dense=dense,
         windows=windows,
+        alike=alike,
     )
 
 
@@ -279,13 +287,14 @@ def _shrink(
     alignment: int,
     field: int,
     dense: bool = False,
+    alike: tuple[tuple[str, str], ...] = (),
 ) -> int:
     """Voxels that the outputs lack of the input at the sizes that the graph maps exactly.
 
     Where rounding down in strided layers makes that depend on the size, the smallest lack
     counts: of a network that can keep its size nothing is missing.
     """
-    probe = AxisGeometry(field, (0, 0), stride, alignment, 0, 0, Fraction(0), dense, windows)
+    probe = AxisGeometry(field, (0, 0), stride, alignment, 0, 0, Fraction(0), dense, windows, alike)
     cropped = sum(max(0, -window.low) + max(0, -window.high) for _, window, _ in windows)
     begin = 4 * (field + alignment) + cropped * alignment
     lacks = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -36,6 +36,9 @@ class Network:
     `only` picks it. ``weights[node][array]`` are float32. Raises `NetworkError` where nodes,
     channels, sampling or weights contradict each other; where a network is built, it is sound.
 
+    ``alike`` are pairs of nodes that have the same size by definition (an array resized to the
+    size of another): sizes of the volume at which they would not are not mapped exactly.
+
     >>> from znni_dask.network.build import Builder
     >>> b = Builder(channels=1)
     >>> network = b.network(b.conv(b.input, 4, kernel=3))
@@ -46,6 +49,7 @@ class Network:
     nodes: tuple[Node, ...]
     outputs: Mapping[str, str]
     weights: Mapping[str, Weights]
+    alike: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -93,7 +97,7 @@ class Network:
         if len(chosen) > 1:
             output = unused_name("outputs", self._by_name)
             nodes.append(Node(output, Concat(), tuple(chosen)))
-        return without_unused(nodes, {"+".join(names): output}, self.weights)
+        return without_unused(nodes, {"+".join(names): output}, self.weights, self.alike)
 
     @property
     def in_channels(self) -> int:
@@ -178,7 +182,8 @@ class Network:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of layers, their names and weights: who has it gives the same answers."""
-        digest = hashlib.sha256(repr((self.nodes, dict(self.outputs))).encode())
+        described = (self.nodes, dict(self.outputs), self.alike)
+        digest = hashlib.sha256(repr(described).encode())
         for name in sorted(self.weights):
             for key in sorted(self.weights[name]):
                 digest.update(f"{name}/{key}".encode())
@@ -237,6 +242,7 @@ def without_unused(
     nodes: list[Node],
     outputs: Mapping[str, str],
     weights: Mapping[str, Mapping[str, NDArray[np.generic]]],
+    alike: Sequence[tuple[str, str]] = (),
 ) -> Network:
     """A network of the nodes that the outputs depend on, its weights made float32."""
     needed = {*outputs.values(), nodes[0].name}
@@ -252,4 +258,4 @@ def without_unused(
         for node in kept
         if weights.get(node.name)
     }
-    return Network(kept, outputs, as_float)
+    return Network(kept, outputs, as_float, tuple(p for p in alike if needed.issuperset(p)))

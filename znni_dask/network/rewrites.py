@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 
@@ -23,8 +22,8 @@ from znni_dask.network.network import Network, Node, Weights
 
 
 def simplify(network: Network) -> Network:
-    """Fold every affine map (batch normalisation) into the convolution before it, where that
-    convolution has no other reader."""
+    """Fold every affine map (batch normalisation) into the convolution or affine map before it,
+    where that has no other reader."""
     nodes: list[Node] = []
     weights: dict[str, Weights] = dict(network.weights)
     renamed: dict[str, str] = {}
@@ -33,15 +32,21 @@ def simplify(network: Network) -> Network:
         if isinstance(node.layer, Affine) and _folds(network, source):
             target = renamed.get(source, source)
             index = next(i for i, n in enumerate(nodes) if n.name == target)
-            layer = replace(cast("Conv | ConvTranspose", nodes[index].layer), bias=True)
-            weights[target] = _folded(layer, weights[target], weights.pop(node.name))
+            layer = nodes[index].layer
+            affine = weights.pop(node.name)
+            if isinstance(layer, Conv | ConvTranspose):
+                layer = replace(layer, bias=True)
+                weights[target] = _folded(layer, weights[target], affine)
+            else:
+                weights[target] = _chained(weights[target], affine)
             nodes[index] = replace(nodes[index], layer=layer)
             renamed[node.name] = target
             continue
         inputs = tuple(renamed.get(i, i) for i in node.inputs)
         nodes.append(Node(node.name, node.layer, inputs))
     outputs = {name: renamed.get(node, node) for name, node in network.outputs.items()}
-    return Network(tuple(nodes), outputs, weights)
+    alike = tuple((renamed.get(a, a), renamed.get(b, b)) for a, b in network.alike)
+    return Network(tuple(nodes), outputs, weights, alike)
 
 
 def as_sliding(network: Network, window: Size) -> Network:
@@ -69,7 +74,7 @@ def as_sliding(network: Network, window: Size) -> Network:
         if len(mixed) > 1:
             return network
         nodes.append(replace(node, layer=layer))
-    return Network(tuple(nodes), network.outputs, network.weights)
+    return Network(tuple(nodes), network.outputs, network.weights, network.alike)
 
 
 def _sliding(layer: Layer, kernel: Size) -> Layer | None:
@@ -86,10 +91,19 @@ def _sliding(layer: Layer, kernel: Size) -> Layer | None:
 
 def _folds(network: Network, source: str) -> bool:
     return (
-        isinstance(network[source].layer, Conv | ConvTranspose)
+        isinstance(network[source].layer, Conv | ConvTranspose | Affine)
         and len(network.readers[source]) == 1
         and source not in network.outputs.values()
     )
+
+
+def _chained(first: Weights, second: Weights) -> Weights:
+    """Two affine maps after one another, as one."""
+    scale, shift = (second[key].astype(np.float64) for key in ("scale", "shift"))
+    return {
+        "scale": (first["scale"] * scale).astype(np.float32),
+        "shift": (first["shift"] * scale + shift).astype(np.float32),
+    }
 
 
 def _folded(layer: Conv | ConvTranspose, convolution: Weights, affine: Weights) -> Weights:

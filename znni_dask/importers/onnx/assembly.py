@@ -6,20 +6,28 @@ layer's output is; `settled` puts a value's axes into the layers' order.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from math import prod
+from typing import Any, Literal
 
 import numpy as np
 
 from znni_dask.geometry import AXES, Size, triple
 from znni_dask.importers.onnx import layouts
-from znni_dask.importers.onnx.folding import Constant
 from znni_dask.importers.onnx.layouts import SPACE, Axis, Piece, Value
+from znni_dask.importers.onnx.tensors import Constant
 from znni_dask.network import layers
 from znni_dask.network.layers import Layer
-from znni_dask.network.network import Node, unused_name
+from znni_dask.network.network import Node
+from znni_dask.network.window import LARGEST
 
+_MOST_VOXELS = 1 << 40  # along an axis
+_MOST_IN_ALL = 1 << 23  # channels of all layers together, a layer itself counting for some
+_A_LAYER = 64
+_MOST_PARTS = 1 << 12  # voxels of a block that become channels
+Numbers = Literal["real", "whole", "truth"]
 _WHOLE = ("round", "floor", "ceil", "sign")
 
 
@@ -34,13 +42,14 @@ class UnsupportedNode(Exception):
 @dataclass(frozen=True)
 class Entry:
     """The input of a graph: its name, the kind of every axis (like "nczyx"), its channels, the
-    batch it was exported for, and the sizes (z, y, x) it is read for."""
+    batch it was exported for, the sizes (z, y, x) it is read for, and what numbers it holds."""
 
     name: str
     kinds: str
     channels: int
     batch: int
     probes: tuple[Size, ...]
+    numbers: Numbers = "real"
 
 
 @dataclass
@@ -51,11 +60,15 @@ class Assembly:
     entry: Entry
     nodes: list[Node] = field(default_factory=list)
     weights: dict[str, dict[str, Constant]] = field(default_factory=dict)
+    alike: list[tuple[str, str]] = field(default_factory=list)
     drops: list[int] = field(default_factory=lambda: [0, 0, 0])
     _layers: dict[str, Layer] = field(default_factory=dict)
     _channels: dict[str, int] = field(default_factory=dict)
     _sizes: dict[str, tuple[Size, ...]] = field(default_factory=dict)
     _reduced: dict[str, tuple[bool, ...]] = field(default_factory=dict)
+    _latest: dict[tuple[Size, ...], str] = field(default_factory=dict)
+    _labels: Counter[str] = field(default_factory=Counter)
+    _total: int = 0
 
     @property
     def probes(self) -> int:
@@ -71,7 +84,11 @@ class Assembly:
     ) -> str:
         """Add a layer; returns its name."""
         channels = layer.channels([self._channels[i] for i in inputs])
-        name = unused_name(label, self._channels)
+        check_channels(channels)
+        self._total += channels + _A_LAYER
+        if self._total > _MOST_IN_ALL:
+            raise UnsupportedNode("the network has too many channels in all its layers together")
+        name = self._unused(label)
         windows = [layer.window(axis) for axis in range(3)]
         self._reduced[name] = tuple(
             w.single or (bool(inputs) and all(self._reduced[i][axis] for i in inputs))
@@ -85,6 +102,17 @@ class Assembly:
         self._layers[name] = layer
         self.nodes.append(Node(name, layer, tuple(inputs)))
         self.weights[name] = dict(weights or {})
+        if not any(self._reduced[name]):
+            self._latest[self._sizes[name]] = name
+        return name
+
+    def _unused(self, label: str) -> str:
+        """A name for a layer: its label, with a dash and a number where that is taken."""
+        name = label
+        while name in self._channels:
+            self._labels[label] += 1
+            again = self._labels[label]
+            name = f"{label}'{again if again > 1 else ''}"
         return name
 
     def _size(self, layer: Layer, inputs: list[str], axis: int, probe: int) -> int:
@@ -101,6 +129,10 @@ class Assembly:
         made = window.size(n)
         if made < 1:
             raise UnsupportedNode(f"leaves nothing of {n} voxels along {AXES[axis]}")
+        if made > 1 and all(self._reduced[i][axis] for i in inputs):
+            raise UnsupportedNode(f"makes {made} voxels of one that {AXES[axis]} was reduced to")
+        if made > _MOST_VOXELS:
+            raise UnsupportedNode(f"makes {made} voxels along {AXES[axis]}")
         if not window.whole:
             self.drops[axis] += window.drops(n)
         return made
@@ -152,6 +184,8 @@ class Assembly:
 
     def _subsampled(self, name: str, factor: Size, label: str) -> str:
         """Voxels moved into channels: one array per offset, behind one another."""
+        if prod(factor) > _MOST_PARTS:
+            raise UnsupportedNode(f"moves blocks of {factor} voxels into channels")
         parts = []
         for offset in np.ndindex(*factor):
             rest = triple(f - 1 - o for f, o in zip(factor, offset, strict=True))
@@ -187,9 +221,22 @@ class Assembly:
             return layer.function == "argmax"
         return isinstance(layer, layers.Activation) and layer.function in _WHOLE
 
+    def same_size(self, value: Value) -> None:
+        """Note that a value was made the size of another layer, if there is one of that size."""
+        like = next(
+            (n.name for n in self.nodes if self._sizes[n.name] == self._sizes[value.layer]), None
+        )
+        if like is not None and like != value.layer:
+            self.alike.append((value.layer, like))
+
     def of_size(self, sizes: tuple[Size, ...]) -> str:
         """A layer whose output has these sizes and was not reduced; the last such."""
-        for node in reversed(self.nodes):
-            if self._sizes[node.name] == sizes and not any(self._reduced[node.name]):
-                return node.name
-        raise UnsupportedNode(f"no layer before it has the size {sizes[0]}")
+        if sizes not in self._latest:
+            raise UnsupportedNode(f"no layer before it has the size {sizes[0]}")
+        return self._latest[sizes]
+
+
+def check_channels(number: int) -> None:
+    """Raise `UnsupportedNode` for numbers of channels beyond all measure."""
+    if number > LARGEST:
+        raise UnsupportedNode(f"{number} channels are taken for a mistake: the most is {LARGEST}")

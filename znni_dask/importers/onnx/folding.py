@@ -1,30 +1,28 @@
 """Evaluating nodes whose inputs are known: constants, and sizes that exporters compute with.
 
 Bounded in memory and time, because files are not trusted: only operators that are listed here,
-and only where what they make is not much larger than what they are given.
+and only where what they make is not much larger than what the file holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-Constant = NDArray[np.generic]
+from znni_dask.importers.onnx.tensors import Constant, array_of, is_same
+
 MOST_ELEMENTS = 1 << 20  # of a constant worth computing while reading
-MALFORMED = (  # what evaluating or reading a node with missing or contradicting parts raises
-    *(KeyError, TypeError, ValueError, IndexError, AttributeError),
-    *(OverflowError, RuntimeError, MemoryError, ZeroDivisionError),
-)
+_MOST_IN_ALL = 32 * MOST_ELEMENTS  # of all that is computed in one reading of a graph
+_MOST_AXES = 32
 _ELEMENTWISE = {
     *("Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Clip", "Div", "Equal", "Erf", "Exp"),
     *("Floor", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Log", "Max"),
-    *("Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "Relu", "Round", "Sigmoid"),
-    *("Sign", "Sqrt", "Sub", "Sum", "Tanh", "Where", "Xor", "Dropout"),
+    *("Mean", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "Relu", "Round"),
+    *("Sigmoid", "Sign", "Sqrt", "Sub", "Sum", "Tanh", "Where", "Xor"),
 }
 _MOVING = {
     *("Concat", "Constant", "Flatten", "Gather", "Reshape", "Shape", "Size", "Slice", "Split"),
@@ -34,34 +32,64 @@ _REDUCING = {
     *("ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"),
     *("ReduceSumSquare", "ArgMax"),
 }
-_GROWING = {"ConstantOfShape", "Expand", "Range", "Tile"}
-FOLDED = _ELEMENTWISE | _MOVING | _REDUCING | _GROWING
+FOLDED = _ELEMENTWISE | _MOVING | _REDUCING | {"ConstantOfShape", "Expand", "Range", "Tile"}
 
 
 class Folder:
-    """Evaluates nodes of one model."""
+    """Evaluates nodes of one model, whose constants are ``fixed``: what depends on them alone is
+    evaluated once, however often the graph is read."""
 
-    def __init__(self, opsets: Sequence[onnx.OperatorSetIdProto]) -> None:
+    def __init__(
+        self, opsets: Sequence[onnx.OperatorSetIdProto], fixed: Mapping[str, Constant]
+    ) -> None:
         self._opsets = opsets
+        self._fixed = dict(fixed)
+        self._held = sum(value.size for value in fixed.values())
+        self._left = 0
+        self.work = 0  # nodes evaluated, large ones counting for many
+        self.begin()
+
+    def begin(self) -> None:
+        """A new reading begins."""
+        self._left = _MOST_IN_ALL
 
     def values(
         self, proto: onnx.NodeProto, given: Mapping[str, tuple[Constant, ...]]
     ) -> list[tuple[Constant, ...]]:
         """For every output of the node its value for every probe; raises `ValueError` where it
         cannot be evaluated. Inputs that are the same for all probes are given once."""
+        names = [name for name in proto.output if name]
+        if all(name in self._fixed for name in names):
+            return [(self._fixed[name],) for name in names]
         probes = max((len(v) for v in given.values()), default=1)
         evaluate: Any = None
         made: list[list[Constant]] = []
         for probe in range(probes):
             inputs = {name: v[probe % len(v)] for name, v in given.items()}
-            _check_size(proto, list(inputs.values()))
-            quick = _quickly(proto, list(inputs.values()))
-            if quick is not None:
-                made.append([quick])
-                continue
-            evaluate = evaluate or ReferenceEvaluator(self._model(proto, inputs))
-            made.append([np.asarray(v) for v in evaluate.run(None, inputs)])
-        return [_once(tuple(one)) for one in zip(*made, strict=True)]
+            listed = [inputs[name] for name in proto.input if name]
+            self._check_size(proto, listed)
+            quick = _quickly(proto, listed)
+            if quick is None:
+                evaluate = evaluate or ReferenceEvaluator(self._model(proto, inputs))
+                with np.errstate(all="ignore"):
+                    results = [np.asarray(v) for v in evaluate.run(None, inputs)]
+            else:
+                results = [quick]
+                self._held += quick.size if proto.op_type == "Constant" else 0
+            made.append(results)
+        found = [_once(tuple(one)) for one in zip(*made, strict=True)]
+        if all(name in self._fixed for name in given):
+            self._fixed.update((name, v[0]) for name, v in zip(names, found, strict=False))
+        return found
+
+    def _check_size(self, proto: onnx.NodeProto, given: list[Constant]) -> None:
+        size = _size_made(proto, given)
+        if not size <= max(MOST_ELEMENTS, self._held):
+            raise ValueError(f"makes a constant of {size:.0f} values")
+        self._left -= int(size)
+        self.work += 1 + (int(size) >> 10)
+        if self._left + 4 * self._held < 0:
+            raise ValueError("more is computed of constants than a network needs")
 
     def _model(self, proto: onnx.NodeProto, inputs: Mapping[str, Constant]) -> onnx.ModelProto:
         helper = onnx.helper
@@ -78,42 +106,46 @@ class Folder:
 
 def _once(values: tuple[Constant, ...]) -> tuple[Constant, ...]:
     """One value where all probes have the same."""
-    first = values[0]
-    if all(v is first or np.array_equal(v, first) for v in values[1:]):
-        return (first,)
-    return values
+    return values[:1] if is_same(values) else values
 
 
 def _quickly(proto: onnx.NodeProto, given: list[Constant]) -> Constant | None:
-    """What the reference evaluator takes long for: things repeated without being copied."""
+    """What the reference evaluator takes long for, things repeated without being copied; and what
+    it does not check, arrays that a node brings with it."""
+    tensors = [a.t for a in proto.attribute if a.HasField("t")]
+    value = array_of(tensors[0], "its value") if tensors else np.zeros(1, np.float32)
+    if proto.op_type == "Constant" and tensors:
+        return value
     if proto.op_type == "Expand":
-        return np.broadcast_to(
-            given[0], np.broadcast_shapes(given[0].shape, tuple(int(n) for n in given[1]))
-        )
+        return np.broadcast_to(given[0], np.broadcast_shapes(given[0].shape, _shape(given[1])))
     if proto.op_type == "ConstantOfShape":
-        value = np.zeros(1, np.float32)
-        for attribute in proto.attribute:
-            value = onnx.numpy_helper.to_array(attribute.t)
-        return np.broadcast_to(value.reshape(()), tuple(int(n) for n in given[0]))
+        return np.broadcast_to(value.reshape(()), _shape(given[0]))
     return None
 
 
-def _check_size(proto: onnx.NodeProto, given: list[Constant]) -> None:
-    size = _size_made(proto, given)
-    if not size <= max(MOST_ELEMENTS, sum(v.size for v in given if 0 not in v.strides)):
-        raise ValueError(f"makes a constant of {size:.0f} values")
+def _shape(given: Constant) -> tuple[int, ...]:
+    if given.ndim != 1 or given.size > _MOST_AXES or given.dtype.kind not in "iu":
+        raise ValueError(f"a shape that is an array of {list(given.shape)} {given.dtype}")
+    return tuple(int(n) for n in given)
 
 
 def _size_made(proto: onnx.NodeProto, given: list[Constant]) -> float:
     """Elements of what a node makes, before it is made; what is only repeated takes no memory."""
     operator = proto.op_type
+    if operator in ("Shape", "Size", "Expand", "ConstantOfShape"):
+        return 0.0
     if operator == "Range":
-        start, limit, step = (float(cast("Any", v.ravel()[0])) for v in given)
+        start, limit, step = (float(v.flat[0]) for v in given)
         return abs((limit - start) / step) if step else float("inf")
     if operator == "Tile":
-        return float(given[0].size) * float(np.prod(given[1].astype(np.float64)))
+        times = np.prod([float(n) for n in _shape(given[1])])
+        return float(given[0].size) * abs(float(times))
     if operator == "Gather":
         return float(given[0].size) * given[1].size
+    if operator == "Split":
+        parts = [a.i for a in proto.attribute if a.name == "num_outputs"]
+        if any(n != len(proto.output) for n in parts):
+            raise ValueError(f"{parts[0]} parts for {len(proto.output)} outputs")
     if operator in _ELEMENTWISE and len(given) > 1:
         return float(np.prod(np.array(np.broadcast_shapes(*(v.shape for v in given)), float)))
-    return 0.0 if operator in _GROWING else float(sum(v.size for v in given))
+    return float(sum(v.size for v in given))

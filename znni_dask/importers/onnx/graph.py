@@ -18,16 +18,20 @@ import onnx
 
 from znni_dask.errors import NetworkError
 from znni_dask.geometry import Size, triple
-from znni_dask.importers.onnx import layouts
-from znni_dask.importers.onnx.assembly import Assembly, UnsupportedNode
-from znni_dask.importers.onnx.folding import FOLDED, MALFORMED, Constant, Folder
+from znni_dask.importers.onnx import layouts, numbers
+from znni_dask.importers.onnx.assembly import Assembly, Numbers, UnsupportedNode
+from znni_dask.importers.onnx.folding import FOLDED, MOST_ELEMENTS, Folder
 from znni_dask.importers.onnx.layouts import SPACE, LayoutError, Value
+from znni_dask.importers.onnx.soundness import check_node
+from znni_dask.importers.onnx.tensors import MALFORMED, Constant, is_same
 from znni_dask.network import layers
 from znni_dask.network.layers import Layer
 from znni_dask.network.network import Network, without_unused
 from znni_dask.network.window import LARGEST
 
 _LISTED = 20
+_LONGEST = 300  # characters of a reason
+_MOST_AXES = 32
 END = (1 << 31) - 1  # exporters write "to the end" as this or some larger number
 
 Operator = Callable[["GraphReader", onnx.NodeProto], "Value | list[Value]"]
@@ -47,24 +51,28 @@ class GraphReader:
     pools_of_all: bool = False  # whether a pool as large as what it is given means all there is
     _values: dict[str, Value] = field(default_factory=dict)
     _known: dict[str, tuple[Constant, ...]] = field(default_factory=dict)
+    _numbers: dict[str, Numbers] = field(default_factory=dict)
     _unknown: set[str] = field(default_factory=set)
     _reasons: list[str] = field(default_factory=list)
 
     def network(self) -> Network:
         """Read the graph; raises `NetworkError` with everything that cannot be read of it."""
+        self.folder.begin()
         self._known.update({name: (value,) for name, value in self.constants.items()})
         self._read_entry()
         for proto in self.graph.node:
             self._read_node(proto)
         outputs = {} if self._reasons else self._outputs()
         if self._reasons:
-            shown = "\n  ".join(self._reasons[:_LISTED])
+            shown = "\n  ".join(reason[:_LONGEST] for reason in self._reasons[:_LISTED])
             more = len(self._reasons) - _LISTED
             raise NetworkError(
                 f"{len(self._reasons)} layers are not supported:\n  {shown}"
                 + (f"\n  and {more} more" if more > 0 else "")
             )
-        return without_unused(self.assembly.nodes, outputs, self.assembly.weights)
+        return without_unused(
+            self.assembly.nodes, outputs, self.assembly.weights, self.assembly.alike
+        )
 
     def _read_entry(self) -> None:
         entry = self.assembly.entry
@@ -72,6 +80,7 @@ class GraphReader:
         value = self.assembly.value(name, "n" + "c" + "".join(k for k in SPACE if k in entry.kinds))
         order = [value.kinds().index(kind) for kind in entry.kinds]
         self._values[entry.name] = value.permuted(order)
+        self._numbers[entry.name] = entry.numbers
 
     def _outputs(self) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -80,6 +89,9 @@ class GraphReader:
                 raise NetworkError(f"the output {output.name!r} does not depend on the input")
             try:
                 value = self.assembly.settled(self._values[output.name], output.name)
+                space = [kind for axis in value.axes for kind in SPACE if _has(axis, kind)]
+                if space != sorted(space, key=SPACE.index):
+                    raise UnsupportedNode(f"its axes of space are in the order {', '.join(space)}")
             except (UnsupportedNode, LayoutError) as error:
                 self._reasons.append(f"{output.name} (output): {error}")
                 continue
@@ -96,12 +108,18 @@ class GraphReader:
         try:
             if not proto.output:
                 raise UnsupportedNode("it has no output")
+            if operator in FOLDED or operator in self.operators:
+                check_node(proto, self.opset)
             if operator in FOLDED and all(name in self._known for name in given):
                 self._fold(proto)
             elif operator in self.operators:
+                kind = numbers.made(proto, self._numbers)
                 made = self.operators[operator](self, proto)
                 values = made if isinstance(made, list) else [made]
+                if any(value.rank > _MOST_AXES for value in values):
+                    raise UnsupportedNode(f"more than {_MOST_AXES} axes are taken for a mistake")
                 self._values.update((n, v) for n, v in zip(proto.output, values, strict=False) if n)
+                self._numbers.update(dict.fromkeys(proto.output, kind))
             elif operator in ("Shape", "Size"):
                 self._measure(proto)
             else:
@@ -124,7 +142,7 @@ class GraphReader:
         given = {name: self._known[name] for name in proto.input if name}
         try:
             made = self.folder.values(proto, given)
-        except MALFORMED as error:
+        except (*MALFORMED, onnx.checker.ValidationError) as error:
             raise UnsupportedNode(f"cannot be evaluated: {error}") from None
         self._known.update(zip((n for n in proto.output if n), made, strict=False))
 
@@ -138,8 +156,7 @@ class GraphReader:
             numbers = {a.name: a.i for a in proto.attribute}
             first, last = numbers.get("start", 0), numbers.get("end", value.rank)
             made = tuple(row[slice(first, last)] for row in lengths)
-        same = all(np.array_equal(row, made[0]) for row in made)
-        self._known[proto.output[0]] = made[:1] if same else made
+        self._known[proto.output[0]] = made[:1] if is_same(made) else made
 
     # Layers and values, which the rows of the table make.
 
@@ -185,6 +202,10 @@ class GraphReader:
             raise UnsupportedNode("its axes of space are merged")
         return value
 
+    def numbers_of(self, proto: onnx.NodeProto) -> Numbers:
+        """What numbers a node's first input holds."""
+        return self._numbers.get(proto.input[0], "real")
+
     def is_known(self, name: str) -> bool:
         """Whether the elements of an ONNX value are known."""
         return name in self._known
@@ -198,20 +219,28 @@ class GraphReader:
             raise UnsupportedNode(f"its input {proto.input[index]!r} depends on the volume's size")
         return found[0]
 
-    def for_probes(self, proto: onnx.NodeProto, index: int) -> tuple[Constant, ...] | None:
-        """Input ``index`` for every probe, or once; None where it is not given."""
+    def for_probes(
+        self, proto: onnx.NodeProto, index: int, repeated: bool = False
+    ) -> tuple[Constant, ...] | None:
+        """Input ``index`` for every probe, or once; None where it is not given. Arrays beyond all
+        measure that only repeat a few elements are refused unless ``repeated``."""
         name = proto.input[index] if index < len(proto.input) else ""
         if not name:
             return None
         if name not in self._known:
             raise UnsupportedNode(f"its input {name!r} must be a constant", follows=True)
-        return self._known[name]
+        found = self._known[name]
+        if not repeated and any(v.size > MOST_ELEMENTS and 0 in v.strides for v in found):
+            raise UnsupportedNode(f"its input {name!r} would take {found[0].size} elements")
+        return found
 
     def whole_numbers(self, proto: onnx.NodeProto, index: int) -> list[tuple[int, ...]]:
         """Input ``index``, a list of whole numbers: each of them for every probe."""
         found = self.for_probes(proto, index)
         if found is None:
             raise UnsupportedNode(f"its input {index} is missing")
+        if found[0].size > 2 * _MOST_AXES:
+            raise UnsupportedNode(f"its input {index} has {found[0].size} numbers")
         rows = [[int(v) for v in np.atleast_1d(one).ravel().tolist()] for one in found]
         rows = rows * self.assembly.probes if len(rows) == 1 else rows
         return list(zip(*rows, strict=True))
@@ -223,13 +252,13 @@ class GraphReader:
     def numbers(self, proto: onnx.NodeProto, index: int, value: Value) -> Constant:
         """Input ``index`` as a constant to combine with ``value``: what is the same all along an
         axis of space (zeros of the value's size, say) does not depend on that size."""
-        found = self.for_probes(proto, index) or (None,)
+        found = self.for_probes(proto, index, repeated=True) or (None,)
         lengths = [self.assembly.lengths(value, axis) for axis in range(value.rank)]
         once = [
             layouts.squeezed(_real(constant, index), value, [n[probe] for n in lengths])
             for probe, constant in enumerate(found)
         ]
-        if any(not np.array_equal(constant, once[0]) for constant in once):
+        if not is_same(once):
             raise UnsupportedNode(f"its input {proto.input[index]!r} depends on the volume's size")
         return once[0]
 
@@ -251,9 +280,15 @@ class GraphReader:
         return number % value.rank
 
 
+def _has(axis: layouts.Axis, kind: str) -> bool:
+    return any(piece.kind == kind and not piece.single for piece in axis)
+
+
 def _real(value: Constant | None, index: int) -> Constant:
     if value is None:
         raise UnsupportedNode(f"its input {index} is missing")
+    if value.dtype.name == "bfloat16":
+        return value.astype(np.float32)
     if value.dtype.kind not in "buif":
         raise UnsupportedNode(f"its input {index} holds {value.dtype}, not real numbers")
     return value

@@ -19,6 +19,9 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from znni_dask.importers.onnx.tensors import held
+from znni_dask.network.window import LARGEST
+
 SPACE = "zyx"
 Lengths = tuple[int, ...]  # of one axis, for every probe
 
@@ -177,15 +180,19 @@ def _channel_order(
     """The source of every channel of ``order``, where channels that were made by subsampling
     count as ((c · fz + i) · fy + j) · fx + k; None where nothing moves."""
     strides = {"c": prod(subsample), "z": subsample[1] * subsample[2], "y": subsample[2], "x": 1}
+    total = channels * prod(subsample)
+    if total > LARGEST or prod(piece.length for piece in order) != total:
+        raise LayoutError(f"{total} channels do not lie together, or are too many")
     index = np.zeros((), np.int64)
     for piece in order:
         steps = np.arange(piece.length) * piece.stride * strides[piece.kind]
         index = index[..., None] + steps
-    found = tuple(int(i) for i in index.ravel())
-    total = channels * prod(subsample)
-    if sorted(found) != list(range(total)):
+    found, whole = index.ravel(), np.arange(total)
+    if np.array_equal(found, whole):
+        return None
+    if not np.array_equal(np.sort(found), whole):
         raise LayoutError("the channels lie on several axes")
-    return None if found == tuple(range(total)) else found
+    return tuple(found.tolist())
 
 
 def per_channel(constant: NDArray[np.generic], value: Value, channels: int) -> NDArray[np.float64]:
@@ -221,8 +228,8 @@ def squeezed(
         axis = i - constant.ndim + value.rank
         if axis < 0 or constant.shape[i] != lengths[axis] or value.kinds_of(axis) == {"c"}:
             continue
-        first = constant[(slice(None),) * i + (slice(0, 1),)]
-        if constant.strides[i] == 0 or bool((constant == first).all()):
+        first, core = constant[(slice(None),) * i + (slice(0, 1),)], held(constant)
+        if constant.strides[i] == 0 or bool((core == held(first)).all()):
             constant = first
     return constant
 

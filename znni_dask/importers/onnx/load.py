@@ -11,30 +11,32 @@ to the rounding of its poolings, and only there its crops mean what they were me
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import lcm, prod
+from itertools import islice
+from math import lcm
 from pathlib import Path
 
-import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import numpy_helper
 
 from znni_dask.errors import NetworkError
 from znni_dask.geometry import Size, triple
+from znni_dask.importers.onnx import numbers
 from znni_dask.importers.onnx.assembly import Assembly, Entry
-from znni_dask.importers.onnx.folding import MALFORMED, Constant, Folder
+from znni_dask.importers.onnx.folding import Folder
 from znni_dask.importers.onnx.graph import GraphReader
 from znni_dask.importers.onnx.layouts import SPACE
 from znni_dask.importers.onnx.operators import OPERATORS
+from znni_dask.importers.onnx.soundness import check_graph, opset_of
+from znni_dask.importers.onnx.tensors import MALFORMED, Constant, initializers, read_external
 from znni_dask.network.field_of_view import sizes_of, slides
 from znni_dask.network.network import Network
 from znni_dask.network.rewrites import as_sliding
 from znni_dask.network.window import LARGEST
 
-OLDEST_OPSET = 11
 _BASE = 2**7 * 3**2 * 5 * 7  # alignments divide it; the cube of it still counts as a number
 _MULTIPLES = ((3, 5, 7), (4, 7, 9))  # sizes of the probes, different along every axis
 _MOST_REMAINDERS = 256
+_MOST_WORK = 1 << 19  # nodes to read while searching for remainders
 
 
 def load(path: str | Path, size: Size | None = None) -> Network:
@@ -48,12 +50,16 @@ def load(path: str | Path, size: Size | None = None) -> Network:
     """
     path = Path(path)
     try:
-        model = onnx.load(path, format="protobuf")
-    except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:
+        if not path.is_file():
+            raise NetworkError(f"{path} is no file")
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+    except (OSError, DecodeError, *MALFORMED) as error:
         raise NetworkError(f"cannot read {path} as ONNX: {error}") from None
     if not model.graph.node or not model.graph.output:
         raise NetworkError(f"{path} is not an ONNX network, or is truncated: it holds no layers")
     try:
+        check_graph(model)
+        read_external(model, path.parent)
         return _Model(model, size).network()
     except NetworkError as error:
         raise NetworkError(f"{path}: {error}") from None
@@ -64,10 +70,12 @@ class _Model:
 
     def __init__(self, model: onnx.ModelProto, size: Size | None) -> None:
         self._graph = model.graph
-        self._opset = _opset(model)
-        self._folder = Folder(model.opset_import)
-        self._constants = _initializers(model.graph)
+        self._opset = opset_of(model)
+        self._constants = initializers(model.graph)
+        self._folder = Folder(model.opset_import, self._constants)
         self._kinds, self._channels, self._batch, declared, self._name = self._input()
+        types = {i.name: i.type.tensor_type.elem_type for i in model.graph.input}
+        self._numbers = numbers.of_type(types[self._name])
         self._sizes = triple(n or m for n, m in zip(declared, size or (0, 0, 0), strict=True))
 
     def network(self) -> Network:
@@ -103,7 +111,8 @@ class _Model:
         except NetworkError as error:
             failure = error
         remainders: list[int | None] = [None, None, None]
-        for remainder in self._remainders(network):
+        work = len(self._graph.node) + self._folder.work
+        for remainder in islice(self._remainders(network), _MOST_WORK // work):
             reader = self._reader((remainder,) * 3)
             try:
                 found = reader.network()
@@ -136,7 +145,8 @@ class _Model:
         return iter(range(1, min(alignment, _MOST_REMAINDERS)))
 
     def _reader(self, remainder: Size, pools_of_all: bool = False) -> GraphReader:
-        entry = Entry(self._name, self._kinds, self._channels, self._batch, self._probes(remainder))
+        kinds, probes = self._kinds, self._probes(remainder)
+        entry = Entry(self._name, kinds, self._channels, self._batch, probes, self._numbers)
         return GraphReader(
             self._graph,
             self._opset,
@@ -166,8 +176,13 @@ class _Model:
         if len(inputs) != 1:
             names = ", ".join(repr(i.name) for i in inputs) or "none"
             raise NetworkError(f"a network has one input, this one has {len(inputs)}: {names}")
-        name = inputs[0].name
-        dims = [max(d.dim_value, 0) for d in inputs[0].type.tensor_type.shape.dim]
+        name, kind = inputs[0].name, inputs[0].type
+        listed = [(d.dim_value, d.HasField("dim_value")) for d in kind.tensor_type.shape.dim]
+        dims = [number for number, _ in listed]
+        if any(given and not 1 <= number <= LARGEST for number, given in listed):
+            raise NetworkError(f"the input {name!r} of {dims} voxels is taken for a mistake")
+        if not name or kind.WhichOneof("value") not in (None, "tensor_type"):
+            raise NetworkError(f"the input {name!r} is no array, or has no name")
         kernels = self._first_kernels()
         rank = len(dims) or (kernels[0].ndim if kernels else 0)
         if rank not in (3, 4, 5):
@@ -180,10 +195,8 @@ class _Model:
         kinds = f"n{space}c" if self._channels_last(name, rank) else f"nc{space}"
         declared = dict(zip(kinds, dims, strict=True))
         channels = declared["c"] or (kernels[0].shape[1] * kernels[1] if kernels else 0)
-        if channels < 1:
+        if not 1 <= channels <= LARGEST:
             raise NetworkError(f"the input {name!r} does not say how many channels it has")
-        if max(dims) > LARGEST:
-            raise NetworkError(f"the input {name!r} of {dims} voxels is taken for a mistake")
         sizes = tuple(declared[k] if k in space else 1 for k in SPACE)
         return kinds, channels, declared["n"] or 1, triple(sizes), name
 
@@ -214,23 +227,3 @@ def _ends_in_one_voxel(network: Network, size: Size) -> bool:
         return False
     ends = [sizes_of(network, axis, size[axis]) or {} for axis in range(3)]
     return all(end.get(node) == 1 for end in ends for node in network.outputs.values())
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
-    if not versions or versions[0] < OLDEST_OPSET:
-        found = versions[0] if versions else "none"
-        raise NetworkError(f"opset {found} is too old: export with opset {OLDEST_OPSET} or later")
-    return int(versions[0])
-
-
-def _initializers(graph: onnx.GraphProto) -> dict[str, Constant]:
-    found: dict[str, Constant] = {}
-    for tensor in graph.initializer:
-        try:
-            found[tensor.name] = np.asarray(numpy_helper.to_array(tensor))
-        except MALFORMED as error:
-            raise NetworkError(f"initializer {tensor.name!r} is damaged: {error}") from None
-        if found[tensor.name].size != prod(tensor.dims):
-            raise NetworkError(f"initializer {tensor.name!r} has not the size that it declares")
-    return found

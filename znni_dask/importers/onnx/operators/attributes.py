@@ -21,7 +21,11 @@ def attributes_of(proto: onnx.NodeProto) -> dict[str, Any]:
 
 def text(value: Any, default: str) -> str:
     """A text attribute."""
-    return value.decode() if isinstance(value, bytes) else default
+    if value is None:
+        return default
+    if not isinstance(value, bytes):
+        raise UnsupportedNode(f"{value!r} where text is wanted")
+    return value.decode()
 
 
 def finite(value: Any, what: str) -> float:

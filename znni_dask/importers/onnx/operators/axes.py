@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from znni_dask.geometry import Size, triple
-from znni_dask.importers.onnx.assembly import UnsupportedNode
+from znni_dask.importers.onnx.assembly import UnsupportedNode, check_channels
 from znni_dask.importers.onnx.graph import END, GraphReader, Operator
 from znni_dask.importers.onnx.layouts import SPACE, Lengths, Piece, Value
 from znni_dask.importers.onnx.operators.attributes import attributes_of, finite, text
@@ -37,6 +37,8 @@ def _reshape(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     keeps_zero = bool(attributes_of(proto).get("allowzero"))
     for probe in range(reader.assembly.probes):
         dims = [dim[probe] for dim in wanted]
+        if min(dims, default=0) < -1 or dims.count(-1) > 1:
+            raise UnsupportedNode(f"reshaping to {dims}")
         if not keeps_zero:
             dims = [have[i][probe] if d == 0 else d for i, d in enumerate(dims)]
         if -1 in dims:
@@ -84,9 +86,9 @@ def _unsqueeze(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     value = reader.given(proto)
     listed = _listed_axes(reader, proto) or []
     rank = value.rank + len(listed)
-    if any(not -rank <= a < rank for a in listed):
-        raise UnsupportedNode(f"axes {listed} of arrays of rank {rank}")
     new = {a % rank for a in listed}
+    if any(not -rank <= a < rank for a in listed) or len(new) < len(listed):
+        raise UnsupportedNode(f"axes {listed} of arrays of rank {rank}")
     old = iter(value.axes)
     return replace(value, axes=tuple(() if i in new else next(old) for i in range(rank)))
 
@@ -121,6 +123,8 @@ def _split(reader: GraphReader, proto: onnx.NodeProto) -> list[Value]:
     if not _of_channels(reader, proto, value, axis):
         raise UnsupportedNode("only channels can be split")
     total, parts = reader.assembly.channels(value), len(proto.output)
+    if attributes.get("num_outputs", parts) != parts:
+        raise UnsupportedNode(f"num_outputs={attributes['num_outputs']} for {parts} outputs")
     sizes = attributes.get("split")
     if sizes is None and len(proto.input) > 1:
         found = reader.constant(proto, 1)
@@ -141,13 +145,15 @@ def _gather(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     value = reader.assembly.settled(reader.given(proto), proto.name or proto.output[0])
     axis = reader.axis(value, int(attributes_of(proto).get("axis", 0)))
     indices = reader.weights(proto, 1)
+    check_channels(indices.size)
     if indices.ndim > 1:
         raise UnsupportedNode(f"gathers by indices of shape {list(indices.shape)}")
     lengths = reader.assembly.lengths(value, axis)
     if _of_channels(reader, proto, value, axis):
-        chosen = [int(i) % lengths[0] for i in indices.ravel()]
+        found = [int(i) for i in indices.ravel().tolist()]
+        chosen = [i + lengths[0] if i < 0 else i for i in found]
         value = selected(reader, proto, value, axis, chosen)
-    elif set(lengths) != {1} or set(indices.ravel().tolist()) - {0, -1}:
+    elif set(lengths) != {1} or indices.size != 1 or indices.ravel()[0] not in (0, -1):
         raise UnsupportedNode("takes single places of an axis of space")
     if indices.ndim == 0:
         return replace(value, axes=tuple(a for i, a in enumerate(value.axes) if i != axis))
@@ -160,6 +166,8 @@ def _slice(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     axes, steps = reader.constant(proto, 3), reader.constant(proto, 4)
     chosen = range(len(starts)) if axes is None else [int(a) for a in axes.ravel()]
     strides = [1] * len(starts) if steps is None else [int(s) for s in steps.ravel()]
+    if len({reader.axis(value, number) for number in chosen}) < len(chosen):
+        raise UnsupportedNode(f"an axis is named twice in {list(chosen)}")
     borders: dict[str, tuple[int, int]] = {}
     every: dict[str, int] = {}
     for number, start, end, step in zip(chosen, starts, ends, strides, strict=True):
@@ -215,7 +223,7 @@ def _pad(reader: GraphReader, proto: onnx.NodeProto) -> Value:
         if axes is None
         else [reader.axis(value, int(a)) for a in axes.ravel()]
     )
-    if len(pads) != 2 * len(chosen):
+    if len(pads) != 2 * len(chosen) or len(set(chosen)) < len(chosen):
         raise UnsupportedNode(f"{len(pads)} pads for {len(chosen)} axes")
     if any(len(set(p)) > 1 for p in pads):
         raise UnsupportedNode("how much it pads depends on the volume's size")
@@ -246,6 +254,7 @@ def _with_channels(
     """Constant channels before and behind those of a value."""
     if min(below, above) < 0 or text(attributes_of(proto).get("mode"), "constant") != "constant":
         raise UnsupportedNode("channels can only be padded with a constant")
+    check_channels(below + above)
     label, parts = proto.name or proto.output[0], [value.layer]
     for count, place in ((below, 0), (above, len(parts) + 1)):
         if count:
@@ -269,6 +278,11 @@ def _padded(
         return value
     if mode not in _PAD_MODES:
         raise UnsupportedNode(f"mode={mode} is not supported: it reads the far end of the volume")
+    thinnest = [min(size[axis] for size in reader.assembly.sizes(value)) for axis in range(3)]
+    if mode == "reflect" and any(
+        max(low, high) >= n for low, high, n in zip(*padding, thinnest, strict=True) if low or high
+    ):
+        raise UnsupportedNode("mirrors more than there is")
     layer = layers.Pad(padding, _filling(reader, proto), _PAD_MODES[mode])
     return reader.layer(proto, layer, [value])
 
@@ -318,7 +332,10 @@ def broadcast(
 
 def _tile(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     value = reader.assembly.settled(reader.given(proto), proto.name or proto.output[0])
-    for axis, times in enumerate(reader.whole_numbers(proto, 1)):
+    listed = reader.whole_numbers(proto, 1)
+    if len(listed) != value.rank:
+        raise UnsupportedNode(f"{len(listed)} numbers for {value.rank} axes")
+    for axis, times in enumerate(listed):
         if set(times) == {1}:
             continue
         if not _of_channels(reader, proto, value, axis):
@@ -327,6 +344,7 @@ def _tile(reader: GraphReader, proto: onnx.NodeProto) -> Value:
         if length == 1:
             value = repeated(reader, proto, value, axis, times[0])
         else:
+            check_channels(length * times[0])
             value = selected(reader, proto, value, axis, list(range(length)) * times[0])
     return value
 

@@ -8,10 +8,10 @@ import onnx
 
 from znni_dask.geometry import Size, triple
 from znni_dask.importers.onnx.assembly import UnsupportedNode
-from znni_dask.importers.onnx.folding import Constant
 from znni_dask.importers.onnx.graph import GraphReader, Operator
 from znni_dask.importers.onnx.layouts import SPACE, Value
 from znni_dask.importers.onnx.operators.attributes import attributes_of, padding, per_axis, text
+from znni_dask.importers.onnx.tensors import Constant
 from znni_dask.network import layers
 from znni_dask.network.layers import Padding, extent
 
@@ -36,8 +36,9 @@ def _kernels(
 
 
 def _with_bias(reader: GraphReader, proto: onnx.NodeProto, weight: Constant) -> dict[str, Constant]:
-    bias = reader.constant(proto, 2)
-    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    if reader.constant(proto, 2) is None:
+        return {"weight": weight}
+    return {"weight": weight, "bias": reader.weights(proto, 2)}
 
 
 def _conv(reader: GraphReader, proto: onnx.NodeProto) -> Value:

@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from znni_dask.importers.onnx import layouts
-from znni_dask.importers.onnx.assembly import UnsupportedNode
+from znni_dask.importers.onnx.assembly import UnsupportedNode, check_channels
 from znni_dask.importers.onnx.graph import GraphReader, Operator
 from znni_dask.importers.onnx.layouts import LayoutError, Piece, Value
 from znni_dask.importers.onnx.operators.attributes import attributes_of, finite
@@ -110,7 +110,7 @@ def _arithmetic(function: Join, with_constant: WithConstant = _none) -> Operator
 
 def combined(reader: GraphReader, proto: onnx.NodeProto, function: Join) -> Value:
     """All inputs combined; constants become arrays like the first input that is none."""
-    like = next(i for i, name in enumerate(proto.input) if not reader.is_known(name))
+    like = next((i for i, name in enumerate(proto.input) if not reader.is_known(name)), 0)
     values = []
     for i, name in enumerate(proto.input):
         if not reader.is_known(name):
@@ -140,6 +140,7 @@ def repeated(
     reader: GraphReader, proto: onnx.NodeProto, value: Value, axis: int, times: int
 ) -> Value:
     """An axis of one channel, ``times`` channels long."""
+    check_channels(times)
     name = reader.assembly.add(
         layers.Select((0,) * times), [value.layer], proto.name or proto.output[0]
     )
@@ -190,6 +191,11 @@ def _concat(reader: GraphReader, proto: onnx.NodeProto) -> Value:
             raise UnsupportedNode("only channels can be concatenated")
         if value.pieces("c") and "c" not in value.kinds_of(axis):
             raise UnsupportedNode("only channels can be concatenated")
+    sizes = {
+        tuple(reader.assembly.lengths(v, i) for i in range(v.rank) if i != axis) for v in values
+    }
+    if len(sizes) > 1:
+        raise UnsupportedNode("its inputs have different sizes")
     others = [
         Value(v.layer, tuple(() if i == axis else a for i, a in enumerate(v.axes))) for v in values
     ]
@@ -208,13 +214,12 @@ def _mean(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     return affine(reader, proto, total, share, np.zeros_like(share))
 
 
-def _opposite(function: Join) -> Operator:
-    """1 where ``function`` is 0, and the other way round."""
+def _or_equal(function: Join) -> Operator:
+    """1 where ``function`` is or both are equal; of NaN neither is true."""
 
     def read(reader: GraphReader, proto: onnx.NodeProto) -> Value:
-        value = combined(reader, proto, function)
-        ones = np.ones(reader.assembly.channels(value))
-        return affine(reader, proto, value, -ones, ones)
+        values = [combined(reader, proto, join) for join in (function, "equal")]
+        return joined(reader, proto, Arithmetic("max"), values)
 
     return read
 
@@ -232,9 +237,9 @@ OPERATORS: dict[str, Operator] = {
     "Div": _arithmetic("div", _quotient),
     "Equal": _arithmetic("equal"),
     "Greater": _arithmetic("greater"),
-    "GreaterOrEqual": _opposite("less"),
+    "GreaterOrEqual": _or_equal("greater"),
     "Less": _arithmetic("less"),
-    "LessOrEqual": _opposite("greater"),
+    "LessOrEqual": _or_equal("less"),
     "Max": _arithmetic("max", _bound(largest=False)),
     "Mean": _mean,
     "Min": _arithmetic("min", _bound(largest=True)),

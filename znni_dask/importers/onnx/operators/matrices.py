@@ -8,10 +8,10 @@ import onnx
 
 from znni_dask.geometry import triple
 from znni_dask.importers.onnx.assembly import UnsupportedNode
-from znni_dask.importers.onnx.folding import Constant
 from znni_dask.importers.onnx.graph import GraphReader, Operator
 from znni_dask.importers.onnx.layouts import SPACE, Piece, Value
 from znni_dask.importers.onnx.operators.attributes import attributes_of
+from znni_dask.importers.onnx.tensors import Constant
 from znni_dask.network import layers
 
 
@@ -31,7 +31,7 @@ def _gemm(reader: GraphReader, proto: onnx.NodeProto) -> Value:
         raise UnsupportedNode("transA=1 is not supported")
     if attributes.get("transB"):
         matrix = matrix.T
-    bias = reader.constant(proto, 2)
+    bias = None if reader.constant(proto, 2) is None else reader.weights(proto, 2)
     if bias is not None:
         bias = np.broadcast_to(bias * attributes.get("beta", 1.0), (1, matrix.shape[1]))[0]
     return multiplied(reader, proto, value, matrix * attributes.get("alpha", 1.0), bias)

@@ -9,11 +9,11 @@ import onnx
 
 from znni_dask.importers.onnx import layouts
 from znni_dask.importers.onnx.assembly import UnsupportedNode
-from znni_dask.importers.onnx.folding import Constant
 from znni_dask.importers.onnx.graph import GraphReader, Operator
 from znni_dask.importers.onnx.layouts import SPACE, Value
 from znni_dask.importers.onnx.operators.attributes import attributes_of
 from znni_dask.importers.onnx.operators.joining import affine, joined
+from znni_dask.importers.onnx.tensors import Constant
 from znni_dask.network import layers
 from znni_dask.network.layers import Arithmetic, Reduction
 
@@ -163,6 +163,8 @@ def reduce(
         name = reader.assembly.add(layers.Reduce(function, space), [name], label)
     if any(p.kind == "n" and not p.single for i in axes for p in value.axes[i]):
         raise UnsupportedNode("reduces over the batch")
+    if name == value.layer and axes and function in ("l1", "l2"):  # of single elements
+        name = reader.assembly.add(layers.Activation("abs"), [name], label)
     return Value(name, tuple(() if i in axes else a for i, a in enumerate(value.axes)))
 
 
@@ -205,8 +207,11 @@ def _lp_normalization(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     attributes = attributes_of(proto)
     value = reader.given(proto)
     axis = reader.axis(value, int(attributes.get("axis", -1)))
-    function: Reduction = "l1" if int(attributes.get("p", 2)) == 1 else "l2"
-    norm = reduce(reader, proto, value, function, [axis])
+    if (power := int(attributes.get("p", 2))) not in (1, 2):
+        raise UnsupportedNode(f"p={power} is not supported, only 1 and 2")
+    norm = reduce(reader, proto, value, "l1" if power == 1 else "l2", [axis])
+    tiny = float(np.finfo(np.float32).tiny)  # where all is zero it stays zero
+    norm = reader.pointwise(proto, layers.Activation("clip", tiny, np.inf), norm)
     return joined(reader, proto, Arithmetic("div"), [value, norm])
 
 
@@ -222,6 +227,8 @@ def _softmax(log: bool) -> Operator:
             raise UnsupportedNode("over channels and space together")
         if pieces and pieces != value.pieces("c"):
             raise UnsupportedNode("over a part of the channels")
+        if not pieces and not space and reader.assembly.channels(value) > 1:
+            raise UnsupportedNode("over an axis of one element, or over the batch")
         over = "c" if pieces or not space else space
         return reader.pointwise(proto, layers.Softmax(over, log), value)
 

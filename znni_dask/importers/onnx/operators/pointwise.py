@@ -5,17 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from znni_dask.importers.onnx import layouts
+from znni_dask.importers.onnx import layouts, numbers
 from znni_dask.importers.onnx.assembly import UnsupportedNode
 from znni_dask.importers.onnx.graph import GraphReader, Operator
 from znni_dask.importers.onnx.layouts import Value
 from znni_dask.importers.onnx.operators.attributes import attributes_of, finite, text
 from znni_dask.network.layers import Activation, Function
-
-_REALS = {
-    *(onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE),
-    *(onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16),
-}
 
 
 def _plain(function: Function, *parameters: tuple[str, float]) -> Operator:
@@ -65,9 +60,30 @@ def _cast(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     """To real numbers of any precision is nothing: networks compute in float32. What is a whole
     number already may be called one."""
     value = reader.given(proto)
-    if attributes_of(proto).get("to") not in _REALS and not reader.assembly.whole(value):
+    wanted, given = numbers.of_type(attributes_of(proto)["to"]), reader.numbers_of(proto)
+    if wanted == "truth" and given != "truth":
+        raise UnsupportedNode("asks where numbers are not zero: write it as a comparison")
+    if wanted == "whole" and given == "real" and not reader.assembly.whole(value):
         raise UnsupportedNode("rounds to whole numbers in the middle of the network")
     return value
+
+
+def _cast_like(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+    if reader.is_known(proto.input[1]):
+        like = reader.constant(proto, 1)
+        kind = "real" if like is None or like.dtype.kind in "fV" else like.dtype.name
+    else:
+        kind = reader.numbers_of(onnx.NodeProto(input=proto.input[1:]))
+    if kind != "real" or reader.numbers_of(proto) != "real":
+        raise UnsupportedNode("makes other than real numbers")
+    return reader.given(proto)
+
+
+def _dropout(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+    training = reader.constant(proto, 2)
+    if training is not None and training.any():
+        raise UnsupportedNode("training_mode=1: export the network in evaluation mode")
+    return reader.given(proto)
 
 
 def _pass(reader: GraphReader, proto: onnx.NodeProto) -> Value:
@@ -78,12 +94,12 @@ OPERATORS: dict[str, Operator] = {
     "Abs": _plain("abs"),
     "Atan": _plain("atan"),
     "Cast": _cast,
-    "CastLike": _pass,
+    "CastLike": _cast_like,
     "Ceil": _plain("ceil"),
     "Celu": _plain("celu", ("alpha", 1.0)),
     "Clip": _clip,
     "Cos": _plain("cos"),
-    "Dropout": _pass,
+    "Dropout": _dropout,
     "Elu": _plain("elu", ("alpha", 1.0)),
     "Erf": _plain("erf"),
     "Exp": _plain("exp"),

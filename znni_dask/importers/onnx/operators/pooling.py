@@ -8,7 +8,7 @@ from znni_dask.geometry import Size
 from znni_dask.importers.onnx.assembly import UnsupportedNode
 from znni_dask.importers.onnx.graph import GraphReader, Operator
 from znni_dask.importers.onnx.layouts import Value
-from znni_dask.importers.onnx.operators.attributes import attributes_of, padding, per_axis
+from znni_dask.importers.onnx.operators.attributes import attributes_of, padding, per_axis, text
 from znni_dask.network import layers
 from znni_dask.network.layers import Reduction
 
@@ -25,6 +25,8 @@ def _pool(kind: type[layers.MaxPool] | type[layers.AveragePool]) -> Operator:
         pads = padding(reader, attributes, value, kernel, stride, dilation)
         more = {"count_padding": True} if attributes.get("count_include_pad") else {}
         ceil = bool(attributes.get("ceil_mode"))
+        if ceil and text(attributes.get("auto_pad"), "NOTSET") == "VALID":
+            raise UnsupportedNode("ceil_mode=1 with auto_pad=VALID means different things")
         if reader.pools_of_all and _of_all(reader, value, kernel, pads):
             reduce = layers.Reduce("max" if kind is layers.MaxPool else "mean", _axes(value))
             return reader.layer(proto, reduce, [value])

@@ -15,7 +15,9 @@ from znni_dask.importers.onnx.operators.attributes import attributes_of, finite,
 from znni_dask.importers.onnx.operators.axes import broadcast
 from znni_dask.network import layers
 from znni_dask.network.layers import ONES, Placing
+from znni_dask.network.window import LARGEST
 
+_ROUNDING = 1e-5  # of a factor that is meant to be a whole number
 _HALF = ("half_pixel", "pytorch_half_pixel", "half_pixel_symmetric")
 
 
@@ -24,7 +26,9 @@ def _resize(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     value = reader.source(proto)
     factors = _factors(reader, proto, value, attributes)
     sizes = reader.assembly.sizes(value)
-    if any(target for target in factors.values() if isinstance(target, tuple)):
+    if any(isinstance(target, tuple) for target in factors.values()):
+        if not all(isinstance(target, tuple) for target in factors.values()):
+            raise UnsupportedNode("resizes axes that were reduced and others at once")
         return broadcast(
             reader,
             proto,
@@ -38,15 +42,24 @@ def _resize(reader: GraphReader, proto: onnx.NodeProto) -> Value:
             ),
         )
     found = [Fraction(factors.get(k, 1)) for k in SPACE]  # type: ignore[arg-type]
+    if max(found) > LARGEST:
+        raise UnsupportedNode(f"a factor of {max(found)} is taken for a mistake")
     if any(f != 1 and min(f, 1 / f) != Fraction(1, max(f, 1 / f).numerator) for f in found):
         shown = ", ".join(str(f) for f in found)
         raise UnsupportedNode(f"the factors {shown} (z, y, x) are not whole numbers")
     up = triple(max(1, f.numerator) if f >= 1 else 1 for f in found)
     down = triple(f.denominator if f < 1 else 1 for f in found)
-    placing = _placing(attributes, up != ONES)
+    placing = _placing(attributes, up != ONES and down == ONES)
     if up != ONES:
         value = reader.layer(proto, layers.Resize(up, placing), [value])
+        if _by_size(proto) and reader.assembly.probes > 1:
+            reader.assembly.same_size(value)
     return value if down == ONES else _shrunk(reader, proto, value, down, placing, attributes)
+
+
+def _by_size(proto: onnx.NodeProto) -> bool:
+    """Whether a Resize names the sizes to come out, and no factors."""
+    return len(proto.input) > 3 and bool(proto.input[3])
 
 
 def _placing(attributes: dict[str, Any], up: bool) -> Placing:
@@ -85,10 +98,15 @@ def _factors(
     by_scale = scales is not None and scales.size > 0
     listed = scales.ravel().tolist() if by_scale and scales is not None else None
     targets = None if by_scale else reader.whole_numbers(proto, 3)
+    if len(listed or targets or ()) != len(chosen):
+        raise UnsupportedNode(f"{len(listed or targets or ())} numbers for {len(chosen)} axes")
     for place, axis in enumerate(chosen):
         have = reader.assembly.lengths(value, axis)
         if listed is not None:
-            ratio = Fraction(finite(listed[place], "its scale")).limit_denominator(64)
+            scale = finite(listed[place], "its scale")
+            ratio = Fraction(scale).limit_denominator(64)
+            if abs(ratio - scale) > _ROUNDING * abs(scale):
+                raise UnsupportedNode(f"the factor {scale} is not a whole number")
             ratios = {ratio}
         else:
             assert targets is not None
@@ -126,6 +144,13 @@ def _shrunk(
     else:  # an even factor has two voxels in its middle, of which nearest takes the first
         low = triple((f - 1) // 2 for f in factor)
         two = placing != "nearest"
+        if text(attributes.get("nearest_mode"), "") == "round_prefer_ceil" and not two:
+            low = triple(f // 2 for f in factor)
+        sizes = reader.assembly.sizes(value)
+        if place == "pytorch_half_pixel" and any(
+            1 < n < 2 * f for size in sizes for n, f in zip(size, factor, strict=True) if f > 1
+        ):
+            raise UnsupportedNode("pytorch_half_pixel of a single voxel is not supported")
         kernel = triple(2 if two and f % 2 == 0 else 1 for f in factor)
     high = triple(f - k - a for f, k, a in zip(factor, kernel, low, strict=True))
     if any(low + high):
