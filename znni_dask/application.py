@@ -89,6 +89,16 @@ class Application:
             "halo": self.halo,
         }
 
+    @property
+    def defining(self) -> dict[str, Any]:
+        """What of the volume defines the answer, as a journal tells it."""
+        array = self.volume.array
+        return {
+            "volume": self.volume.path,
+            "volume shape": list(array.shape),
+            "volume type": str(array.dtype),
+        }
+
     def placed(self, output: str) -> dict[str, Any]:
         """Scale and translation (of voxel centres) and units of one output, (z, y, x)."""
         source, laid = self.volume, self.laid(output)

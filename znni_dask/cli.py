@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"znni: {error}")
         return 1
     except KeyboardInterrupt:
-        errors.print("znni: interrupted; the output holds the blocks finished so far")
+        errors.print("znni: interrupted; the same command goes on with the blocks that are missing")
         return 130
 
 
@@ -116,7 +116,11 @@ def _add_infer(infer: argparse.ArgumentParser) -> None:
         help="an output of the network to compute (may be repeated; default all)",
     )
     infer.add_argument("--nan", type=float, metavar="VALUE", help="replaces NaN and infinity")
-    infer.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    infer.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing output, or start an unfinished one anew",
+    )
     _add_approximate(infer)
     infer.set_defaults(command=_infer)
 

@@ -51,7 +51,8 @@ class Resources:
 
     ``unit`` is the output's chunk or shard; ``read_bytes`` the memory that reading a box of a
     size takes, ``write_bytes`` the memory that writing takes beside the values, of
-    ``item_bytes`` each. ``baseline_bytes`` is what the process uses before it computes.
+    ``item_bytes`` each. ``baseline_bytes`` is what the process uses before it computes. ``block``
+    is that of a run that is resumed.
     """
 
     unit: Size
@@ -61,6 +62,7 @@ class Resources:
     baseline_bytes: int
     allowed_bytes: int
     threads: int
+    block: Size | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -250,13 +252,19 @@ def _sizes(request: Request) -> list[tuple[Size, Size]]:
         if min(request.patch) < 1:
             raise OptionError(f"patch {text(request.patch)} must be positive")
         patch = triple(min(p, n) for p, n in zip(request.patch, layout.output_size, strict=True))
-        block = triple(round_up(p, u) for p, u in zip(patch, unit, strict=True))
-        return [(block, patch)]
+        block = request.block or triple(round_up(p, u) for p, u in zip(patch, unit, strict=True))
+        return [(block, triple(min(p, b) for p, b in zip(patch, block, strict=True)))]
     granules = multiply(layout.fragments, _alignment(layout))
-    per_axis = [
-        _axis_sizes(n, u, granule)
-        for n, u, granule in zip(layout.output_size, unit, granules, strict=True)
-    ]
+    if request.block is None:
+        per_axis = [
+            _axis_sizes(n, u, granule)
+            for n, u, granule in zip(layout.output_size, unit, granules, strict=True)
+        ]
+    else:
+        per_axis = [
+            [(b, patch) for patch in {min(b, n), *_parts(min(b, n), granule)}]
+            for n, b, granule in zip(layout.output_size, request.block, granules, strict=True)
+        ]
     return [
         (triple(b for b, _ in chosen), triple(p for _, p in chosen))
         for chosen in product(*per_axis)
@@ -266,10 +274,13 @@ def _sizes(request: Request) -> list[tuple[Size, Size]]:
 def _axis_sizes(n: int, unit: int, granule: int) -> list[tuple[int, int]]:
     """(block, patch) along one axis: whole chunks at once, or one chunk in parts."""
     found = {(unit * m, min(unit * m, n)) for m in MULTIPLES if unit * (m - 1) < n}
-    small = min(unit, n)
-    found |= {(unit, min(round_up(ceil_divide(small, k), granule), small)) for k in _PARTS}
-    found.add((unit, min(granule, small)))
-    return sorted(found)
+    return sorted(found | {(unit, part) for part in _parts(min(unit, n), granule)})
+
+
+def _parts(length: int, granule: int) -> set[int]:
+    """Lengths of patches that a block may be cut into."""
+    parts = {min(round_up(ceil_divide(length, k), granule), length) for k in _PARTS}
+    return parts | {min(granule, length)}
 
 
 def _alignment(layout: Layout) -> Size:

@@ -108,6 +108,8 @@ def facts_lines(found: Facts) -> list[str]:
 
 def run_lines(summary: Summary) -> list[str]:
     """What a run did."""
+    if not summary.passes:
+        return [f"{summary.output} is complete already: made as asked for, nothing is missing"]
     times = f"{summary.times} × " if summary.times > 1 else ""
     lines = []
     for one in summary.passes:

@@ -8,40 +8,37 @@ box of their block and return its number of voxels.
 
 from __future__ import annotations
 
-import itertools
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import dask
 import numpy as np
-from distributed import Client, as_completed
+from distributed import Client
 
-from znni_dask import planner, window_planner
 from znni_dask.application import Application
 from znni_dask.errors import OptionError, RunError
+from znni_dask.feeding import connected, is_full, make_blocks
 from znni_dask.geometry import Box, Size, triple, volume
 from znni_dask.importers import load_network
-from znni_dask.job import BlockMaker, Job, Target, make_block
+from znni_dask.job import Job
+from znni_dask.journal import Journal, journal_of
 from znni_dask.kernels.warm import compile_kernels
-from znni_dask.machine import MemoryMeter, anonymous_bytes, available_bytes, cores, parse_bytes
+from znni_dask.machine import MemoryMeter, available_bytes, cores, parse_bytes
 from znni_dask.network.network import Network
+from znni_dask.passes import PlannedPass, Request, create_outputs, is_complete, plan_pass
 from znni_dask.plan import Plan
-from znni_dask.recompute import HaloError, halo_error
+from znni_dask.recompute import HaloError
 from znni_dask.storage import output as store
-from znni_dask.storage.output import Encoding, OutputLayout
+from znni_dask.storage.output import Encoding
 from znni_dask.storage.volume import open_volume
-from znni_dask.windows import Patchwise, WindowGrid
+from znni_dask.windows import Patchwise
 
 Progress = Callable[[int, int], None]
 _SHOWN_FAILURES = 3
-_LOOPBACK = "127.0.0.1:0"  # distributed's web servers listen to all the world unless told
 _SHARE_OF_FREE = 0.8  # of the free memory, when no limit is given
-_CHUNKS = (64, 64, 64)
-_CHUNKS_OF_VECTORS = (8, 8, 8)  # of a classifier, whose every voxel is a window computed
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,8 @@ class Pass:
 @dataclass(frozen=True)
 class Summary:
     """What a run did. ``peak_bytes`` is the anonymous memory of this process and its children,
-    measured while it ran; the plan says what was promised and allowed."""
+    measured while it ran; the plan says what was promised and allowed. There are no passes where
+    the output was complete before."""
 
     output: Path
     passes: tuple[Pass, ...]
@@ -85,7 +83,8 @@ class Summary:
     @property
     def voxels_per_second(self) -> float:
         """Output voxels per second."""
-        return self.times * sum(volume(one.size) for one in self.passes) / self.seconds
+        made = self.times * sum(volume(one.size) for one in self.passes)
+        return made / self.seconds if self.passes else 0.0
 
 
 def run(
@@ -143,7 +142,8 @@ def run(
     step : distance (z, y, x) of windows of a network that makes one vector of a window.
     halo : voxels (z, y, x) that patches see beyond themselves, for a padded network whose field
         of view is needlessly large; the answer is approximate, its error is measured.
-    overwrite : replace an existing Zarr store at ``output``.
+    overwrite : replace an existing Zarr store at ``output``, or start an unfinished run anew;
+        otherwise the same command finishes what an interrupted run left.
     client : a dask client; by default an in-process one, closed afterwards.
     progress : called with the voxels done and the voxels in all, after every block.
 
@@ -163,7 +163,7 @@ def run(
         _windows(window, overlap, weights, _size_option("step", step)),
         _size_option("halo", halo),
     )
-    request = _Request(
+    request = Request(
         encoding=Encoding(dtype, *value_range),
         patch=_size_option("patch", patch),
         chunks=_size_option("chunks", chunks),
@@ -173,14 +173,25 @@ def run(
         ),
         threads=computing_threads(threads),
     )
-    place = store.check_place(output, input, overwrite)
     groups = application.passes(outputs)
+    described = _described(application, groups, request)
+    if not overwrite and is_complete(application, groups, request.encoding, Path(output)):
+        return Summary(Path(output), (), application.volume.times, 0.0, 0)
+    place, journal = _begun(output, input, described, overwrite)
     compile_kernels()
-    with MemoryMeter() as meter, _client(client) as found:
-        planned = [_planned(application, names, request) for names in groups]
-        ready = _created(application, planned, request.encoding, place)
-        begin = time.perf_counter()
-        passes = _make_all(found, ready, progress)
+    with MemoryMeter() as meter, connected(client) as found:
+        planned = [
+            plan_pass(application, names, request, journal.blocks[i] if journal else None)
+            for i, names in enumerate(groups)
+        ]
+        if journal is None:
+            store.clear(place)
+            journal = Journal(journal_of(place), described, [p.job.plan.block for p in planned])
+        with journal:
+            ready = create_outputs(application, planned, request.encoding, place)
+            begin = time.perf_counter()
+            passes = _make_all(found, ready, journal, progress)
+            journal.end()
     return Summary(
         output=Path(output),
         passes=passes,
@@ -190,89 +201,39 @@ def run(
     )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Request:
-    """What a run was asked for beside the answer."""
-
-    encoding: Encoding
-    patch: Size | None
-    chunks: Size | None
-    shards: Size | None
-    allowed_bytes: int
-    threads: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Planned:
-    """A pass that is planned: for each of its outputs how it is stored, and the work."""
-
-    outputs: tuple[str, ...]
-    stored: tuple[OutputLayout, ...]
-    job: Job
-    halo_error: HaloError | None
+def _described(
+    application: Application, groups: list[tuple[str, ...]], request: Request
+) -> dict[str, Any]:
+    """What defines the answer and how it is stored: a run that is resumed must have it alike."""
+    names = [name for group in groups for name in group]
+    return {
+        **application.defining,
+        "dtype": request.encoding.dtype,
+        "chunks": request.chunks,
+        "shards": request.shards,
+        "outputs": names,
+        **{
+            f"{key} of {name}" if len(names) > 1 else key: value
+            for name in names
+            for key, value in application.described(name, request.encoding).items()
+        },
+    }
 
 
-def _planned(application: Application, names: tuple[str, ...], request: _Request) -> _Planned:
-    """Plan one pass."""
-    laid, source = application.laid(*names), application.volume
-    vectors = isinstance(laid, WindowGrid) and laid.classifies
-    stored = tuple(
-        store.output_layout(
-            application.laid(name).network.out_channels,
-            laid.output_size,
-            request.chunks,
-            request.shards,
-            source.times,
-            _CHUNKS_OF_VECTORS if vectors else _CHUNKS,
-        )
-        for name in names
-    )
-    resources = planner.Resources(
-        unit=stored[0].unit,
-        item_bytes=request.encoding.item_bytes,
-        read_bytes=source.read_bytes,
-        write_bytes=max(s.write_bytes(request.encoding.item_bytes) for s in stored),
-        baseline_bytes=anonymous_bytes(),
-        allowed_bytes=request.allowed_bytes,
-        threads=request.threads,
-    )
-    if isinstance(laid, WindowGrid):
-        if request.patch is not None:
-            raise OptionError("windows are the patches of patchwise inference: give no patch")
-        plan = window_planner.plan(laid, resources)
-    else:
-        plan = planner.plan(planner.Request(**vars(resources), layout=laid, patch=request.patch))
-    error = None
-    if application.halo is not None:
-        error = halo_error(application, names, resources, plan.patch)
-    return _Planned(
-        names, stored, Job(laid, source, application.nan, request.encoding, plan), error
-    )
-
-
-def _created(
-    application: Application, planned: list[_Planned], encoding: Encoding, place: Path
-) -> list[_Planned]:
-    """The passes with the arrays that they write: one image, or a group of one for each output."""
-    store.clear(place)
-    several = sum(len(one.outputs) for one in planned) > 1
-    if several:
-        store.create_root(place, [name for one in planned for name in one.outputs])
-    ready = []
-    for one in planned:
-        targets: list[Target] = []
-        for name, layout in zip(one.outputs, one.stored, strict=True):
-            array = store.create(
-                place / store.group_name(name) if several else place,
-                layout,
-                encoding,
-                **application.placed(name),
-                attributes={"znni": application.described(name, encoding)},
-            )
-            first = targets[-1].last if targets else 0
-            targets.append(Target(array, first, first + layout.channels))
-        ready.append(replace(one, job=replace(one.job, targets=tuple(targets))))
-    return ready
+def _begun(
+    output: str | Path, input: str | Path, described: dict[str, Any], overwrite: bool
+) -> tuple[Path, Journal | None]:
+    """Where the output goes, and the journal of a run that was begun there and can be finished."""
+    path = journal_of(Path(output).resolve())
+    if overwrite:
+        place = store.check_place(output, input, overwrite)
+        path.unlink(missing_ok=True)
+        return place, None
+    journal = Journal.begun(path)
+    place = store.check_place(output, input, overwrite, begun=journal is not None)
+    if journal is not None:
+        journal.check(described)
+    return place, journal
 
 
 def _windows(
@@ -306,100 +267,49 @@ def _size_option(name: str, value: Size | int | None) -> Size | None:
     return triple(values)
 
 
-@contextmanager
-def _client(client: Client | None) -> Iterator[Client]:
-    """The client given, else one of a scheduler and a worker within this process."""
-    if client is not None:
-        yield client
-        return
-    with (
-        dask.config.set({"distributed.worker.profile.enabled": False}),
-        Client(
-            processes=False,
-            n_workers=1,
-            threads_per_worker=planner.MOST_BLOCKS_IN_FLIGHT,
-            memory_limit=0,
-            dashboard_address=_LOOPBACK,
-            worker_dashboard_address=_LOOPBACK,
-            silence_logs=logging.CRITICAL,  # failures are collected and reported at the end
-        ) as local,
-    ):
-        yield local
-
-
 def _make_all(
-    client: Client, passes: list[_Planned], progress: Progress | None
+    client: Client, passes: list[PlannedPass], journal: Journal, progress: Progress | None
 ) -> tuple[Pass, ...]:
-    """Make all blocks of all passes, one pass after another."""
+    """Make the blocks of all passes that are missing, one pass after another."""
     total = sum(volume(one.job.laid.output_size) * one.job.volume.times for one in passes)
     done = 0
-
-    def advance(voxels: int) -> None:
-        nonlocal done
-        done += voxels
-        if progress:
-            progress(done, total)
-
     made: list[Pass] = []
     failures: list[tuple[Box, BaseException]] = []
-    for one in passes:
-        blocks, failed = _make_blocks(client, one.job, advance)
-        failures += failed
-        laid = one.job.laid
+    for number, one in enumerate(passes):
+        held = partial(journal.holds, number)
+        done += sum(b.voxels for t, b in _all_blocks(one.job) if held(t, b))
+        missing = ((t, b) for t, b in _all_blocks(one.job) if not held(t, b))
+        count = 0
+
+        def finished(
+            moment: int, block: Box, error: BaseException | None, number: int = number
+        ) -> None:
+            nonlocal done, count
+            if error is not None:
+                failures.append((block, error))
+            else:
+                journal.add(number, moment, block)
+                count += 1
+            done += block.voxels
+            if progress:
+                progress(done, total)
+
+        make_blocks(client, one.job, missing, finished)
+        laid, plan = one.job.laid, one.job.plan
         channels = laid.network.out_channels
-        made.append(
-            Pass(one.outputs, laid.output_size, channels, blocks, one.job.plan, one.halo_error)
-        )
+        made.append(Pass(one.outputs, laid.output_size, channels, count, plan, one.halo_error))
+        if any(is_full(error) for _, error in failures):
+            break
     if failures:
         raise RunError(_failed(failures, sum(one.blocks for one in made)))
     return tuple(made)
 
 
-def _make_blocks(
-    client: Client, job: Job, advance: Callable[[int], None]
-) -> tuple[int, list[tuple[Box, BaseException]]]:
-    """Feed the blocks of one pass through a window of those in flight; returns how many were
-    made, and which failed."""
-    maker = BlockMaker(job)
-    client.register_plugin(maker)
-    workers = len(client.scheduler_info()["workers"])
-    waiting = (
-        (moment, block)
-        for moment in range(job.volume.times)
-        for block in job.laid.blocks(job.plan.block)
-    )
-    running = as_completed()
-    places: dict[str, Box] = {}
-    failures: list[tuple[Box, BaseException]] = []
-    made = 0
-
-    def submit(count: int) -> None:
-        for moment, block in itertools.islice(waiting, count):
-            future = client.submit(
-                make_block,
-                maker.name,
-                moment,
-                block,
-                key=f"{maker.name}-{moment}-{block}",
-                pure=False,
-            )
-            places[future.key] = block
-            running.add(future)
-
-    try:
-        submit(job.plan.blocks_in_flight * max(workers, 1))
-        for future in running:
-            block = places.pop(future.key)
-            if error := future.exception():
-                failures.append((block, error))
-            else:
-                made += 1
-            future.release()
-            advance(block.voxels)
-            submit(1)
-    finally:
-        client.unregister_worker_plugin(maker.name)
-    return made, failures
+def _all_blocks(job: Job) -> Iterator[tuple[int, Box]]:
+    """Every block of a pass, at every time point."""
+    for moment in range(job.volume.times):
+        for block in job.laid.blocks(job.plan.block):
+            yield moment, block
 
 
 def _failed(failures: list[tuple[Box, BaseException]], made: int) -> str:
@@ -409,5 +319,8 @@ def _failed(failures: list[tuple[Box, BaseException]], made: int) -> str:
     more = len(failures) - _SHOWN_FAILURES
     return (
         f"{len(failures)} of {made + len(failures)} blocks failed, the others are written:"
-        f"\n  {shown}" + (f"\n  and {more} more" if more > 0 else "")
+        f"\n  {shown}"
+        + (f"\n  and {more} more" if more > 0 else "")
+        + "\nThe same command tries again what is missing"
+        + (", once there is space on the disk" if any(is_full(e) for _, e in failures) else "")
     )

@@ -35,7 +35,10 @@ def plan(grid: WindowGrid, resources: Resources) -> Plan:
     """The plan that computes fewest windows and fits; raises `MemoryLimitError` where none does."""
     primitives = choose_primitives(grid.layout)
     schedules = Schedules(grid.layout, primitives)
-    per_axis = [_blocks(grid, axis, resources.unit[axis]) for axis in range(3)]
+    per_axis = [
+        _blocks(grid, axis, resources.unit[axis], resources.block and resources.block[axis])
+        for axis in range(3)
+    ]
     ranked = sorted(
         (
             _Candidate(triple(b for b, _ in chosen), chosen[0][1] * chosen[1][1] * chosen[2][1])
@@ -77,10 +80,10 @@ def plan(grid: WindowGrid, resources: Resources) -> Plan:
     )
 
 
-def _blocks(grid: WindowGrid, axis: int, unit: int) -> list[tuple[int, int]]:
+def _blocks(grid: WindowGrid, axis: int, unit: int, fixed: int | None) -> list[tuple[int, int]]:
     """Lengths of blocks along an axis, and how many windows all blocks touch together."""
     n = grid.output_size[axis]
-    lengths = [unit * m for m in MULTIPLES if unit * (m - 1) < n]
+    lengths = [fixed] if fixed else [unit * m for m in MULTIPLES if unit * (m - 1) < n]
     return [
         (length, sum(grid.count(axis, a, min(a + length, n)) for a in range(0, n, length)))
         for length in lengths

@@ -129,8 +129,9 @@ def output_layout(
     return OutputLayout(channels, size, clipped, None, times)
 
 
-def check_place(path: str | Path, source: str | Path, overwrite: bool) -> Path:
-    """Where the output goes; raises `OutputError` where it must not go there."""
+def check_place(path: str | Path, source: str | Path, overwrite: bool, begun: bool = False) -> Path:
+    """Where the output goes; raises `OutputError` where it must not go there. What is there may
+    be replaced with ``overwrite``, or completed where it was ``begun``."""
     if "://" in str(path):
         raise OutputError(f"{path}: only local paths can be written")
     place, volume_place = Path(path).resolve(), Path(source).resolve()
@@ -141,7 +142,7 @@ def check_place(path: str | Path, source: str | Path, overwrite: bool) -> Path:
     if place in volume_place.parents:
         raise OutputError(f"the input {source} lies in the output {path}: choose another place")
     if place.exists():
-        if not overwrite:
+        if not overwrite and not begun:
             raise OutputError(f"the output {path} exists: choose another place, or overwrite it")
         if not any((place / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
             raise OutputError(
@@ -154,7 +155,7 @@ def check_place(path: str | Path, source: str | Path, overwrite: bool) -> Path:
 
 
 def clear(place: Path) -> None:
-    """Take away the store that is to be replaced."""
+    """Take away the store that is to be replaced, if there is one."""
     try:
         if place.exists():
             shutil.rmtree(place)
@@ -172,12 +173,16 @@ def create(
     units: tuple[str | None, str | None, str | None],
     attributes: Mapping[str, Any],
 ) -> zarr.Array[Any]:
-    """Make an image at ``place``, where nothing is, and return its array ``0``."""
+    """Make an image at ``place`` and return its array ``0``. An image of that form that is there
+    already, of a run that is resumed, stays as it is."""
+    if (found := _existing(place, layout, encoding)) is not None:
+        return found
     one = (1,) * len(layout.lead)
     try:
         group = zarr.create_group(
             str(place),
             zarr_format=3,
+            overwrite=True,
             attributes={
                 "ome": ngff.multiscales(place.stem, layout.axes, scale, translation, units),
                 **attributes,
@@ -195,6 +200,24 @@ def create(
         raise OutputError(f"cannot write {place}: {error}") from None
 
 
+def _existing(place: Path, layout: OutputLayout, encoding: Encoding) -> zarr.Array[Any] | None:
+    """The array of an image that was made before; None where it is missing or unfinished."""
+    try:
+        array = zarr.open_array(str(place / "0"), mode="r+")
+    except (OSError, ValueError, KeyError):
+        return None
+    same = array.shape == layout.lead + layout.size and array.dtype == np.dtype(encoding.dtype)
+    return array if same else None
+
+
+def description(place: Path) -> object:
+    """What an image's metadata tell of how it was made; None where there is none."""
+    try:
+        return zarr.open_group(str(place), mode="r").attrs.get("znni")
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def group_name(output: str) -> str:
     """The name of a network's output as that of a group: what paths cannot hold is replaced."""
     return re.sub(r"[^\w.+-]+", "_", output).strip("._") or "output"
@@ -202,8 +225,10 @@ def group_name(output: str) -> str:
 
 def create_root(place: Path, outputs: Sequence[str]) -> None:
     """Make the group that holds an image for each of several outputs."""
+    attributes = {"znni": {"outputs": [*outputs]}}
     try:
-        zarr.create_group(str(place), zarr_format=3, attributes={"znni": {"outputs": [*outputs]}})
+        if not (place / "zarr.json").exists():
+            zarr.create_group(str(place), zarr_format=3, attributes=attributes)
     except OSError as error:
         raise OutputError(f"cannot write {place}: {error}") from None
 

@@ -1,0 +1,273 @@
+"""Runs that end before their time: what is written stays, what is missing is made later, once."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import graphs
+import znni_dask
+from test_identity import assert_same, at_once
+from znni_dask import job
+from znni_dask.errors import OptionError, OutputError, RunError
+from znni_dask.geometry import Box
+from znni_dask.importers.to_onnx import save
+from znni_dask.journal import Journal, journal_of
+from znni_dask.storage.volume import open_volume
+
+SIZE = (40, 48, 56)
+BLOCKS = 5 * 6 * 7
+SLOW = """
+import sys, time
+LOG = sys.argv.pop(1)
+from znni_dask import cli, job
+honest = job.BlockMaker.make
+def slow(self, moment, block):
+    made = honest(self, moment, block)
+    with open(LOG, "a") as log:
+        log.write(f"{block.start}\\n")
+    time.sleep(0.02)
+    return made
+job.BlockMaker.make = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    network = graphs.graph("unet", 0)
+    save(network, tmp_path / "net.onnx")
+    values = np.random.default_rng(0).standard_normal((1, *SIZE)).astype(np.float32)
+    np.save(tmp_path / "in.npy", values)
+    return network, values
+
+
+def options(folder):
+    return {
+        "network": folder / "net.onnx",
+        "input": folder / "in.npy",
+        "output": folder / "out.zarr",
+        "chunks": 8,
+        "patch": 8,
+        "memory": "4GiB",
+    }
+
+
+def slow_command(folder):
+    """`znni infer` in a process of its own, every block taking a moment and noted in a log."""
+    script = folder / "slow.py"
+    script.write_text(SLOW)
+    files = [str(options(folder)[key]) for key in ("network", "input", "output")]
+    sizes = ["--chunks", "8,8,8", "--patch", "8,8,8", "--memory", "4GiB"]
+    return [sys.executable, str(script), str(folder / "log"), "infer", *files, *sizes]
+
+
+def lines_of(log):
+    return log.read_text().split("\n")[:-1] if log.exists() else []
+
+
+def stored(path):
+    volume = open_volume(path)
+    return volume.read(Box((0, 0, 0), volume.size))
+
+
+def failing_after(count, monkeypatch, error):
+    """Blocks beyond the first ``count`` fail."""
+    honest, seen = job.BlockMaker.make, []
+
+    def make(self, moment, block):
+        seen.append(block.start)
+        if len(seen) > count:
+            raise error
+        return honest(self, moment, block)
+
+    monkeypatch.setattr(job.BlockMaker, "make", make)
+    return seen
+
+
+def stopped(folder, client, monkeypatch, after, **changed):
+    """A run of which all blocks but the first few fail."""
+    with monkeypatch.context() as patched:
+        failing_after(after, patched, RuntimeError("the machine was needed"))
+        with pytest.raises(RunError, match="same command tries again what is missing"):
+            znni_dask.run(**options(folder) | changed, client=client)
+
+
+def test_the_same_command_makes_what_is_missing_and_no_more(files, tmp_path, client, monkeypatch):
+    network, values = files
+    stopped(tmp_path, client, monkeypatch, after=50)
+    journal = Journal.begun(journal_of(tmp_path / "out.zarr"))
+    assert len(journal.done) == 50
+    with monkeypatch.context() as patched:
+        seen = failing_after(1 << 30, patched, None)
+        summary = znni_dask.run(**options(tmp_path), client=client)
+    assert summary.blocks == BLOCKS - 50 == len(seen)
+    assert not set(seen) & {start for _, _, start in journal.done}
+    assert_same(stored(tmp_path / "out.zarr"), at_once(network, values, "reflect"))
+    assert not journal_of(tmp_path / "out.zarr").exists()
+    again = znni_dask.run(**options(tmp_path), client=client)
+    assert again.blocks == 0
+
+
+def test_the_plan_may_change_when_a_run_is_resumed_but_not_the_blocks(
+    files, tmp_path, client, monkeypatch
+):
+    network, values = files
+    stopped(tmp_path, client, monkeypatch, after=2, patch=(16, 32, 16), chunks=16)
+    changed = {"patch": (5, 7, 9), "threads": 1, "chunks": 16}
+    summary = znni_dask.run(**options(tmp_path) | changed, client=client)
+    assert summary.plan.block == (16, 32, 16)
+    assert summary.plan.patch == (5, 7, 9)
+    assert_same(stored(tmp_path / "out.zarr"), at_once(network, values, "reflect"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"boundary": "nearest"}, "boundary"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"chunks": 16}, "chunks"),
+        ({"nan": 0.0}, "nan"),
+        ({"network": "n337"}, "network"),
+        ({"value_range": (0, 2)}, "range"),
+    ],
+)
+def test_another_answer_is_refused_and_says_what_differs(
+    changed, named, files, tmp_path, client, monkeypatch
+):
+    stopped(tmp_path, client, monkeypatch, after=3)
+    before = journal_of(tmp_path / "out.zarr").read_text()
+    with pytest.raises(OutputError, match=rf"differs from this one in .*{named}.*--overwrite"):
+        znni_dask.run(**options(tmp_path) | changed, client=client)
+    assert journal_of(tmp_path / "out.zarr").read_text() == before
+    summary = znni_dask.run(**options(tmp_path) | {"overwrite": True}, client=client)
+    assert summary.blocks == BLOCKS
+
+
+def test_a_full_disk_ends_the_run_and_can_be_resumed(files, tmp_path, client, monkeypatch):
+    network, values = files
+    honest, written = job.store.write, []
+
+    def write(array, box, values, time=0):
+        if len(written) >= 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(array, box, values, time)
+        written.append(box)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job.store, "write", write)
+        with pytest.raises(RunError, match="once there is space on the disk") as found:
+            znni_dask.run(**options(tmp_path), client=client)
+    failed = int(str(found.value).split(" of ")[0])
+    assert failed <= 2 * 3  # what was in flight, and no more
+    summary = znni_dask.run(**options(tmp_path), client=client)
+    assert summary.blocks == BLOCKS - 20
+    assert_same(stored(tmp_path / "out.zarr"), at_once(network, values, "reflect"))
+
+
+@pytest.mark.parametrize("kills", [4])
+def test_a_run_killed_at_any_moment_is_finished_by_the_same_command(kills, files, tmp_path):
+    """Nothing differs at the end, and no block is computed twice but those that were in flight."""
+    network, values = files
+    log, command = tmp_path / "log", slow_command(tmp_path)
+    random = np.random.default_rng(1)
+    for _ in range(kills):
+        begun = len(lines_of(log))
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while run.poll() is None and len(lines_of(log)) == begun:
+            time.sleep(0.01)
+        time.sleep(float(random.uniform(0, 0.4)))
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    assert journal_of(tmp_path / "out.zarr").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    fresh = znni_dask.run(**options(tmp_path) | {"output": tmp_path / "fresh.zarr"})
+    got = stored(tmp_path / "out.zarr")
+    assert np.array_equal(got, stored(tmp_path / "fresh.zarr"))
+    assert_same(got, at_once(network, values, "reflect"))
+    computed = lines_of(log)
+    assert len(set(computed)) == BLOCKS
+    assert len(computed) - BLOCKS <= kills * fresh.plan.blocks_in_flight
+
+
+def test_an_interrupted_command_says_how_to_go_on(files, tmp_path):
+    log = tmp_path / "log"
+    run = subprocess.Popen(
+        slow_command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while run.poll() is None and len(lines_of(log)) < 8:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130, errors
+    assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert Journal.begun(journal_of(tmp_path / "out.zarr")).done
+
+
+def test_a_journal_ahead_of_its_write_would_be_found(files, tmp_path, client, monkeypatch):
+    """The planted fault: blocks noted before they are written are missing in the end."""
+    network, values = files
+    honest = Journal.begin
+
+    def ahead(self):
+        honest(self)
+        for block in (Box((0, 0, 0), (8, 8, 8)), Box((8, 8, 8), (16, 16, 16))):
+            self.add(0, 0, block)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "begin", ahead)
+        znni_dask.run(**options(tmp_path), client=client)
+    with pytest.raises(AssertionError):
+        assert_same(stored(tmp_path / "out.zarr"), at_once(network, values, "reflect"))
+
+
+def begun_journal(folder):
+    path = folder / "x.zarr.journal"
+    with Journal(path, {"network": "abc"}, [(8, 8, 8)]) as journal:
+        journal.add(0, 0, Box((0, 0, 0), (8, 8, 8)))
+        journal.add(0, 1, Box((8, 0, 0), (16, 8, 8)))
+    return path
+
+
+@pytest.mark.parametrize("cut", range(1, 14))
+def test_a_line_cut_off_counts_for_nothing_and_the_next_begins_afresh(cut, tmp_path):
+    path = begun_journal(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    journal = Journal.begun(path)
+    assert journal.done == {(0, 0, (0, 0, 0))}
+    with journal:
+        journal.add(0, 1, Box((16, 0, 0), (24, 8, 8)))
+    assert Journal.begun(path).done == {(0, 0, (0, 0, 0)), (0, 1, (16, 0, 0))}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["hello\n", "{}\n", '{"version": 9}\n', '{"version": 1, "described": {}, "blocks": 3}\n'],
+)
+def test_a_damaged_journal_is_refused(text, tmp_path):
+    path = tmp_path / "x.zarr.journal"
+    path.write_text(text)
+    with pytest.raises(OutputError, match=r"damaged.*--overwrite"):
+        Journal.begun(path)
+
+
+@pytest.mark.parametrize("text", ["", '{"version": 1, "descr'])
+def test_a_journal_killed_in_its_first_line_is_begun_anew(text, files, tmp_path, client):
+    journal_of(tmp_path / "out.zarr").write_text(text)
+    assert znni_dask.run(**options(tmp_path), client=client).blocks == BLOCKS
+    assert not journal_of(tmp_path / "out.zarr").exists()
+
+
+def test_a_refused_run_leaves_no_journal(files, tmp_path, client):
+    with pytest.raises(OptionError):
+        znni_dask.run(**options(tmp_path) | {"threads": 0}, client=client)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.npy", "net.onnx"]
