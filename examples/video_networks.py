@@ -108,7 +108,7 @@ def multiply_adds(network: Network, size: Size) -> int:
     z, y, x = (found or {} for found in lengths)
     if not (z and y and x):
         raise ValueError(f"the network does not take an input of {text(size)}")
-    return sum(n.layer.multiply_adds() * z[n.name] * y[n.name] * x[n.name] for n in network)
+    return int(sum(n.layer.multiply_adds() * z[n.name] * y[n.name] * x[n.name] for n in network))
 
 
 def main() -> None:

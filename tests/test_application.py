@@ -15,12 +15,13 @@ import oracle
 import znni_dask
 from test_identity import assert_same, at_once
 from znni_dask.cli import main
-from znni_dask.errors import NetworkError, OptionError, OutputError, VolumeError
+from znni_dask.errors import NetworkError, OptionError, OutputError, RunError, VolumeError
 from znni_dask.geometry import Box
 from znni_dask.importers import load_network
 from znni_dask.importers.to_onnx import save
 from znni_dask.inspection import facts
 from znni_dask.network.build import Builder
+from znni_dask.network.layers import Pad
 from znni_dask.patches import Layout
 from znni_dask.storage.volume import open_volume
 from znni_dask.verify import verify
@@ -85,6 +86,56 @@ def test_every_output_is_written_as_a_group_of_its_own(values, tmp_path, client)
         OutputError, match="several outputs: verify one of its groups, mask, flows_0"
     ):
         verify(network, tmp_path / "in.npy", target)
+
+
+def heads_of_two_depths():
+    """Two outputs of full size, one behind three poolings, one behind one."""
+    b = Builder(1, seed=4)
+    skip = b.relu(b.conv(b.input, 3, 3, padding="same"))
+    shallow = b.resize(b.conv(b.max_pool(skip, 2), 3, 3, padding="same"), 2)
+    x = skip
+    for _ in range(3):
+        x = b.relu(b.conv(b.max_pool(x, 2), 3, 3, padding="same"))
+    deep = b.conv(b.plus(b.resize(x, 8), skip), 2, 3, padding="same")
+    return b.network({"shallow": b.conv(shallow, 1, 3, padding="same"), "deep": deep})
+
+
+def heads_of_odd_and_even_sizes():
+    """No size passes through both: one takes even sizes, the other odd ones."""
+    b = Builder(1, seed=5)
+    x = b.relu(b.conv(b.input, 3, 3, padding="same"))
+    even = b.plus(b.resize(b.max_pool(x, 2), 2), x)
+    odd = b.plus(
+        b.conv_transpose(b.conv(x, 3, 3, stride=2, padding=1), 3, 3, stride=2, padding=1), x
+    )
+    return b.network({"even": b.conv(even, 1, 1), "odd": b.conv(odd, 1, 1)})
+
+
+@pytest.mark.parametrize("make", [heads_of_two_depths, heads_of_odd_and_even_sizes])
+def test_an_output_does_not_depend_on_those_computed_with_it(make, tmp_path, client):
+    """Outputs that extend the volume differently are not joined."""
+    network = make()
+    values = np.random.default_rng(7).standard_normal((1, 19, 21, 25)).astype(np.float32)
+    np.save(tmp_path / "in.npy", values)
+    target = tmp_path / "out.zarr"
+    summary = znni_dask.run(network, tmp_path / "in.npy", target, client=client, memory="4GiB")
+    assert len(summary.passes) == 2
+    for name in network.outputs:
+        assert_same(stored(target / name)[0], at_once(network.only(name), values, "reflect"))
+        assert verify(network, tmp_path / "in.npy", target / name, size=(8, 8, 8)).holds
+
+
+def test_outputs_whose_names_no_path_can_tell_apart_have_groups_of_their_own(
+    values, tmp_path, client
+):
+    b = Builder(1)
+    heads = {name: b.conv(b.input, 1, 1) for name in ("a/b", "a_b", "A_B", "zarr.json", "..")}
+    target = tmp_path / "out.zarr"
+    znni_dask.run(b.network(heads), tmp_path / "in.npy", target, client=client)
+    groups = zarr.open_group(str(target), mode="r").attrs["znni"]["outputs"]
+    assert groups == ["a_b", "a_b_2", "A_B_3", "zarr.json_2", "output"]
+    for name, group in zip(heads, groups, strict=True):
+        assert zarr.open_group(str(target / group), mode="r").attrs["znni"]["output"] == name
 
 
 def test_one_output_can_be_chosen_and_lies_at_the_root(values, tmp_path, client, capsys):
@@ -220,8 +271,74 @@ def test_a_halo_of_ones_own_is_what_patches_see_and_its_error_is_measured(tmp_pa
     assert "approximate, made with a halo of 2·4·4" in capsys.readouterr().out
 
 
+def padded_with_ones():
+    b = Builder(1, seed=8)
+    x = b.add(Pad(((1, 1, 1), (1, 1, 1)), 1.0), b.input)
+    x = b.relu(b.conv(x, 3, 3))
+    return b.network(b.conv(b.add(Pad(((1, 1, 1), (1, 1, 1)), -1.0), x), 2, 3))
+
+
+def of_odd_sizes():
+    b = Builder(1, seed=9)
+    x = b.relu(b.conv(b.input, 3, 3, stride=2, padding=1))
+    x = b.conv_transpose(x, 3, 3, stride=2, padding=1)
+    return b.network(b.conv(b.concat(x, b.input), 2, 3, padding="same"))
+
+
+@pytest.mark.parametrize("halo", [0, 1, 2, 40])
+@pytest.mark.parametrize(
+    "network",
+    [padded_with_ones(), of_odd_sizes(), graphs.graph("finer", 0)],
+    ids=["pad", "odd", "finer"],
+)
+def test_a_halo_of_ones_own_makes_numbers_of_the_volume_alone(network, halo, tmp_path, client):
+    """Nothing is read beyond what a patch sees, and a halo that is large enough is exact."""
+    values = np.random.default_rng(6).standard_normal((1, 15, 17, 21)).astype(np.float32)
+    np.save(tmp_path / "in.npy", values)
+    target = tmp_path / "out.zarr"
+    common = {"client": client, "patch": 7, "chunks": 7, "memory": "4GiB"}
+    znni_dask.run(network, tmp_path / "in.npy", target, halo=halo, **common)
+    got, exact = stored(target)[0], at_once(network, values, "reflect")
+    assert np.isfinite(got).all()
+    assert np.abs(got - exact).max() < 8 * exact.std()
+    if halo == 40:
+        assert_same(got, exact)
+    array = zarr.open_array(str(target / "0"), mode="r+")
+    array[:] = 100.0
+    assert not verify(network, tmp_path / "in.npy", target, size=(8, 8, 8)).holds
+
+
+def test_a_mirror_needs_more_voxels_than_it_adds(tmp_path, client):
+    """Thinner volumes are extended until there are enough, or refused."""
+    b = Builder(1, seed=2)
+    x = b.add(Pad(((3, 3, 3), (3, 3, 3)), mode="reflect"), b.max_pool(b.input, 2))
+    network = b.network(b.conv(x, 2, 7))
+    values = np.random.default_rng(8).standard_normal((1, 4, 20, 22)).astype(np.float32)
+    np.save(tmp_path / "in.npy", values)
+    znni_dask.run(network, tmp_path / "in.npy", tmp_path / "out.zarr", client=client)
+    assert_same(stored(tmp_path / "out.zarr")[0], at_once(network, values, "reflect"))
+    with pytest.raises(VolumeError, match="needs at least 8 voxels"):
+        znni_dask.run(network, tmp_path / "in.npy", tmp_path / "no.zarr", boundary="valid")
+
+
+def test_infinite_answers_are_verified_too(values, tmp_path, client):
+    b = Builder(1, seed=1)
+    network = b.network(b.activation(b.conv(b.input, 1, 3, padding="same"), "log"))
+    target = tmp_path / "out.zarr"
+    znni_dask.run(network, tmp_path / "in.npy", target, client=client)
+    assert np.isnan(stored(target)).any()
+    assert verify(network, tmp_path / "in.npy", target, size=(8, 8, 8)).holds
+    array = zarr.open_array(str(target / "0"), mode="r+")
+    array[:] = 0.0
+    assert not verify(network, tmp_path / "in.npy", target, size=(8, 8, 8)).holds
+    with pytest.raises(RunError, match="for which uint8 has no value"):
+        znni_dask.run(
+            network, tmp_path / "in.npy", tmp_path / "b.zarr", dtype="uint8", client=client
+        )
+
+
 def test_a_sliding_network_has_no_halo_but_its_own(values, tmp_path, client):
-    with pytest.raises(OptionError, match="needs the voxels of its whole field of view"):
+    with pytest.raises(OptionError, match="needs its whole field of view"):
         znni_dask.run(graphs.graph("chain", 0), tmp_path / "in.npy", tmp_path / "out.zarr", halo=2)
 
 

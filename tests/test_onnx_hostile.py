@@ -587,6 +587,14 @@ MISREAD = {  # once read as something else
         {},
     ),
     "the factor 2.00": resize(1, 1, 2, 2, 2.00390625),
+    "some axes of space": (
+        [N("ReduceMean", "x", "c", axes=[1]), N("MatMul", "c m")],
+        {"m": f4(12, 2)},
+    ),
+    "first axis is not the batch": (
+        [N("Transpose", "x", "t", perm=[4, 1, 2, 3, 0]), N("GlobalAveragePool", "t")],
+        {},
+    ),
     "p=3": ([N("LpNormalization", "x", axis=1, p=3)], {}),
 }
 
@@ -888,10 +896,10 @@ def chained_and_changed(random):
 
 
 WAYS = {
-    "bytes": (bytes_changed, 250),
-    "structure": (structure_changed, 250),
-    "chains": (chained, 250),
-    "changed chains": (chained_and_changed, 150),
+    "bytes": (bytes_changed, 400),
+    "structure": (structure_changed, 400),
+    "chains": (chained, 600),
+    "changed chains": (chained_and_changed, 300),
 }
 
 

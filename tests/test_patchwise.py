@@ -10,6 +10,7 @@ import zarr
 
 import oracle
 import znni_dask
+from znni_dask import window_planner
 from znni_dask.cli import main
 from znni_dask.errors import MemoryLimitError, NetworkError, OptionError, VolumeError
 from znni_dask.geometry import Box, tiles
@@ -212,6 +213,15 @@ def test_memory_stays_within_what_was_predicted(tmp_path, client):
     values = np.zeros((1, 96, 96, 96), np.float32)
     _, summary = predicted(network, values, tmp_path, client, patchwise=(32, 32, 32))
     assert summary.peak_bytes <= summary.plan.predicted_bytes <= 4 << 30
+
+
+def test_memory_counts_the_block_that_reads_most(tmp_path, client):
+    """Where blocks and windows do not match, some blocks touch more windows than others."""
+    grid = WindowGrid(normalised(), (96, 96, 96), "constant", Patchwise((32, 32, 32), 0.0))
+    read = window_planner._largest_region(grid, (24, 24, 24))
+    regions = [grid.region(block).size for block in grid.blocks((24, 24, 24))]
+    assert read == tuple(max(region[axis] for region in regions) for axis in range(3))
+    assert read == (64, 64, 64)
 
 
 def test_networks_that_reduce_over_space_are_refused_without_windows_by_their_layers(

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from znni_dask.errors import NetworkError, OptionError, OutputError
+from znni_dask.errors import InputError, NetworkError, OptionError, OutputError
 from znni_dask.geometry import Size, triple
 from znni_dask.network.network import Network
 from znni_dask.network.rewrites import simplify
@@ -53,13 +53,21 @@ class Application:
         """The network with these outputs, joined as channels of one, laid over the volume."""
         if outputs not in self._known:
             network = simplify(self.network.only(*outputs))
-            size = self.volume.size
-            self._known[outputs] = (
-                WindowGrid(network, size, self.boundary, self.patchwise)
-                if self.patchwise
-                else Layout(network, size, self.boundary, self.halo)
-            )
+            try:
+                self._known[outputs] = self._laid(network)
+            except InputError as error:
+                if len(self.network.outputs) == 1:
+                    raise
+                raise type(error)(
+                    f"output {'+'.join(outputs)!r}: {error} (choose outputs with --output NAME)"
+                ) from None
         return self._known[outputs]
+
+    def _laid(self, network: Network) -> Laid:
+        size, boundary = self.volume.size, self.boundary
+        if self.patchwise:
+            return WindowGrid(network, size, boundary, self.patchwise)
+        return Layout(network, size, boundary, self.halo)
 
     @cached_property
     def _known(self) -> dict[tuple[str, ...], Laid]:
@@ -70,10 +78,26 @@ class Application:
         names = list(self.network.outputs) if chosen is None else list(dict.fromkeys(chosen))
         if not names:
             raise OptionError(f"no outputs are chosen: there are {', '.join(self.network.outputs)}")
-        groups: dict[object, list[str]] = {}
+        groups: list[list[str]] = []
         for name in names:
-            groups.setdefault(_grid(self.laid(name)), []).append(name)
-        return [tuple(group) for group in groups.values()]
+            group = next((g for g in groups if self._join(*g, name)), None)
+            if group is None:
+                groups.append([name])
+            else:
+                group.append(name)
+        return [tuple(group) for group in groups]
+
+    def _join(self, *outputs: str) -> bool:
+        """Whether outputs are the same computed together as each for itself: on one grid, and of
+        a volume that is extended alike."""
+        alone = [self.laid(name) for name in outputs]
+        if len({_grid(laid) for laid in alone}) > 1:
+            return False
+        try:
+            together = self.laid(*outputs)
+        except NetworkError:  # no size passes through all of them
+            return False
+        return _grid(together) == _grid(alone[0])
 
     def described(self, output: str, encoding: Encoding) -> dict[str, Any]:
         """What the metadata of one output tell of how it was made; `repeated` reads it."""
@@ -118,9 +142,10 @@ def _grid(laid: Laid) -> object:
     """What outputs have in common that can be joined: where their voxels lie in the volume."""
     if isinstance(laid, WindowGrid):
         return laid.layout.output_size
-    return tuple(
-        (axis.output_stride, axis.shrink, axis.shift, axis.origin, axis.dense)
-        for axis in laid.geometry.axes
+    axes = laid.geometry.axes
+    return (
+        laid.extensions,
+        *((a.output_stride, a.shrink, a.shift, a.origin, a.dense) for a in axes),
     )
 
 

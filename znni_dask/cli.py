@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_network(info)
     info.add_argument(
         "--patchwise",
-        type=_size,
+        type=_window,
         metavar="Z,Y,X",
         help="the windows to which the network is to be applied",
     )
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("input", help="the volume the output was made from")
     check.add_argument("output", help="the output of znni infer")
     check.add_argument("--places", type=int, default=8, metavar="N")
-    check.add_argument("--size", type=_size, default=(32, 32, 32), metavar="Z,Y,X")
+    check.add_argument("--size", type=_size, metavar="Z,Y,X", help="of a place (default 32³)")
     check.add_argument("--seed", type=int, default=0)
     check.add_argument("--threads", type=int, metavar="N")
     check.set_defaults(command=_verify)
@@ -156,6 +156,13 @@ def _size(text: str) -> Size:
         return triple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not z,y,x like 64,64,64") from None
+
+
+def _window(text: str) -> Size:
+    size = _size(text)
+    if min(size) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of windows")
+    return size
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ def plan_pass(
         plan = planner.plan(planner.Request(**vars(resources), layout=laid, patch=request.patch))
     error = None
     if application.halo is not None:
-        error = halo_error(application, names, resources, plan.patch)
+        error = halo_error(application, names, resources, plan)
     return PlannedPass(
         names, stored, Job(laid, source, application.nan, request.encoding, plan), error
     )
@@ -90,19 +90,21 @@ def create_outputs(
 ) -> list[PlannedPass]:
     """The passes with the arrays that they write: one image, or a group of one for each output.
     What is there already, of a run that is resumed, stays."""
-    several = sum(len(one.outputs) for one in planned) > 1
-    if several:
-        store.create_root(place, [name for one in planned for name in one.outputs])
+    names = [name for one in planned for name in one.outputs]
+    groups = store.group_names(names) if len(names) > 1 else {}
+    if groups:
+        store.create_root(place, list(groups.values()))
     ready = []
     for one in planned:
         targets: list[Target] = []
+        error = {"halo_error": one.halo_error.largest} if one.halo_error else {}
         for name, layout in zip(one.outputs, one.stored, strict=True):
             array = store.create(
-                place / store.group_name(name) if several else place,
+                place / groups[name] if groups else place,
                 layout,
                 encoding,
                 **application.placed(name),
-                attributes={"znni": application.described(name, encoding)},
+                attributes={"znni": application.described(name, encoding) | error},
             )
             first = targets[-1].last if targets else 0
             targets.append(Target(array, first, first + layout.channels))
@@ -117,8 +119,10 @@ def is_complete(
     names = [name for group in groups for name in group]
     if journal_of(output.resolve()).exists():
         return False
-    return all(
-        store.description(output / store.group_name(name) if len(names) > 1 else output)
-        == json.loads(json.dumps(application.described(name, encoding)))
-        for name in names
-    )
+    places = store.group_names(names) if len(names) > 1 else dict.fromkeys(names, "")
+    for name in names:
+        found = store.description(output / places[name])
+        asked = json.loads(json.dumps(application.described(name, encoding)))
+        if found is None or asked != {k: v for k, v in found.items() if k != "halo_error"}:
+            return False
+    return True

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from math import ceil, floor
 
 from znni_dask.errors import OptionError, VolumeError
 from znni_dask.geometry import AXES, Box, Size, ceil_divide, round_up, subtract, tiles, triple
@@ -71,8 +72,8 @@ class Layout:
             raise OptionError(f"halo {halo} must not be negative")
         if any(axis.shrink for axis in self.geometry.axes):
             raise OptionError(
-                "a halo of one's own is for networks that pad, so that patches can end anywhere; "
-                "this one needs the voxels of its whole field of view"
+                "a halo of one's own is for networks that pad and keep the size of the volume, so "
+                "that patches can end anywhere; this one needs its whole field of view"
             )
 
     @property
@@ -196,12 +197,14 @@ class Layout:
             return bounds
         geometry, size = self.geometry.axes[axis], self.extensions[axis].size
         step = geometry.alignment
-        start, stop = (int(q * geometry.output_stride) for q in outputs)
+        start = floor(outputs[0] * geometry.output_stride)
+        stop = ceil(outputs[1] * geometry.output_stride)
         low = max((start - self.halo[axis]) // step * step, 0)
-        high = round_up(stop + self.halo[axis], step)
-        if high >= size:
-            high = size
-        sizes = geometry.sizes(high - low) or {}
+        high = min(round_up(stop + self.halo[axis], step), size)
+        while (sizes := geometry.sizes(high - low)) is None:  # a size that the graph maps exactly
+            if high == size:
+                return bounds
+            high += 1
         spacing = self.network.spacing
         return {
             name: (int(low / spacing[name][axis]), int(low / spacing[name][axis]) + n)
@@ -215,7 +218,8 @@ class Layout:
             return [None, None, None]
         found: list[dict[str, Interval] | None] = []
         for axis, extension in zip(self.geometry.axes, self.extensions, strict=True):
-            sizes = axis.sizes(extension.size) or {}
+            sizes = axis.sizes(extension.size)
+            assert sizes is not None  # an extension is a size that the graph maps
             found.append({name: (0, n) for name, n in sizes.items()})
         return found
 

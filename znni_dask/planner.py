@@ -193,7 +193,8 @@ def predicted_bytes(
     reading = request.read_bytes(request.layout.patch(largest).input.size)
     written = request.item_bytes * outputs * volume(largest.size)
     per_block = max(reading + written, written + request.write_bytes)
-    return _computing_bytes(request, schedules, sizes, patch) + in_flight * per_block
+    encoded = request.item_bytes * outputs * volume(patch)
+    return _computing_bytes(request, schedules, sizes, patch) + encoded + in_flight * per_block
 
 
 def _computing_bytes(

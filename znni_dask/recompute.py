@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import numpy as np
 
 from znni_dask import planner
 from znni_dask.application import Application, Laid
-from znni_dask.errors import MemoryLimitError
+from znni_dask.errors import MemoryLimitError, RunError, VolumeError
 from znni_dask.executors.serial import SerialExecutor
-from znni_dask.geometry import Box, Size, text, triple
+from znni_dask.geometry import Box, Size, add, subtract, text, triple
 from znni_dask.machine import show_bytes
 from znni_dask.patches import Layout
 from znni_dask.patchwise import WindowBlocks
+from znni_dask.plan import Plan
 from znni_dask.primitives.base import Array
 from znni_dask.schedule import Schedules
 from znni_dask.storage.output import Encoding
@@ -64,14 +68,14 @@ class HaloError:
 
 
 def halo_error(
-    application: Application, outputs: tuple[str, ...], resources: planner.Resources, patch: Size
+    application: Application, outputs: tuple[str, ...], resources: planner.Resources, plan: Plan
 ) -> HaloError:
-    """Measure what a halo of one's own costs, before a run.
+    """Measure what a halo of one's own costs in the patches of a plan, before the run.
 
     Raises `MemoryLimitError` where not even one voxel can be computed exactly within the memory
-    allowed.
+    allowed, `VolumeError` where the volume cannot be read there.
     """
-    near = application.laid(*outputs)
+    near, source = application.laid(*outputs), application.volume
     exact = Layout(near.network, near.size, near.boundary)
     length = next((n for n in _LENGTHS if _fits(exact, resources, n)), None)
     if length is None:
@@ -82,50 +86,53 @@ def halo_error(
     random = np.random.default_rng(0)
     largest, answers = 0.0, []
     for _ in range(_PLACES):
-        size = triple(min(length, n) for n in exact.output_size)
-        # around the border of a patch, where a halo that is too small shows first
-        start = [
-            min(max(int(random.integers(n)) // p * p - s // 2, 0), n - s)
-            for n, s, p in zip(exact.output_size, size, patch, strict=True)
-        ]
-        box = Box(triple(start), triple(a + s for a, s in zip(start, size, strict=True)))
-        answer = recompute(
-            exact, application.volume, box, nan=application.nan, threads=resources.threads
-        )
-        made = np.empty_like(answer)
-        for part in _parts(box, patch):
-            here = (slice(None), *part.shifted(triple(-a for a in box.start)).slices)
-            whole = _patch_around(part, patch, exact.output_size)
-            around = recompute(
-                near, application.volume, whole, nan=application.nan, threads=resources.threads
-            )
-            made[here] = around[
-                (slice(None), *part.shifted(triple(-a for a in whole.start)).slices)
-            ]
+        box = _place(random, exact.output_size, length, plan.patch)
+        how: dict[str, Any] = {
+            "nan": application.nan,
+            "threads": resources.threads,
+            "time": int(random.integers(source.times)),
+        }
+        try:
+            answer = recompute(exact, source, box, **how)
+            made = np.full_like(answer, np.nan)
+            for patch in _patches_over(box, plan, exact.output_size):
+                around = recompute(near, source, patch, **how)
+                first = triple(map(max, box.start, patch.start))
+                part = Box(first, triple(map(min, box.stop, patch.stop)))
+                here, there = (part.shifted(subtract((0, 0, 0), b.start)) for b in (box, patch))
+                made[(slice(None), *here.slices)] = around[(slice(None), *there.slices)]
+        except RunError as error:
+            raise VolumeError(f"where the error of a halo is measured, {error}") from None
         largest = max(largest, float(np.abs(made - answer).max()))
         answers.append(answer)
     values = np.concatenate([a.ravel() for a in answers])
     return HaloError(largest, float(values.std()), values.size)
 
 
-def _parts(box: Box, patch: Size) -> list[Box]:
-    """A box cut along the borders of patches."""
-    cuts = []
-    for a, b, p in zip(box.start, box.stop, patch, strict=True):
-        inner = list(range(a // p * p + p, b, p))
-        cuts.append(list(zip([a, *inner], [*inner, b], strict=True)))
-    return [
-        Box((z[0], y[0], x[0]), (z[1], y[1], x[1]))
-        for z in cuts[0]
-        for y in cuts[1]
-        for x in cuts[2]
-    ]
+def _place(random: np.random.Generator, size: Size, length: int, patch: Size) -> Box:
+    """A random box around the border of a patch, where a halo that is too small shows first."""
+    edges = triple(min(length, n) for n in size)
+    start = triple(
+        min(max(int(random.integers(n)) // p * p - e // 2, 0), n - e)
+        for n, e, p in zip(size, edges, patch, strict=True)
+    )
+    return Box(start, add(start, edges))
 
 
-def _patch_around(part: Box, patch: Size, size: Size) -> Box:
-    """The patch of a run in which a part lies."""
-    start = triple(a // p * p for a, p in zip(part.start, patch, strict=True))
-    return Box(start, triple(min(a + p, n) for a, p, n in zip(start, patch, size, strict=True)))
+def _patches_over(box: Box, plan: Plan, size: Size) -> Iterator[Box]:
+    """The patches of a run that lie over a box."""
+    blocks = (
+        range(a // b * b, e, b) for a, e, b in zip(box.start, box.stop, plan.block, strict=True)
+    )
+    for corner in product(*blocks):
+        start = triple(corner)
+        stop = triple(min(a + b, n) for a, b, n in zip(start, plan.block, size, strict=True))
+        for patch in planner.patches_of(Box(start, stop), plan.patch):
+            if all(
+                a < d and c < b
+                for a, b, c, d in zip(patch.start, patch.stop, box.start, box.stop, strict=True)
+            ):
+                yield patch
 
 
 def _fits(layout: Layout, resources: planner.Resources, length: int) -> bool:

@@ -64,7 +64,7 @@ def layer_table(network: Network) -> Table:
             str(network.channels[node.name]),
             _spacing(network.spacing[node.name]),
             f"{weights:,}" if weights else "",
-            f"{work:,}" if work else "",
+            f"{float(work):,.0f}" if work else "",
         )
     return table
 

@@ -263,7 +263,8 @@ def _size_option(name: str, value: Size | int | None) -> Size | None:
     least = 0 if name == "halo" else 1
     whole = all(isinstance(v, int | np.integer) and v >= least for v in values)
     if len(values) != 3 or not whole:
-        raise OptionError(f"{name} {value!r} is no size: give three positive whole numbers z, y, x")
+        kind = "whole numbers, not negative," if least == 0 else "positive whole numbers"
+        raise OptionError(f"{name} {value!r} is no size: give three {kind} z, y, x")
     return triple(values)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from znni_dask.errors import MemoryLimitError
-from znni_dask.geometry import Box, Size, text, tiles, triple, volume
+from znni_dask.geometry import Size, text, triple, volume
 from znni_dask.machine import show_bytes
 from znni_dask.plan import Choice, Plan, Stage
 from znni_dask.planner import (
@@ -62,8 +62,9 @@ def plan(grid: WindowGrid, resources: Resources) -> Plan:
         raise MemoryLimitError(
             f"windows of {text(grid.window)} need {show_bytes(needed)}, "
             f"{show_bytes(resources.allowed_bytes)} are allowed; the largest layer is {layer!r} "
-            f"({grid.network[layer].layer.kind}). To go on, allow at least {show_bytes(needed)}, "
-            "or choose smaller windows or chunks"
+            f"({grid.network[layer].layer.kind}); a block of {text(smallest.block)} reads "
+            f"{text(_largest_region(grid, smallest.block))} voxels. To go on, allow at least "
+            f"{show_bytes(needed)}, or choose smaller windows or chunks"
         )
     candidate, in_flight, needed = best
     steps = schedules.steps(grid.layout.sizes)
@@ -95,13 +96,12 @@ def _predicted_bytes(
 ) -> int:
     """Peak memory of the whole process for this block."""
     channels = grid.network.out_channels
-    largest = max(
-        (_edge(grid, block), _middle(grid, block)), key=lambda box: volume(grid.region(box).size)
-    )
-    reading = resources.read_bytes(grid.region(largest).size)
-    written = resources.item_bytes * channels * volume(largest.size)
+    largest = triple(min(b, n) for b, n in zip(block, grid.output_size, strict=True))
+    reading = resources.read_bytes(_largest_region(grid, block))
+    written = resources.item_bytes * channels * volume(largest)
     per_block = max(reading + written, written + resources.write_bytes)
-    blending = ITEM_BYTES * (channels + 1) * volume(largest.size)
+    # the sums and the weights of a block, and what it becomes when it is stored
+    blending = (ITEM_BYTES * (channels + 1) + resources.item_bytes * channels) * volume(largest)
     window = ITEM_BYTES * (channels + 2) * volume(grid.layout.output_size)
     return (
         resources.baseline_bytes
@@ -112,15 +112,10 @@ def _predicted_bytes(
     )
 
 
-def _edge(grid: WindowGrid, block: Size) -> Box:
-    """The first block."""
-    return next(tiles(grid.output_size, block))
-
-
-def _middle(grid: WindowGrid, block: Size) -> Box:
-    """A block in the middle, which windows surround."""
-    start = triple(
-        min(n // 2 // b * b, max(n - b, 0)) for n, b in zip(grid.output_size, block, strict=True)
-    )
-    stop = (min(a + b, n) for a, b, n in zip(start, block, grid.output_size, strict=True))
-    return Box(start, triple(stop))
+def _largest_region(grid: WindowGrid, block: Size) -> Size:
+    """The longest stretch of the volume along every axis that any block needs."""
+    longest = []
+    for axis, (n, b) in enumerate(zip(grid.output_size, block, strict=True)):
+        spans = (grid.reach(axis, a, min(a + b, n)) for a in range(0, n, b))
+        longest.append(max(stop - start for start, stop in spans))
+    return triple(longest)

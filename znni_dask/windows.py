@@ -253,11 +253,12 @@ class WindowGrid:
         """The weight of every voxel of a window."""
         if self.how.weights == "constant":
             return np.ones(self.window, np.float32)
-        found = np.ones((), np.float64)
+        found = np.ones((), np.float32)
         for n in self.window:
             distance = np.arange(n) - (n - 1) / 2
-            found = found[..., None] * np.exp(-(distance**2) / (2 * (_SIGMA * n) ** 2))
-        return np.maximum(found, max(float(found.min()), _LEAST_WEIGHT)).astype(np.float32)
+            bell = np.exp(-(distance**2) / (2 * (_SIGMA * n) ** 2)).astype(np.float32)
+            found = found[..., None] * bell
+        return np.maximum(found, max(float(found.min()), _LEAST_WEIGHT), out=found)
 
     def place_in(self, window: Box, block: Box) -> tuple[Box, Box]:
         """The part of a block that a window covers: in voxels of the block, and of the window."""

@@ -211,7 +211,7 @@ class Builder:
     ) -> dict[str, ArrayLike]:
         shapes = layer.weight_shapes()
         if weight is None:
-            per_output = layer.multiply_adds() / layer.out_channels
+            per_output = float(layer.multiply_adds() / layer.out_channels)
             deviation = np.float32(np.sqrt(2 / max(per_output, 1)))
             weight = self._random.standard_normal(shapes["weight"], np.float32) * deviation
         if not layer.bias:

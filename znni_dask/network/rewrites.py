@@ -60,12 +60,15 @@ def as_sliding(network: Network, window: Size) -> Network:
     windows = [[node.layer.window(axis) for axis in range(3)] for node in network]
     if not network.nonlocal_layers or any(w.pads or w.up > 1 for axes in windows for w in axes):
         return network
-    sizes = [sizes_of(network, axis, window[axis]) for axis in range(3)]
+    found = [sizes_of(network, axis, window[axis]) for axis in range(3)]
+    sizes = [size for size in found if size is not None]
+    if len(sizes) < 3:
+        return network
     nodes: list[Node] = []
     for node in network:
         layer = node.layer
-        if layer in {n.layer for n in network.nonlocal_layers}:
-            kernel = tuple((size or {})[node.inputs[0]] for size in sizes)
+        if node in network.nonlocal_layers:
+            kernel = tuple(size[node.inputs[0]] for size in sizes)
             replaced = _sliding(layer, triple(kernel))
             if replaced is None:
                 return network

@@ -44,6 +44,8 @@ class Window:
             return 1 if self.extent in (1, n) else 0
         if self.up > 1:
             return (n - 1) * self.up + self.extent - self.low - self.high
+        if self.reflects and max(self.low, self.high) >= n:
+            return 0  # there is not enough to be mirrored
         room = n + self.low + self.high - self.extent
         if not self.ceil:
             return room // self.stride + 1

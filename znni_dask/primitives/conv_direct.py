@@ -30,7 +30,7 @@ class ConvDirect(Primitive):
 
     def flops(self, problem: Problem) -> int:
         batch, _, z, y, x = problem.output
-        return 2 * problem.layer.multiply_adds() * batch * z * y * x
+        return int(2 * problem.layer.multiply_adds() * batch * z * y * x)
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
         """Per thread the runs, and the stretch of a padded plane that a run reads."""

@@ -23,7 +23,7 @@ class ConvTransposeDirect(Primitive):
 
     def flops(self, problem: Problem) -> int:
         batch, _, z, y, x = problem.output
-        return 2 * problem.layer.multiply_adds() * batch * z * y * x
+        return int(2 * problem.layer.multiply_adds() * batch * z * y * x)
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
         return threads * problem.inputs[0][-1] * ITEM_BYTES

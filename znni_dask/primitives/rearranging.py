@@ -83,7 +83,9 @@ class Padding(Primitive):
         place = problem.start[axis] + np.arange(problem.output[2 + axis]) - low
         given = problem.start[axis] - low - problem.offsets[0][axis]
         if layer.mode == "constant":
-            return np.where((place >= 0) & (place < n), place - given, -1)
+            index = place - given
+            inside = (place >= 0) & (place < n) & (index >= 0)
+            return np.where(inside & (index < problem.inputs[0][2 + axis]), index, -1)
         if layer.mode == "reflect":
             place = np.abs(place)
             place = np.where(place >= n, 2 * (n - 1) - place, place)

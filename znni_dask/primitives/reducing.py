@@ -186,7 +186,7 @@ class Normalization(Primitive):
         centre, factor = _joined(layer, mean, spread, lead, rows.shape[1])
         axes = (1, -1, *(1,) * kept)
         factor = (factor * scale.reshape(axes)).ravel()
-        addend = np.broadcast_to(shift.reshape(axes).astype(np.float64), lead).ravel()
+        addend = np.broadcast_to(shift.reshape(axes).astype(np.float64), lead).flatten()
         team.share(
             lambda a, b: statistics.scale_rows(rows, centre, factor, addend, a, b), len(rows)
         )
@@ -204,6 +204,6 @@ def _joined(
     variance = (spread.sum(axis=2, keepdims=True) + between) / (width * grouped[2])
     inverse = 1 / np.sqrt(variance + layer.epsilon)
     return (
-        np.broadcast_to(centre, grouped).ravel(),
+        np.broadcast_to(centre, grouped).flatten(),  # a copy: kernels are compiled for such
         np.broadcast_to(inverse, grouped).reshape(lead),
     )

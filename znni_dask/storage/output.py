@@ -52,11 +52,15 @@ class Encoding:
             np.multiply(values, np.float32(255 / (self.high - self.low)), out=values)
             np.clip(values, 0, 255, out=values)
             np.rint(values, out=values)
-        elif self.dtype == "float16" and np.abs(values).max(initial=0) > _LARGEST_HALF:
-            raise RunError(
-                f"the answer holds {float(np.abs(values).max()):g}, float16 ends at "
-                f"{_LARGEST_HALF:g}: choose float32"
-            )
+            if not np.isfinite(values.sum()):  # clipped values are NaN or in 0 … 255
+                raise RunError("the answer holds NaN, for which uint8 has no value: choose float32")
+        elif self.dtype == "float16":
+            largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+            if largest > _LARGEST_HALF:
+                raise RunError(
+                    f"the answer holds {largest:g}, float16 ends at {_LARGEST_HALF:g}: choose "
+                    "float32"
+                )
         return values.astype(self.dtype, copy=False)
 
     def step(self, largest: float) -> float:
@@ -196,7 +200,7 @@ def create(
             dtype=encoding.dtype,
             dimension_names=list(layout.axes),
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # what zarr itself raises is a ValueError
         raise OutputError(f"cannot write {place}: {error}") from None
 
 
@@ -210,17 +214,27 @@ def _existing(place: Path, layout: OutputLayout, encoding: Encoding) -> zarr.Arr
     return array if same else None
 
 
-def description(place: Path) -> object:
+def description(place: Path) -> dict[str, Any] | None:
     """What an image's metadata tell of how it was made; None where there is none."""
     try:
-        return zarr.open_group(str(place), mode="r").attrs.get("znni")
+        told = zarr.open_group(str(place), mode="r").attrs.get("znni")
     except (OSError, ValueError, KeyError):
         return None
+    return dict(told) if isinstance(told, Mapping) else None
 
 
-def group_name(output: str) -> str:
-    """The name of a network's output as that of a group: what paths cannot hold is replaced."""
-    return re.sub(r"[^\w.+-]+", "_", output).strip("._") or "output"
+def group_names(outputs: Sequence[str]) -> dict[str, str]:
+    """The group of every output: its name, what paths cannot hold replaced. No two are alike,
+    whatever the case of letters, and none is that of zarr's own files."""
+    taken, found = {"zarr.json"}, dict[str, str]()
+    for output in outputs:
+        plain = re.sub(r"[^\w.+-]+", "_", output).strip("._") or "output"
+        name, number = plain, 2
+        while name.lower() in taken:
+            name, number = f"{plain}_{number}", number + 1
+        taken.add(name.lower())
+        found[output] = name
+    return found
 
 
 def create_root(place: Path, outputs: Sequence[str]) -> None:

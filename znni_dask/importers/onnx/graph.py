@@ -198,6 +198,8 @@ class GraphReader:
         wrong = [i for i in range(value.rank) if i != 1 and "c" in value.kinds_of(i)]
         if wrong or value.rank < 2 or value.kinds_of(1) - {"c"}:
             raise UnsupportedNode("its channels are not the second axis")
+        if value.kinds_of(0) - {"n"}:
+            raise UnsupportedNode("its first axis is not the batch")
         if any(len(value.kinds_of(i)) > 1 for i in range(2, value.rank)):
             raise UnsupportedNode("its axes of space are merged")
         return value

@@ -79,7 +79,11 @@ class Value:
             next((p.kind for p in axis if p.kind in SPACE), None) if index > 1 else None
             for index, axis in enumerate(self.axes)
         ]
-        free = [k for k in SPACE[-(self.rank - 2) :] if k not in spatial] if self.rank > 2 else []
+        free = [
+            kind
+            for kind in (SPACE[-(self.rank - 2) :] if self.rank > 2 else "")
+            if kind not in spatial and not self.pieces(kind)
+        ]
         named = [
             kind or (free.pop(0) if index > 1 and free else "")
             for index, kind in enumerate(spatial)

@@ -11,6 +11,7 @@ to the rounding of its poolings, and only there its crops mean what they were me
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from math import lcm
 from pathlib import Path
@@ -60,7 +61,15 @@ def load(path: str | Path, size: Size | None = None) -> Network:
     try:
         check_graph(model)
         read_external(model, path.parent)
-        return _Model(model, size).network()
+        try:
+            return _Model(model, size).network()
+        except NetworkError:
+            if size is None:
+                raise
+            # windows of that size may not pass; what is wrong with them is said where they are laid
+            with suppress(NetworkError):
+                return _Model(model, None).network()
+            raise
     except NetworkError as error:
         raise NetworkError(f"{path}: {error}") from None
 

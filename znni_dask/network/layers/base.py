@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import final
 
 from znni_dask.errors import NetworkError
@@ -31,9 +32,9 @@ class Layer(ABC):
         """Name and shape of every array of weights."""
         return {}
 
-    def multiply_adds(self) -> int:
+    def multiply_adds(self) -> Fraction:
         """Multiply-adds for one output voxel with all its channels."""
-        return 0
+        return Fraction(0)
 
     @property
     def kind(self) -> str:

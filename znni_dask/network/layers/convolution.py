@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import final
 
 from znni_dask.errors import NetworkError
@@ -57,8 +58,8 @@ class Conv(Layer):
         weight = (self.out_channels, self.in_channels // self.groups, *self.kernel)
         return _shapes(self, weight)
 
-    def multiply_adds(self) -> int:
-        return self.out_channels * self.in_channels // self.groups * volume(self.kernel)
+    def multiply_adds(self) -> Fraction:
+        return Fraction(self.out_channels * self.in_channels // self.groups * volume(self.kernel))
 
     @property
     def summary(self) -> str:
@@ -96,10 +97,10 @@ class ConvTranspose(Layer):
         weight = (self.in_channels, self.out_channels // self.groups, *self.kernel)
         return _shapes(self, weight)
 
-    def multiply_adds(self) -> int:
+    def multiply_adds(self) -> Fraction:
         """Of an inner voxel, averaged over the stride's offsets."""
         taps = self.out_channels * self.in_channels // self.groups * volume(self.kernel)
-        return taps // volume(self.stride)
+        return Fraction(taps, volume(self.stride))
 
     @property
     def summary(self) -> str:

@@ -66,6 +66,8 @@ def multiplied(
     kernel = kernel.transpose(0, *(1 + i for i in places))
     kernel = kernel.reshape(-1, channels, *sizes)
     whole = any(n > 1 for n in sizes)
+    if whole and any(triple(sizes) != size for size in reader.assembly.sizes(value)):
+        raise UnsupportedNode("a matrix on some axes of space and not on others")
     layer = layers.Conv(
         channels, kernel.shape[0], triple(sizes), bias=bias is not None, whole=whole
     )
