@@ -24,26 +24,51 @@ class Level:
     units: tuple[str | None, str | None, str | None]
 
 
-def first_level(group: Any, place: str) -> Level:
-    """The full resolution of the image in a zarr group; raises `VolumeError` where none is."""
+def choose_level(group: Any, place: str, level: int | str | None = None) -> Level:
+    """One resolution of the image in a zarr group, by its index or path; by default the first.
+
+    Raises `VolumeError` where there is no image, or no such level.
+    """
     attributes = dict(group.attrs)
     ome = attributes.get("ome", attributes)
     images = ome.get("multiscales") if isinstance(ome, Mapping) else None
     if not images:
-        arrays = ", ".join(repr(k) for k in group.array_keys()) or "none"
         raise VolumeError(
-            f"{place} is a Zarr group without OME multiscales: name one of its arrays ({arrays})"
+            f"{place} is a Zarr group without OME multiscales: name one of its arrays or images "
+            f"({_members(group)})"
         )
     try:
-        return _level(images[0])
+        paths = [str(dataset["path"]) for dataset in images[0]["datasets"]]
+        number = _number(paths, level)
+        if number is not None:
+            return _level(images[0], number)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise VolumeError(f"{place}: its OME metadata cannot be read: {error!r}") from None
+    there = ", ".join(f"{i} ({path!r})" for i, path in enumerate(paths))
+    raise VolumeError(f"{place} has no level {level!r}: its levels are {there or 'none'}")
 
 
-def _level(image: Mapping[str, Any]) -> Level:
+def _members(group: Any) -> str:
+    try:
+        return ", ".join(repr(name) for name in sorted(group.keys())) or "none"
+    except Exception:  # listing is more than many servers allow
+        return "which ones cannot be listed here"
+
+
+def _number(paths: list[str], level: int | str | None) -> int | None:
+    """The dataset meant: a path before an index, for a command line has no numbers."""
+    if level is None:
+        return 0
+    if str(level) in paths and not isinstance(level, int):
+        return paths.index(str(level))
+    number = int(level) if str(level).isdecimal() else -1
+    return number if 0 <= number < len(paths) else None
+
+
+def _level(image: Mapping[str, Any], number: int) -> Level:
     axes = [a if isinstance(a, Mapping) else {"name": a} for a in image["axes"]]
     names = "".join(str(a["name"]).lower() for a in axes)
-    dataset = image["datasets"][0]
+    dataset = image["datasets"][number]
     scale = dict.fromkeys(names, 1.0)
     translation = dict.fromkeys(names, 0.0)
     inner = dataset.get("coordinateTransformations", [])

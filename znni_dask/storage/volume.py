@@ -1,54 +1,28 @@
 """Volumes on disk, seen as (channel, z, y, x): opened lazily, read box by box.
 
-`open_volume` finds out what a path holds: Zarr v2 or v3, OME-Zarr 0.4 or 0.5 with its axes, scale
-and translation, TIFF stacks (one file, or a folder of them), `.npy`.
+`open_volume` finds out what a path or URL holds: Zarr v2 or v3, OME-Zarr 0.4 or 0.5 with its
+levels, TIFF stacks (one file, or a folder of them), HDF5 datasets, `.npy`.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.errors import RunError, VolumeError
-from znni_dask.geometry import Box, Size, ceil_divide, triple, volume
+from znni_dask.geometry import Box, Size, triple, volume
 from znni_dask.patches import source_index
-from znni_dask.storage import ngff
-from znni_dask.storage.tiff import SUFFIXES, TiffStack
+from znni_dask.storage import opening
+from znni_dask.storage.stored import Stored, Three, Units, reason
 
 Values = NDArray[np.generic]
-_DECODED_AT_ONCE = 10  # zarr's default `async.concurrency`
-# what zarr, tifffile and numpy raise on damaged files
-_DAMAGED = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    EOFError,
-    RuntimeError,
-    struct.error,
-)
-
-
-class Stored(Protocol):
-    """What a `Volume` needs of an array: zarr arrays, memory maps and numpy arrays have it."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Lengths of the axes."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the values."""
-
-    def __getitem__(self, index: tuple[slice | int, ...], /) -> Any: ...
+_PROBED = 10_000  # chunks tried to find the one that is damaged
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,17 +30,17 @@ class Volume:
     """An array on disk with the meaning of its axes.
 
     ``axes`` names the stored array's axes, letters of ``tczyx``. ``scale`` and ``translation``
-    are of voxel centres, (z, y, x), in ``units``. ``chosen`` are the stored channels that count,
-    in that order; None for all.
+    are of voxel centres, (z, y, x), in ``units``. ``level`` is the path of the dataset taken of a
+    multiscale image. ``chosen`` are the stored channels that count, in that order; None for all.
     """
 
     array: Stored
     axes: str
     path: str
-    scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    translation: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    units: tuple[str | None, str | None, str | None] = (None, None, None)
-    chunks: Size | None = None
+    scale: Three = (1.0, 1.0, 1.0)
+    translation: Three = (0.0, 0.0, 0.0)
+    units: Units = (None, None, None)
+    level: str | None = None
     chosen: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -74,10 +48,13 @@ class Volume:
         if len(self.axes) != len(shape) or set(self.axes) - set("tczyx"):
             raise VolumeError(
                 f"{self.path}: an array of shape {shape} with axes {self.axes!r}: wanted are "
-                "two to five axes out of t, c, z, y, x"
+                "two to five axes out of t, c, z, y, x: name each of its axes (axes, --axes)"
             )
         if not {"y", "x"} <= set(self.axes) or len(set(self.axes)) != len(self.axes):
-            raise VolumeError(f"{self.path}: axes {self.axes!r} do not name y and x once each")
+            raise VolumeError(
+                f"{self.path}: axes {self.axes!r} of an array of shape {shape} do not name y and "
+                "x, and no axis twice: say what they mean (axes, --axes)"
+            )
         if dtype.kind not in "buif":
             raise VolumeError(
                 f"{self.path} holds values of type {dtype}: a network takes real numbers "
@@ -112,6 +89,14 @@ class Volume:
         """Type of the stored values."""
         return self.array.dtype
 
+    @property
+    def chunks(self) -> Size | None:
+        """Voxels (z, y, x) that are stored together; None where that is no grid."""
+        grid = self.array.decoding.chunks
+        if grid is None:
+            return None
+        return triple(grid[self.axes.index(a)] if a in self.axes else 1 for a in "zyx")
+
     def read(self, box: Box, time: int = 0) -> Values:
         """The values within ``box`` at one time point, (channel, z, y, x), in the stored type."""
         if not box.within(self.size) or not 0 <= time < self.times:
@@ -131,18 +116,44 @@ class Volume:
         return values
 
     def _read(self, box: Box, time: int, channels: slice) -> Values:
-        window: dict[str, slice | int] = dict(zip("zyx", box.slices, strict=True))
-        window |= {"c": channels, "t": time}
         try:
-            values = np.asarray(self.array[tuple(window[a] for a in self.axes)])
-        except _DAMAGED as error:
+            values = self._taken(box, time, channels)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a codec or a file system raises
+            where, cause = self._damaged(box, time, channels, error)
+            notes = "".join(f" ({note})" for note in getattr(cause, "__notes__", ()))
             raise RunError(
-                f"cannot read z, y, x = {box} of {self.path}: {type(error).__name__}: {error}"
+                f"cannot read z, y, x = {where} of {self.path}: {reason(cause)}{notes}"
             ) from error
         kept = [a for a in self.axes if a != "t"]
         order = [kept.index(a) for a in "czyx" if a in kept]
         absent = [i for i, a in enumerate("czyx") if a not in kept]
         return np.expand_dims(values.transpose(order), absent)
+
+    def _taken(self, box: Box, time: int, channels: slice) -> Values:
+        window: dict[str, slice | int] = dict(zip("zyx", box.slices, strict=True))
+        window |= {"c": channels, "t": time}
+        return np.asarray(self.array[tuple(window[a] for a in self.axes)])
+
+    def _damaged(
+        self, box: Box, time: int, channels: slice, error: Exception
+    ) -> tuple[Box, Exception]:
+        """The first chunk of a box that cannot be read, and why; the box where that is unclear."""
+        if self.chunks is None:
+            return box, error
+        ranges = [
+            range(a // c * c, b, c)
+            for a, b, c in zip(box.start, box.stop, self.chunks, strict=True)
+        ]
+        for _, corner in zip(range(_PROBED), product(*ranges), strict=False):
+            stop = (a + c for a, c in zip(corner, self.chunks, strict=True))
+            chunk = Box(triple(corner), triple(stop)).clipped(self.size)
+            try:
+                self._taken(chunk, time, channels)
+            except Exception as found:
+                return chunk, found
+        return box, error
 
     def read_extended(
         self, box: Box, boundary: str, nan: float | None = None, time: int = 0
@@ -173,17 +184,12 @@ class Volume:
     def read_bytes(self, size: Size) -> int:
         """Memory that `read_extended` takes at most for a box of ``size``, its result included.
 
-        An extended box is copied once more, and so are floats other than float32; zarr holds
-        some decoded chunks beside the result.
+        An extended box is copied once more, and so are floats other than float32; what decodes
+        holds some chunks beside the result.
         """
-        item = self.channels * self.dtype.itemsize
-        result = max(item, 4 * self.channels) * volume(size)
-        chunk = volume(self.chunks or (1, 1, 1))
-        touched = 1
-        for n, c in zip(size, self.chunks or (1, 1, 1), strict=True):
-            touched *= ceil_divide(n, c) + 1
-        decoding = item * chunk * min(touched, _DECODED_AT_ONCE) if self.chunks else 0
-        return 2 * result + 2 * decoding
+        result = self.channels * max(self.dtype.itemsize, 4) * volume(size)
+        lengths = dict(zip("zyx", size, strict=True)) | {"c": self.channels, "t": 1}
+        return 2 * result + self.array.decoding_bytes([lengths[a] for a in self.axes])
 
     def _length(self, axis: str) -> int:
         return self.array.shape[self.axes.index(axis)] if axis in self.axes else 1
@@ -212,131 +218,42 @@ class Volume:
 
 
 def open_volume(
-    path: str | Path, axes: str | None = None, channels: Sequence[int] | None = None
+    path: str | Path,
+    axes: str | None = None,
+    channels: Sequence[int] | None = None,
+    level: int | str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Volume:
-    """Open what lies at ``path``; raises `VolumeError` where it is no volume.
+    """Open what lies at ``path``, a path or URL; raises `VolumeError` where it is no volume.
 
     ``axes`` says what the array's axes mean (letters of "tczyx"), whatever the file says;
-    ``channels`` which of its channels count.
+    ``channels`` which of its channels count; ``level`` which dataset of a multiscale image, by
+    index or path; ``storage_options`` what fsspec is told of a URL.
     """
     if not isinstance(path, str | Path):
         raise VolumeError(f"a volume is given by its path, not as {type(path).__name__}")
-    if "://" in str(path):
-        raise VolumeError(f"{path}: only local paths can be read; copy or mount the volume")
-    place = Path(path).absolute()  # workers may be elsewhere
-    if not place.exists():
-        raise VolumeError(f"there is no volume at {place}")
-    try:
-        found = _opener(place)(place)
-        if axes is not None or channels is not None:
-            found = _told(found, axes, channels)
-        found.read(Box((0, 0, 0), (1, 1, 1)))  # whether its values can be decoded at all
-        return found
-    except RunError as error:
-        raise VolumeError(str(error)) from error
-    except _DAMAGED as error:
-        raise VolumeError(f"cannot read {place}: {type(error).__name__}: {error}") from error
-
-
-def _told(found: Volume, axes: str | None, channels: Sequence[int] | None) -> Volume:
-    """The volume with what the user says of it."""
     chosen = None if channels is None else tuple(int(c) for c in channels)
     if chosen is not None and not chosen:
         raise VolumeError("no channels are chosen: name at least one")
-    if axes is None or axes == found.axes:
-        return replace(found, chosen=chosen)
-    if len(axes) != len(found.axes):
+    found = opening.find(path, level, storage_options)
+    shape = found.array.shape
+    if axes is not None and len(axes) != len(shape):
         raise VolumeError(
-            f"axes {axes!r} for {found.path}, an array of shape {tuple(found.array.shape)}: "
-            "name each of its axes once, with letters of t, c, z, y, x"
+            f"axes {axes!r} for {found.path}, an array of shape {shape}: name each of its axes "
+            "once, with letters of t, c, z, y, x"
         )
-    along = dict(zip(found.axes, axes, strict=True))  # what was called so before
-    grid = dict(zip((along.get(a) for a in "zyx"), found.chunks or (1, 1, 1), strict=True))
-    return replace(found, axes=axes, chosen=chosen, chunks=triple(grid.get(a, 1) for a in "zyx"))
-
-
-def _opener(path: Path) -> Callable[[Path], Volume]:
-    if path.is_dir():
-        if any((path / name).exists() for name in ("zarr.json", ".zarray", ".zgroup")):
-            return _open_zarr
-        if any(p.suffix.lower() in SUFFIXES for p in path.iterdir()):
-            return _open_tiff
-        raise VolumeError(f"the folder {path} holds neither a Zarr array nor TIFF files")
-    if path.suffix == ".npy":
-        return _open_npy
-    if path.suffix.lower() in SUFFIXES:
-        return _open_tiff
-    raise VolumeError(f"{path}: not a kind of volume known (Zarr, OME-Zarr, .tif, .tiff, .npy)")
-
-
-def _axes(names: list[str] | tuple[str | None, ...] | None, shape: tuple[int, ...]) -> str:
-    """Letters for the axes: as named, else the last ones of czyx."""
-    letters = [str(name).lower() for name in names or ()]
-    if letters and all(letter in "tczyx" for letter in letters):
-        return "".join(letters)
-    return "tczyx"[-len(shape) :] if 2 <= len(shape) <= 5 else "?"
-
-
-def _open_zarr(path: Path) -> Volume:
-    import zarr
-
-    node = zarr.open(str(path), mode="r")
-    if isinstance(node, zarr.Group):
-        level = ngff.first_level(node, str(path))
-        array = node[level.path]
-        if not isinstance(array, zarr.Array):
-            raise VolumeError(f"{path}: {level.path!r} is not an array")
-        found = _zarr_volume(array, path, level.axes)
-        return replace(found, scale=level.scale, translation=level.translation, units=level.units)
-    return _zarr_volume(node, path, None)
-
-
-def _zarr_volume(array: Any, path: Path, axes: str | None) -> Volume:
-    names = axes or _axes(getattr(array.metadata, "dimension_names", None), array.shape)
-    grid = dict(zip(names, array.chunks, strict=True)) if len(names) == array.ndim else {}
-    chunks = triple(grid.get(a, 1) for a in "zyx")
-    return Volume(array, names, str(path), chunks=chunks)
-
-
-def _open_npy(path: Path) -> Volume:
-    array = _NpyFile(str(path))
-    return Volume(array, _axes(None, array.shape), str(path))
-
-
-@dataclass(frozen=True)
-class _NpyFile:
-    """A `.npy` file, mapped where it is first read: a memory map that travels takes its data
-    along."""
-
-    path: str
-
-    @cached_property
-    def mapped(self) -> Values:
-        """The file as a read-only memory map."""
-        mapped: Values = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return mapped
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
-        return self.mapped.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of its values."""
-        return self.mapped.dtype
-
-    def __getitem__(self, index: tuple[slice | int, ...]) -> Any:
-        return np.array(self.mapped[index])
-
-    def __reduce__(self) -> tuple[type[_NpyFile], tuple[str]]:
-        return _NpyFile, (self.path,)
-
-
-def _open_tiff(path: Path) -> Volume:
-    stack = TiffStack(str(path))
-    # tifffile's letters for pages, images and other mean z in a stack; samples are channels
-    letters = ["z" if a in "IQR" else "c" if a == "S" else a.lower() for a in stack.opened.axes]
-    axes = _axes(letters if len(set(letters)) == len(letters) else None, stack.shape)
-    chunks = dict(zip(axes, stack.opened.array.chunks, strict=True))
-    return Volume(stack, axes, str(path), chunks=triple(chunks.get(a, 1) for a in "zyx"))
+    opened = Volume(
+        found.array,
+        axes or found.axes,
+        found.path,
+        found.scale,
+        found.translation,
+        found.units,
+        found.level,
+        chosen,
+    )
+    try:
+        opened.read(Box((0, 0, 0), (1, 1, 1)))  # whether its values can be decoded at all
+    except RunError as error:
+        raise VolumeError(str(error)) from error
+    return opened
