@@ -199,6 +199,28 @@ def test_axes_say_what_the_file_does_not(tmp_path, client):
     assert verify(network, tmp_path / "in.npy", target, size=(4, 8, 8)).holds
 
 
+def test_a_coarser_level_of_an_image_is_read_with_its_own_scale(tmp_path, client):
+    network = graphs.graph("unet", 0)
+    values = np.random.default_rng(9).standard_normal((2, 1, 18, 21, 24)).astype(np.float32)
+    group = zarr.open_group(str(tmp_path / "in.zarr"), mode="w")
+    datasets = []
+    for number, scale in enumerate((2.0, 4.0)):
+        group.create_array(f"s{number}", data=values[number, 0])
+        change = {"type": "scale", "scale": [scale] * 3}
+        datasets.append({"path": f"s{number}", "coordinateTransformations": [change]})
+    axes = [{"name": a, "type": "space", "unit": "nanometer"} for a in "zyx"]
+    image = {"axes": axes, "datasets": datasets}
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [image]}
+    target = tmp_path / "out.zarr"
+    options = {"client": client, "memory": "4GiB"}
+    znni_dask.run(network, tmp_path / "in.zarr", target, level="s1", **options)
+    assert_same(stored(target)[0], at_once(network, values[1], "reflect"))
+    assert open_volume(target).scale == (4.0, 4.0, 4.0)
+    assert verify(network, tmp_path / "in.zarr", target, size=(8, 8, 8)).holds
+    with pytest.raises(VolumeError, match="s0"):
+        znni_dask.run(network, tmp_path / "in.zarr", tmp_path / "no.zarr", level=2, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

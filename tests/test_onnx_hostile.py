@@ -10,18 +10,18 @@ import zipfile
 from contextlib import suppress
 from random import Random
 
-import hostile
 import numpy as np
 import onnx
 import pytest
-from hostile import N, model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import graphs
+import hostile
 import oracle
+from hostile import N, model
 from znni_dask import patchwise
 from znni_dask.errors import NetworkError
 from znni_dask.importers.onnx import load
@@ -807,8 +807,8 @@ def doubtful(node, opset, open_size):
     same = found.get("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER")
     match node.op_type:
         case "MaxPool" | "AveragePool":
-            odd = found.get("ceil_mode") and node.op_type == "AveragePool"
-            return uneven or same or odd or found.get("auto_pad") == b"VALID"
+            valid = found.get("auto_pad") == b"VALID"
+            return uneven or same or valid or found.get("ceil_mode")
         case "Conv" | "ConvTranspose":
             return same and open_size
         case "GlobalMaxPool":

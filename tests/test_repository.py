@@ -36,7 +36,19 @@ STAIRS = [
     *("storage", "windows", "patches", "machine", "plan", "importers"),
     *("network", "geometry", "errors"),
 ]
-HEAVY = {"onnx", "google", "torch", "matplotlib", "cupy", "h5py", "bokeh", "tifffile"}
+HEAVY = {
+    "onnx",
+    "s3fs",
+    "gcsfs",
+    "hdf5plugin",
+    "google",
+    "torch",
+    "matplotlib",
+    "cupy",
+    "h5py",
+    "bokeh",
+    "tifffile",
+}
 HEAVY_DOORS = {"onnx": ("importers/onnx/", "importers/to_onnx.py"), "google": ("importers/onnx/",)}
 
 

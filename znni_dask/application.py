@@ -109,6 +109,7 @@ class Application:
             "range": [encoding.low, encoding.high],
             "axes": self.volume.axes,
             "channels": self.volume.chosen,
+            "level": self.volume.level,
             "patchwise": asdict(self.patchwise) if self.patchwise else None,
             "halo": self.halo,
         }

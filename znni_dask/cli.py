@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_infer(infer: argparse.ArgumentParser) -> None:
     _add_network(infer)
-    infer.add_argument("input", help="volume: Zarr, OME-Zarr, TIFF stack (file or folder), .npy")
+    infer.add_argument(
+        "input", help="volume: Zarr or OME-Zarr (path or URL), TIFF stack, file.h5:/dataset, .npy"
+    )
     infer.add_argument("output", help="OME-Zarr store to make")
     infer.add_argument("--boundary", choices=BOUNDARIES, default="reflect")
     infer.add_argument("--memory", metavar="SIZE", help="bound for the process, like 12GiB")
@@ -108,6 +110,7 @@ def _add_infer(infer: argparse.ArgumentParser) -> None:
     infer.add_argument(
         "--channels", type=_numbers, metavar="C,…", help="the input's channels to use, from 0"
     )
+    infer.add_argument("--level", metavar="N", help="resolution of an OME-Zarr image (default 0)")
     infer.add_argument(
         "--output",
         dest="outputs",
@@ -212,6 +215,7 @@ def _infer(options: argparse.Namespace) -> int:
             nan=options.nan,
             axes=options.axes,
             channels=options.channels,
+            level=options.level,
             outputs=options.outputs,
             patchwise=options.patchwise,
             overlap=options.overlap,

@@ -103,6 +103,7 @@ def run(
     nan: float | None = None,
     axes: str | None = None,
     channels: Sequence[int] | None = None,
+    level: int | str | None = None,
     outputs: Sequence[str] | None = None,
     patchwise: Size | int | None = None,
     overlap: float = 0.5,
@@ -118,8 +119,8 @@ def run(
     Parameters
     ----------
     network : an ONNX or ``.znni`` file, a `Network`, or the name of a paper's network.
-    input : Zarr, OME-Zarr, TIFF stack or ``.npy``; axes out of t, c, z, y, x. Every time point is
-        a volume of its own.
+    input : Zarr, OME-Zarr, TIFF stack, HDF5 (``file.h5:/dataset``) or ``.npy``, or the URL of a
+        Zarr store; axes out of t, c, z, y, x. Every time point is a volume of its own.
     output : the OME-Zarr 0.5 store to make; array ``0`` is (z, y, x), with t and c before it where
         there are several. Several outputs of the network make a group each.
     boundary : how the volume goes on beyond its faces: ``"reflect"`` (edge not repeated),
@@ -134,6 +135,7 @@ def run(
     nan : replaces NaN and infinity in the volume; without it blocks that meet them fail.
     axes : what the input's axes mean, letters of ``"tczyx"``, whatever its file says.
     channels : the input's channels that the network takes, counted from 0.
+    level : which resolution of an OME-Zarr image to read, by number or path; by default the first.
     outputs : names of the network's outputs to compute; by default all.
     patchwise : size (z, y, x) of the windows to which a network that reduces over space is
         applied; the answer is approximate, and independent of blocks, memory and workers.
@@ -157,7 +159,7 @@ def run(
     window = _size_option("patchwise", patchwise)
     application = Application(
         load_network(network, window),
-        open_volume(input, axes, channels),
+        open_volume(input, axes, channels, level),
         boundary,
         nan,
         _windows(window, overlap, weights, _size_option("step", step)),

@@ -30,7 +30,10 @@ from znni_dask.windows import WindowGrid
 
 TOLERANCE = 1e-4  # largest difference allowed, in standard deviations of the answer
 _OF_HALO_ERROR = 4.0  # times the largest difference measured at a few places
-_TOLD = {"network", "output", "boundary", "nan", "range", "axes", "channels", "patchwise", "halo"}
+_TOLD = {"network", "output", "boundary", "nan", "range", "axes", "channels", "level"} | {
+    "patchwise",
+    "halo",
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def _repeated(
     patchwise = patchwise_of(made)
     return Application(
         load_network(network, patchwise.window if patchwise else None),
-        open_volume(input, made["axes"], made["channels"]),
+        open_volume(input, made["axes"], made["channels"], made["level"]),
         str(made["boundary"]),
         made["nan"],
         patchwise,

@@ -17,7 +17,7 @@ from znni_dask.network import layers
 from znni_dask.network.layers import ONES, Placing
 from znni_dask.network.window import LARGEST
 
-_ROUNDING = 1e-5  # of a factor that is meant to be a whole number
+_ROUNDING = 1e-6  # of a factor that is meant to be a whole number
 _HALF = ("half_pixel", "pytorch_half_pixel", "half_pixel_symmetric")
 
 
