@@ -482,6 +482,26 @@ OPERATORS = {
         [node("Flatten", "x", "f"), node("Gemm", "f m b", "g", alpha=0.5), node("Reshape", "g s")],
         {"m": f4(1920, 3), "b": f4(3), "s": np.array([1, 3, 1, 1, 1])},
     ),
+    "repeated as numpy does": (
+        [
+            node("Unsqueeze", "x three", "u"),
+            node("Tile", "u thrice", "t"),
+            node("Reshape", "t tall", "v"),
+            node("Unsqueeze", "v five", "w"),
+            node("Expand", "w double", "e"),
+            node("Reshape", "e wide", "r"),
+            node("Conv", "r k", auto_pad="SAME_UPPER"),
+        ],
+        {
+            "three": np.array([3]),
+            "thrice": np.array([1, 1, 1, 3, 1, 1]),
+            "tall": np.array([1, 2, 24, 10, 12]),
+            "five": np.array([5]),
+            "double": np.array([1, 2, 24, 10, 12, 2]),
+            "wide": np.array([0, 0, 0, 0, -1]),
+            "k": f4(3, 2, 3, 1, 3),
+        },
+    ),
     "channels last": (
         [
             node("Transpose", "x", "last", perm=[0, 2, 3, 4, 1]),

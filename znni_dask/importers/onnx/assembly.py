@@ -167,6 +167,8 @@ class Assembly:
             name = self.add(layers.Select(todo.channels), [name], label)
         if todo.spread != (1, 1, 1):
             name = self.add(layers.DepthToSpace(todo.spread), [name], label)
+        if todo.repeat != (1, 1, 1):
+            name = self.add(layers.Resize(todo.repeat), [name], label)
         if name == value.layer:
             return value
         homes = [

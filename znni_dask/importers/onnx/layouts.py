@@ -33,7 +33,8 @@ class LayoutError(ValueError):
 @dataclass(frozen=True)
 class Piece:
     """A piece of one axis of a layer's output: ``kind`` is n, c, z, y or x. Of an axis that was
-    split, ``stride`` is the distance of the piece's neighbours in the whole axis."""
+    split, ``stride`` is the distance of the piece's neighbours in the whole axis; of channels
+    that are only repeated it is 0."""
 
     kind: str
     lengths: Lengths
@@ -119,16 +120,19 @@ class Settling:
     """What brings a value's axes into the order of layers.
 
     First ``subsample`` (a factor per axis z, y, x) moves voxels into channels, then ``channels``
-    is the order in which channels are taken, then ``spread`` moves channels into voxels.
+    is the order in which channels are taken, then ``spread`` moves channels into voxels, then
+    every voxel is taken ``repeat`` times.
     """
 
     subsample: tuple[int, int, int] = (1, 1, 1)
     channels: tuple[int, ...] | None = None
     spread: tuple[int, int, int] = (1, 1, 1)
+    repeat: tuple[int, int, int] = (1, 1, 1)
 
 
 def settling(value: Value, channels: int) -> Settling:
     """How to settle ``value``; raises `LayoutError` where it cannot be."""
+    value, repeat = _unrepeated(value)
     home: dict[str, int] = {}
     for index, axis in enumerate(value.axes):
         for piece in axis:
@@ -158,7 +162,19 @@ def settling(value: Value, channels: int) -> Settling:
             spread[axis_index] = prod(p.length for p in pieces[1:])
             order += pieces[1:]
     z, y, x = spread
-    return Settling(subsample, _channel_order(order, channels, subsample), (z, y, x))
+    return Settling(subsample, _channel_order(order, channels, subsample), (z, y, x), repeat)
+
+
+def _unrepeated(value: Value) -> tuple[Value, tuple[int, int, int]]:
+    """The value without what only repeats the voxels before it, and how often it repeats them."""
+    axes, repeat = [], dict.fromkeys(SPACE, 1)
+    for axis in value.axes:
+        kept = list(axis)
+        kind = next((p.kind for p in kept if p.kind in SPACE), None)
+        while kind and len(kept) > 1 and kept[-1].kind == "c" and kept[-1].stride == 0:
+            repeat[kind] *= kept.pop().length
+        axes.append(tuple(kept))
+    return Value(value.layer, tuple(axes)), (repeat["z"], repeat["y"], repeat["x"])
 
 
 def _outermost(value: Value, piece: Piece) -> int:

@@ -201,9 +201,12 @@ class _Model:
             )
         dims = dims or [0] * rank
         space = SPACE[-(rank - 2) :]
-        kinds = f"n{space}c" if self._channels_last(name, rank) else f"nc{space}"
+        wanted = kernels[0].shape[1] * kernels[1] if kernels else 0
+        # converters from TensorFlow keep channels last, and reshape where there is but one
+        last = self._channels_last(name, rank) or (wanted > 0 and dims[1] != wanted == dims[-1])
+        kinds = f"n{space}c" if last else f"nc{space}"
         declared = dict(zip(kinds, dims, strict=True))
-        channels = declared["c"] or (kernels[0].shape[1] * kernels[1] if kernels else 0)
+        channels = declared["c"] or wanted
         if not 1 <= channels <= LARGEST:
             raise NetworkError(f"the input {name!r} does not say how many channels it has")
         sizes = tuple(declared[k] if k in space else 1 for k in SPACE)

@@ -307,6 +307,8 @@ def _grown(
 ) -> Value:
     """One axis of a single element, ``target`` long."""
     kind = value.kinds()[axis]
+    if _is_extra(reader, value, axis) and len(set(target)) == 1:
+        return _doubled(reader, value, axis, target[0])
     if len(set(target)) == 1 and not value.pieces("c") and kind not in SPACE:
         return repeated(reader, proto, value, axis, target[0])
     if kind not in SPACE or not kind or not reader.assembly.reduced(value)[SPACE.index(kind)]:
@@ -338,6 +340,9 @@ def _tile(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     for axis, times in enumerate(listed):
         if set(times) == {1}:
             continue
+        if _is_extra(reader, value, axis) and len(set(times)) == 1:
+            value = _doubled(reader, value, axis, times[0])
+            continue
         if not _of_channels(reader, proto, value, axis):
             raise UnsupportedNode("only channels can be repeated")
         length = reader.assembly.lengths(value, axis)[0]
@@ -347,6 +352,23 @@ def _tile(reader: GraphReader, proto: onnx.NodeProto) -> Value:
             check_channels(length * times[0])
             value = selected(reader, proto, value, axis, list(range(length)) * times[0])
     return value
+
+
+def _is_extra(reader: GraphReader, value: Value, axis: int) -> bool:
+    """Whether an axis stands for nothing: one that was put in to repeat what lies before it,
+    where all axes of the input have their place elsewhere."""
+    present = {p.kind for pieces in value.axes for p in pieces}
+    everything = set(reader.assembly.entry.kinds) <= present
+    return not value.axes[axis] and (everything or value.kinds()[axis] == "")
+
+
+def _doubled(reader: GraphReader, value: Value, axis: int, times: int) -> Value:
+    """An axis that stands for nothing, ``times`` long; merged with the axis before it, it repeats
+    every voxel, as `numpy.repeat` does."""
+    piece = Piece("c", (times,) * reader.assembly.probes, stride=0)
+    return replace(
+        value, axes=tuple((piece,) if i == axis else a for i, a in enumerate(value.axes))
+    )
 
 
 def _depth_to_space(reader: GraphReader, proto: onnx.NodeProto) -> Value:
