@@ -7,14 +7,16 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import dask
-from distributed import Client, as_completed
+from distributed import Client, Future, as_completed
 
 from znni_dask import planner
 from znni_dask.geometry import Box
 from znni_dask.job import BlockMaker, Job, make_block
 
+T = TypeVar("T")
 _LOOPBACK = "127.0.0.1:0"  # distributed's web servers listen to all the world unless told
 
 
@@ -39,13 +41,41 @@ def connected(client: Client | None) -> Iterator[Client]:
         yield local
 
 
+def feed(
+    waiting: Iterator[T],
+    submit: Callable[[T], Future],
+    in_flight: int,
+    finished: Callable[[T, Future], bool],
+) -> None:
+    """Keep ``in_flight`` tasks going until none are waiting.
+
+    ``submit`` begins one; ``finished`` takes its result or error, and says whether to begin more.
+    """
+    running = as_completed()
+    items: dict[str, T] = {}
+
+    def begin(count: int) -> None:
+        for item in itertools.islice(waiting, count):
+            future = submit(item)
+            items[future.key] = item
+            running.add(future)
+
+    going = True
+    begin(in_flight)
+    for future in running:
+        going = finished(items.pop(future.key), future) and going
+        future.release()
+        if going:
+            begin(1)
+
+
 def make_blocks(
     client: Client,
     job: Job,
     waiting: Iterator[tuple[int, Box]],
     finished: Callable[[int, Box, BaseException | None], None],
 ) -> None:
-    """Feed blocks (time point, box) through a window of those in flight.
+    """Feed blocks (time point, box) to the workers, a bounded number in flight.
 
     ``finished`` is told of every block, and of the error where it failed. Where the disk is full
     no more blocks are begun.
@@ -53,27 +83,19 @@ def make_blocks(
     maker = BlockMaker(job)
     client.register_plugin(maker)
     workers = len(client.scheduler_info()["workers"])
-    running = as_completed()
-    places: dict[str, tuple[int, Box]] = {}
 
-    def submit(count: int) -> None:
-        for moment, block in itertools.islice(waiting, count):
-            key = f"{maker.name}-{moment}-{block}"
-            future = client.submit(make_block, maker.name, moment, block, key=key, pure=False)
-            places[future.key] = (moment, block)
-            running.add(future)
+    def submit(place: tuple[int, Box]) -> Future:
+        moment, block = place
+        key = f"{maker.name}-{moment}-{block}"
+        return client.submit(make_block, maker.name, moment, block, key=key, pure=False)
 
-    full = False
+    def done(place: tuple[int, Box], future: Future) -> bool:
+        error = future.exception()
+        finished(*place, error)
+        return not is_full(error)
+
     try:
-        submit(job.plan.blocks_in_flight * max(workers, 1))
-        for future in running:
-            moment, block = places.pop(future.key)
-            error = future.exception()
-            future.release()
-            finished(moment, block, error)
-            full = full or is_full(error)
-            if not full:
-                submit(1)
+        feed(waiting, submit, job.plan.blocks_in_flight * max(workers, 1), done)
     finally:
         client.unregister_worker_plugin(maker.name)
 

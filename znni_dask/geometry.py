@@ -31,6 +31,20 @@ class Box:
         """The same box moved by ``offset``."""
         return Box(add(self.start, offset), add(self.stop, offset))
 
+    def seen_from(self, corner: Size) -> Box:
+        """The same box, counted from ``corner``."""
+        return Box(subtract(self.start, corner), subtract(self.stop, corner))
+
+    def shared(self, other: Box) -> Box | None:
+        """What both boxes hold; None where that is nothing.
+
+        >>> print(Box((0, 0, 0), (4, 4, 4)).shared(Box((2, 3, -1), (9, 9, 9))))
+        2:4, 3:4, 0:4
+        """
+        start = triple(map(max, self.start, other.start))
+        stop = triple(map(min, self.stop, other.stop))
+        return Box(start, stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
+
     def clipped(self, size: Size) -> Box:
         """The part inside ``[0, size)``; where nothing is left, an empty box inside it."""
         start = triple(min(max(a, 0), n) for a, n in zip(self.start, size, strict=True))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from znni_dask import planner
 from znni_dask.executors.serial import SerialExecutor
-from znni_dask.geometry import Box, Size, subtract, triple
+from znni_dask.geometry import Box, Size, triple
 from znni_dask.network.network import Network
 from znni_dask.primitives.base import Array
 from znni_dask.schedule import Schedules
@@ -103,5 +103,5 @@ class WindowBlocks:
         self._executor.close()
 
     def _answer(self, window: Box, values: Any, corner: Size) -> Array:
-        z, y, x = window.shifted(subtract((0, 0, 0), corner)).slices
+        z, y, x = window.seen_from(corner).slices
         return self._executor.apply(values[:, z, y, x])

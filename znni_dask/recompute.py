@@ -13,7 +13,7 @@ from znni_dask import planner
 from znni_dask.application import Application, Laid
 from znni_dask.errors import MemoryLimitError, RunError, VolumeError
 from znni_dask.executors.serial import SerialExecutor
-from znni_dask.geometry import Box, Size, add, subtract, text, triple
+from znni_dask.geometry import Box, Size, add, text, triple
 from znni_dask.machine import show_bytes
 from znni_dask.patches import Layout
 from znni_dask.patchwise import WindowBlocks
@@ -97,9 +97,9 @@ def halo_error(
             made = np.full_like(answer, np.nan)
             for patch in _patches_over(box, plan, exact.output_size):
                 around = recompute(near, source, patch, **how)
-                first = triple(map(max, box.start, patch.start))
-                part = Box(first, triple(map(min, box.stop, patch.stop)))
-                here, there = (part.shifted(subtract((0, 0, 0), b.start)) for b in (box, patch))
+                part = box.shared(patch)
+                assert part is not None
+                here, there = part.seen_from(box.start), part.seen_from(patch.start)
                 made[(slice(None), *here.slices)] = around[(slice(None), *there.slices)]
         except RunError as error:
             raise VolumeError(f"where the error of a halo is measured, {error}") from None
@@ -128,10 +128,7 @@ def _patches_over(box: Box, plan: Plan, size: Size) -> Iterator[Box]:
         start = triple(corner)
         stop = triple(min(a + b, n) for a, b, n in zip(start, plan.block, size, strict=True))
         for patch in planner.patches_of(Box(start, stop), plan.patch):
-            if all(
-                a < d and c < b
-                for a, b, c, d in zip(patch.start, patch.stop, box.start, box.stop, strict=True)
-            ):
+            if patch.shared(box):
                 yield patch
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.errors import NetworkError, OptionError, VolumeError
-from znni_dask.geometry import AXES, Box, Size, ceil_divide, subtract, text, tiles, triple
+from znni_dask.geometry import AXES, Box, Size, ceil_divide, text, tiles, triple
 from znni_dask.network.field_of_view import Interval, sizes_of
 from znni_dask.network.network import Network
 from znni_dask.patches import Patch, check_boundary
@@ -262,12 +262,9 @@ class WindowGrid:
 
     def place_in(self, window: Box, block: Box) -> tuple[Box, Box]:
         """The part of a block that a window covers: in voxels of the block, and of the window."""
-        first = triple(max(a, b) for a, b in zip(window.start, block.start, strict=True))
-        last = triple(min(a, b) for a, b in zip(window.stop, block.stop, strict=True))
-        shared = Box(first, last)
-        return tuple(  # type: ignore[return-value]
-            shared.shifted(subtract((0, 0, 0), corner)) for corner in (block.start, window.start)
-        )
+        shared = window.shared(block)
+        assert shared is not None  # only windows that touch a block are behind it
+        return shared.seen_from(block.start), shared.seen_from(window.start)
 
 
 def _grid(n: int, window: int, interval: int) -> list[int]:

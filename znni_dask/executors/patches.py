@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from znni_dask import planner
 from znni_dask.executors.serial import SerialExecutor
-from znni_dask.geometry import Box, Size, subtract
+from znni_dask.geometry import Box, Size
 from znni_dask.patches import Layout
 from znni_dask.plan import Plan
 from znni_dask.schedule import Schedules
@@ -34,10 +34,10 @@ class PatchBlocks:
         made = np.empty((channels, *block.size), encoding.dtype)
         for box in planner.patches_of(block, self._plan.patch):
             todo = self._schedules.schedule(box)
-            z, y, x = todo.input.shifted(subtract((0, 0, 0), corner)).slices
+            z, y, x = todo.input.seen_from(corner).slices
             answer = np.empty((channels, *box.size), np.float32)
             self._executor.run(todo, values[:, z, y, x], answer)
-            here = box.shifted(subtract((0, 0, 0), block.start)).slices
+            here = box.seen_from(block.start).slices
             made[(slice(None), *here)] = encoding.encode(answer)
         return made
 
