@@ -48,6 +48,13 @@ class Job:
     targets: tuple[Target, ...] = ()
 
 
+def blocks_by(laid: Layout | WindowGrid, plan: Plan) -> PatchBlocks | WindowBlocks:
+    """What computes the blocks of an answer; it holds threads and memory until it is closed."""
+    if isinstance(laid, Layout):
+        return PatchBlocks(laid, plan)
+    return WindowBlocks(laid, plan.threads)
+
+
 class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
     """Lives on a worker and makes blocks there.
 
@@ -61,12 +68,7 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
     def setup(self, worker: Any) -> None:
         """Prepare what all blocks share."""
         self._computing = threading.Lock()
-        laid, plan = self.job.laid, self.job.plan
-        self._blocks = (
-            PatchBlocks(laid, plan)
-            if isinstance(laid, Layout)
-            else WindowBlocks(laid, plan.threads)
-        )
+        self._blocks = blocks_by(self.job.laid, self.job.plan)
 
     def teardown(self, worker: Any) -> None:
         """End the executor's threads."""

@@ -250,3 +250,19 @@ def source_index(start: int, stop: int, n: int, boundary: str) -> list[int]:
         period = max(2 * (n - 1), 1)
         return [min(i % period, period - i % period) if n > 1 else 0 for i in range(start, stop)]
     return [min(max(i, 0), n - 1) for i in range(start, stop)]
+
+
+def source_box(box: Box, size: Size, boundary: str) -> Box | None:
+    """The voxels of a volume of ``size`` that stand in ``box``, which may reach beyond it; None
+    where all of that is the constant.
+
+    >>> print(source_box(Box((-3, 0, 2), (1, 4, 9)), (5, 5, 5), "reflect"))
+    0:4, 0:4, 0:5
+    """
+    spans = []
+    for start, stop, n in zip(box.start, box.stop, size, strict=True):
+        inside = [i for i in source_index(start, stop, n, boundary) if i >= 0]
+        if not inside:
+            return None
+        spans.append((min(inside), max(inside) + 1))
+    return Box(triple(a for a, _ in spans), triple(b for _, b in spans))

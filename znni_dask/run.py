@@ -15,18 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from distributed import Client
 
+from znni_dask import options
 from znni_dask.application import Application
-from znni_dask.errors import OptionError, RunError
+from znni_dask.errors import RunError
 from znni_dask.feeding import connected, is_full, make_blocks
-from znni_dask.geometry import Box, Size, triple, volume
+from znni_dask.geometry import Box, Size, volume
 from znni_dask.importers import load_network
 from znni_dask.job import Job
 from znni_dask.journal import Journal, journal_of
 from znni_dask.kernels.warm import compile_kernels
-from znni_dask.machine import MemoryMeter, available_bytes, cores, parse_bytes
+from znni_dask.machine import MemoryMeter
 from znni_dask.network.network import Network
 from znni_dask.passes import PlannedPass, Request, create_outputs, is_complete, plan_pass
 from znni_dask.plan import Plan
@@ -34,11 +34,9 @@ from znni_dask.recompute import HaloError
 from znni_dask.storage import output as store
 from znni_dask.storage.output import Encoding
 from znni_dask.storage.volume import open_volume
-from znni_dask.windows import Patchwise
 
 Progress = Callable[[int, int], None]
 _SHOWN_FAILURES = 3
-_SHARE_OF_FREE = 0.8  # of the free memory, when no limit is given
 
 
 @dataclass(frozen=True)
@@ -154,26 +152,23 @@ def run(
     InputError before anything is written; `RunError` at the end where blocks failed, after all
     others were written.
     """
-    if nan is not None and not np.isfinite(nan):
-        raise OptionError(f"nan={nan} replaces NaN by what is no number: give a finite value")
-    window = _size_option("patchwise", patchwise)
+    options.check_replacement(nan)
+    window = options.size("patchwise", patchwise)
     application = Application(
         load_network(network, window),
         open_volume(input, axes, channels, level),
         boundary,
         nan,
-        _windows(window, overlap, weights, _size_option("step", step)),
-        _size_option("halo", halo),
+        options.windows(window, overlap, weights, options.size("step", step)),
+        options.size("halo", halo),
     )
     request = Request(
         encoding=Encoding(dtype, *value_range),
-        patch=_size_option("patch", patch),
-        chunks=_size_option("chunks", chunks),
-        shards=_size_option("shards", shards),
-        allowed_bytes=(
-            parse_bytes(memory) if memory is not None else int(_SHARE_OF_FREE * available_bytes())
-        ),
-        threads=computing_threads(threads),
+        patch=options.size("patch", patch),
+        chunks=options.size("chunks", chunks),
+        shards=options.size("shards", shards),
+        allowed_bytes=options.allowed_bytes(memory),
+        threads=options.computing_threads(threads),
     )
     groups = application.passes(outputs)
     described = _described(application, groups, request)
@@ -236,38 +231,6 @@ def _begun(
     if journal is not None:
         journal.check(described)
     return place, journal
-
-
-def _windows(
-    window: Size | None, overlap: float, weights: str, step: Size | None
-) -> Patchwise | None:
-    if window is None:
-        if step is not None:
-            raise OptionError("step is the distance of windows: give their size with patchwise")
-        return None
-    return Patchwise(window, overlap, weights, step)
-
-
-def computing_threads(threads: int | None) -> int:
-    """The threads asked for, all cores where none are; raises `OptionError`."""
-    if threads is None:
-        return cores()
-    if not isinstance(threads, int) or threads < 1:
-        raise OptionError(f"threads {threads!r}: a whole number is wanted, at least one")
-    return threads
-
-
-def _size_option(name: str, value: Size | int | None) -> Size | None:
-    """An option given as (z, y, x) or as one number."""
-    if value is None:
-        return None
-    values = (value,) * 3 if isinstance(value, int) else tuple(value)
-    least = 0 if name == "halo" else 1
-    whole = all(isinstance(v, int | np.integer) and v >= least for v in values)
-    if len(values) != 3 or not whole:
-        kind = "whole numbers, not negative," if least == 0 else "positive whole numbers"
-        raise OptionError(f"{name} {value!r} is no size: give three {kind} z, y, x")
-    return triple(values)
 
 
 def _make_all(

@@ -20,10 +20,10 @@ from znni_dask.errors import OptionError, OutputError
 from znni_dask.geometry import Box, Size, add, triple
 from znni_dask.importers import load_network
 from znni_dask.network.network import Network
+from znni_dask.options import computing_threads
 from znni_dask.patches import Layout
 from znni_dask.primitives.base import Array
 from znni_dask.recompute import recompute
-from znni_dask.run import computing_threads
 from znni_dask.storage.output import Encoding
 from znni_dask.storage.volume import Volume, open_volume
 from znni_dask.windows import WindowGrid

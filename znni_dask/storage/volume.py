@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from znni_dask.errors import RunError, VolumeError
 from znni_dask.geometry import Box, Size, triple, volume
-from znni_dask.patches import source_index
+from znni_dask.patches import source_box, source_index
 from znni_dask.storage import opening
 from znni_dask.storage.stored import Stored, Three, Units, reason
 
@@ -162,16 +162,13 @@ class Volume:
 
         NaN and infinity are replaced by ``nan``; without it they raise `RunError` with a place.
         """
-        places = [
-            np.asarray(source_index(a, b, n, boundary), np.intp)
-            for a, b, n in zip(box.start, box.stop, self.size, strict=True)
-        ]
-        inside = [p[p >= 0] for p in places]
-        if any(p.size == 0 for p in inside):  # all of it is the constant
+        stored = source_box(box, self.size, boundary)
+        if stored is None:  # all of it is the constant
             return np.zeros((self.channels, *box.size), self.dtype)
-        stored = Box(triple(int(p.min()) for p in inside), triple(int(p.max()) + 1 for p in inside))
         values = self._finite(self.read(stored, time), stored, nan)
-        for axis, (index, first) in enumerate(zip(places, stored.start, strict=True), start=1):
+        spans = zip(box.start, box.stop, self.size, stored.start, strict=True)
+        for axis, (start, stop, n, first) in enumerate(spans, start=1):
+            index = np.asarray(source_index(start, stop, n, boundary), np.intp)
             if index.size == values.shape[axis] and np.array_equal(
                 index, np.arange(first, first + index.size)
             ):

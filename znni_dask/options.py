@@ -1,0 +1,56 @@
+"""Options as users give them, checked: what running and lazy arrays have in common."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from znni_dask.errors import OptionError
+from znni_dask.geometry import Size, triple
+from znni_dask.machine import available_bytes, cores, parse_bytes
+from znni_dask.windows import Patchwise
+
+_SHARE_OF_FREE = 0.8  # of the free memory, when no limit is given
+
+
+def size(name: str, value: Size | int | None) -> Size | None:
+    """An option given as (z, y, x) or as one number; raises `OptionError`."""
+    if value is None:
+        return None
+    values = (value,) * 3 if isinstance(value, int) else tuple(value)
+    least = 0 if name == "halo" else 1
+    whole = all(isinstance(v, int | np.integer) and v >= least for v in values)
+    if len(values) != 3 or not whole:
+        kind = "whole numbers, not negative," if least == 0 else "positive whole numbers"
+        raise OptionError(f"{name} {value!r} is no size: give three {kind} z, y, x")
+    return triple(values)
+
+
+def windows(
+    window: Size | None, overlap: float, weights: str, step: Size | None
+) -> Patchwise | None:
+    """How windows are laid, where any are wanted; raises `OptionError`."""
+    if window is None:
+        if step is not None:
+            raise OptionError("step is the distance of windows: give their size with patchwise")
+        return None
+    return Patchwise(window, overlap, weights, step)
+
+
+def check_replacement(nan: float | None) -> None:
+    """Raise `OptionError` where NaN would be replaced by what is no number."""
+    if nan is not None and not np.isfinite(nan):
+        raise OptionError(f"nan={nan} replaces NaN by what is no number: give a finite value")
+
+
+def allowed_bytes(memory: str | float | None) -> int:
+    """The memory asked for, 80 % of what is free where none is; raises `OptionError`."""
+    return parse_bytes(memory) if memory is not None else int(_SHARE_OF_FREE * available_bytes())
+
+
+def computing_threads(threads: int | None) -> int:
+    """The threads asked for, all cores where none are; raises `OptionError`."""
+    if threads is None:
+        return cores()
+    if not isinstance(threads, int) or threads < 1:
+        raise OptionError(f"threads {threads!r}: a whole number is wanted, at least one")
+    return threads
