@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -178,6 +179,21 @@ def test_nan_is_refused_with_its_place_or_replaced(value, tmp_path):
     replaced = volume.read_extended(Box((1, 1, 1), (4, 5, 6)), "reflect", nan=7)
     assert replaced[0, 1, 2, 3] == 7
     assert (volume.read_extended(Box((0, 0, 0), (2, 5, 6)), "reflect") == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_nan_takes_no_more_memory_than_is_counted(dtype, tmp_path):
+    np.save(tmp_path / "a.npy", np.full((64, 64, 64), np.nan, dtype))
+    volume = open_volume(tmp_path / "a.npy")
+    counted = volume.read_bytes(volume.size) + (64 << 10)  # of objects, not of values
+    tracemalloc.start()
+    volume.read_extended(Box((0, 0, 0), volume.size), "reflect", nan=7)
+    assert tracemalloc.get_traced_memory()[1] <= counted
+    tracemalloc.reset_peak()
+    with pytest.raises(RunError, match="262144 such values"):
+        volume.read_extended(Box((0, 0, 0), volume.size), "reflect")
+    assert tracemalloc.get_traced_memory()[1] <= counted
+    tracemalloc.stop()
 
 
 def broken(kind, folder):

@@ -98,7 +98,8 @@ class Volume:
         return triple(grid[self.axes.index(a)] if a in self.axes else 1 for a in "zyx")
 
     def read(self, box: Box, time: int = 0) -> Values:
-        """The values within ``box`` at one time point, (channel, z, y, x), in the stored type."""
+        """The values within ``box`` at one time point, (channel, z, y, x), in the stored type; an
+        array of the caller's own."""
         if not box.within(self.size) or not 0 <= time < self.times:
             raise ValueError(
                 f"box {box} at time {time} reaches out of a volume of size {self.size} at "
@@ -181,8 +182,8 @@ class Volume:
     def read_bytes(self, size: Size) -> int:
         """Memory that `read_extended` takes at most for a box of ``size``, its result included.
 
-        An extended box is copied once more, and so are floats other than float32; what decodes
-        holds some chunks beside the result.
+        An extended box is copied once more, and so are floats other than float32; floats take a
+        byte each for finding NaN. What decodes holds some chunks beside the result.
         """
         result = self.channels * max(self.dtype.itemsize, 4) * volume(size)
         lengths = dict(zip("zyx", size, strict=True)) | {"c": self.channels, "t": 1}
@@ -197,20 +198,19 @@ class Volume:
             return values
         with np.errstate(over="ignore"):
             floats = values.astype(np.float32, copy=False)
-        bad = ~np.isfinite(floats)
+        bad = np.isfinite(floats)
+        np.logical_not(bad, out=bad)
         if not bad.any():
             return floats
         if nan is None:
-            c, *place = (int(i[0]) for i in np.nonzero(bad))
+            c, *place = (int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
             at = [a + b for a, b in zip(box.start, place, strict=True)]
             raise RunError(
                 f"the volume holds {values[c, place[0], place[1], place[2]]} at z, y, x = {at} "
                 f"(channel {c}) and {int(bad.sum())} such values in this block, which are no "
                 "finite float32: replace them with --nan VALUE"
             )
-        if floats is values:
-            floats = values.astype(np.float32)
-        floats[bad] = nan
+        floats[bad] = nan  # in place: what was read belongs to nobody else
         return floats
 
 
