@@ -146,6 +146,35 @@ def test_patches_of_a_block_cover_it_once():
     assert count.sum() == block.voxels
 
 
+@pytest.mark.parametrize(
+    ("family", "seed", "halo"),
+    [
+        *((family, seed, None) for family, seed in [*graphs.ALL[::3], ("even", 0), ("finer", 0)]),
+        *((family, seed, (2, 1, 3)) for family, seed in [("flat", 0), ("unet", 2)]),
+    ],
+)
+def test_a_few_patches_stand_for_all_of_a_long_volume(family, seed, halo):
+    network = graphs.graph(family, seed)
+    for boundary, block, patch in (
+        ("reflect", (14, 10, 16), (14, 5, 6)),
+        ("valid", (7, 16, 9), (7, 16, 4)),
+    ):
+        layout = Layout(network, (901, 700, 802), boundary, halo)
+        schedules = Schedules(layout, choose_primitives(layout))
+        every = [
+            {
+                (a, min(a + p, first + b, n))
+                for first in range(0, n, b)
+                for a in range(first, min(first + b, n), p)
+            }
+            for n, b, p in zip(layout.output_size, block, patch, strict=True)
+        ]
+        few = spans(layout, block, patch)
+        assert schedules.envelope(few) == schedules.envelope(every)
+        longer = replace(layout, size=(90100, 70000, 80200))
+        assert sum(map(len, spans(longer, block, patch))) < 600
+
+
 def test_a_plan_survives_json_and_edited_plans_are_checked():
     wanted = request(graphs.graph("chain", 0))
     made = plan(wanted)

@@ -129,6 +129,23 @@ class Layout:
             if any(node.layer.window(axis).stride > 1 for axis in range(3))
         )
 
+    @cached_property
+    def periods(self) -> Size:
+        """The network's alignment in voxels of the answer: patches that lie so far apart are alike,
+        but for the ends of the volume."""
+        return triple(
+            max(1, int(alignment / stride))
+            for alignment, stride in zip(self.geometry.alignment, self.output_stride, strict=True)
+        )
+
+    @cached_property
+    def reaches(self) -> Size:
+        """How far from the ends of the answer, in its voxels, patches may feel them."""
+        return triple(
+            ceil(2 * (axis.field_of_view + axis.alignment + halo) / axis.output_stride)
+            for axis, halo in zip(self.geometry.axes, self.halo or (0, 0, 0), strict=True)
+        )
+
     @property
     def fragments(self) -> Size:
         """Fragments per axis that a dense network's output falls into; 1 for all others."""

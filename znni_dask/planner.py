@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import product
+from math import gcd
 from typing import TypeVar
 
 from znni_dask.costs import estimated_seconds
@@ -79,7 +81,6 @@ class _Candidate:
     patch: Size
     seconds_per_voxel: float
     flops_per_voxel: float
-    least_bytes: int
 
 
 def plan(request: Request) -> Plan:
@@ -90,12 +91,13 @@ def plan(request: Request) -> Plan:
         (_rate(request, schedules, block, patch) for block, patch in _sizes(request)),
         key=lambda c: (c.seconds_per_voxel, -volume(c.patch), -volume(c.block)),
     )
+    least = cache(partial(_least_bytes, request, schedules))
     best = most_in_flight(
-        lambda in_flight: _first_that_fits(request, schedules, ranked, in_flight),
+        lambda in_flight: _first_that_fits(request, schedules, ranked, least, in_flight),
         lambda candidate: candidate.seconds_per_voxel,
     )
     if best is None:
-        smallest = min(ranked, key=lambda c: (c.least_bytes, volume(c.block)))
+        smallest = min(ranked, key=lambda c: (least(c.patch), volume(c.block)))
         raise MemoryLimitError(_refusal(request, schedules, smallest))
     candidate, in_flight, needed = best
     choices = tuple(Choice(name, primitive.name) for name, primitive in primitives.items())
@@ -128,7 +130,11 @@ def most_in_flight(
 
 
 def _first_that_fits(
-    request: Request, schedules: Schedules, ranked: list[_Candidate], in_flight: int
+    request: Request,
+    schedules: Schedules,
+    ranked: list[_Candidate],
+    least: Callable[[Size], int],
+    in_flight: int,
 ) -> tuple[_Candidate, int] | None:
     """The best candidate within the memory allowed, and its predicted bytes.
 
@@ -136,7 +142,7 @@ def _first_that_fits(
     figure, over all patches of the run, is computed only for those that pass it.
     """
     for candidate in ranked:
-        if candidate.least_bytes <= request.allowed_bytes:
+        if least(candidate.patch) <= request.allowed_bytes:
             needed = predicted_bytes(
                 request, schedules, candidate.block, candidate.patch, in_flight
             )
@@ -197,6 +203,12 @@ def predicted_bytes(
     return _computing_bytes(request, schedules, sizes, patch) + encoded + in_flight * per_block
 
 
+def _least_bytes(request: Request, schedules: Schedules, patch: Size) -> int:
+    """Memory of the process that one patch inside the volume takes, blocks not counted."""
+    sizes = schedules.sizes(_largest_box(request.layout, patch))
+    return _computing_bytes(request, schedules, sizes, patch)
+
+
 def _computing_bytes(
     request: Request, schedules: Schedules, sizes: Mapping[str, Size], patch: Size
 ) -> int:
@@ -226,15 +238,22 @@ def patches_of(block: Box, patch: Size) -> Iterator[Box]:
 
 
 def spans(layout: Layout, block: Size, patch: Size) -> list[list[Interval]]:
-    """Along every axis the extents (start, stop) of all patches of a run."""
-    return [
-        [
-            (start, min(start + patch[axis], first + block[axis], n))
-            for first in range(0, n, block[axis])
-            for start in range(first, min(first + block[axis], n), patch[axis])
-        ]
-        for axis, n in enumerate(layout.output_size)
-    ]
+    """Along every axis the extents (start, stop) of the patches of a run; of blocks that lie
+    alike, far from both ends of the answer, a few stand for all."""
+    found: list[list[Interval]] = []
+    for axis, n in enumerate(layout.output_size):
+        period = layout.periods[axis]
+        few = ceil_divide(layout.reaches[axis], block[axis]) + period // gcd(period, block[axis])
+        starts = range(0, n, block[axis])
+        chosen = sorted({*starts[: few + 1], *starts[-few - 1 :]})
+        found.append(
+            [
+                (start, min(start + patch[axis], first + block[axis], n))
+                for first in chosen
+                for start in range(first, min(first + block[axis], n), patch[axis])
+            ]
+        )
+    return found
 
 
 def _largest_box(layout: Layout, block: Size) -> Box:
@@ -255,7 +274,7 @@ def _sizes(request: Request) -> list[tuple[Size, Size]]:
         patch = triple(min(p, n) for p, n in zip(request.patch, layout.output_size, strict=True))
         block = request.block or triple(round_up(p, u) for p, u in zip(patch, unit, strict=True))
         return [(block, triple(min(p, b) for p, b in zip(patch, block, strict=True)))]
-    granules = multiply(layout.fragments, _alignment(layout))
+    granules = multiply(layout.fragments, layout.periods)
     if request.block is None:
         per_axis = [
             _axis_sizes(n, u, granule)
@@ -284,20 +303,9 @@ def _parts(length: int, granule: int) -> set[int]:
     return parts | {min(granule, length)}
 
 
-def _alignment(layout: Layout) -> Size:
-    """The network's alignment in voxels of its output."""
-    return triple(
-        max(1, int(alignment / stride))
-        for alignment, stride in zip(
-            layout.geometry.alignment, layout.geometry.output_stride, strict=True
-        )
-    )
-
-
 def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _Candidate:
     box = _largest_box(request.layout, patch)
-    sizes = schedules.sizes(box)
-    steps = schedules.steps(sizes)
+    steps = schedules.steps(schedules.sizes(box))
     seconds = schedules.repeats * estimated_seconds(steps, request.threads)
     flops = schedules.repeats * sum(s.primitive.flops(s.problem) for s in steps)
     # patches at the ragged end make fewer voxels, but cost nearly as much
@@ -309,7 +317,6 @@ def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _
         patch,
         seconds / (box.voxels * used),
         flops / box.voxels,
-        _computing_bytes(request, schedules, sizes, patch),
     )
 
 
