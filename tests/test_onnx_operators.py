@@ -655,6 +655,35 @@ def test_what_is_resized_to_a_size_has_that_size_or_the_size_is_not_mapped(tmp_p
         assert same.fingerprint == network.fingerprint
 
 
+@pytest.mark.parametrize("where", ["SAME_UPPER", "SAME_LOWER"])
+def test_same_padding_of_a_stride_is_that_of_sizes_it_divides(where, tmp_path):
+    """How much is padded, and where, depends on the size: others than multiples are not mapped,
+    though a shortcut's window of one voxel would lose nothing at odd ones. Written and read back
+    too."""
+    same = {"auto_pad": where, "strides": [2, 2, 2]}
+    proto = model(
+        [
+            node("Conv", "x w", "c", **same),
+            node("MaxPool", "x", "p", kernel_shape=[4, 4, 4], **same),
+            node("Conv", "p v", "q", auto_pad=where),
+            node("Conv", "x v", "s", **same),
+            node("Sum", "c q s"),
+        ],
+        {"w": f4(3, 2, 3, 2, 4), "v": f4(3, 2, 1, 1, 1)},
+    )
+    network = loaded(proto, tmp_path)
+    x = f4(1, 2, 6, 8, 10)
+    want = ReferenceEvaluator(proto).run(None, {"x": x})[0][0]
+    for again in (network, loaded(to_onnx(network), tmp_path)):
+        assert again.fingerprint == network.fingerprint
+        np.testing.assert_allclose(oracle.whole(again, x[0]), want, rtol=1e-4, atol=1e-5)
+        for axis in geometry(again).axes:
+            assert axis.valid_sizes(3) == [2, 4, 6]
+            assert axis.extension(9, "reflect").size == 10
+    alone = loaded(model([node("Conv", "x w", **same)], {"w": f4(3, 2, 3, 3, 3)}), tmp_path)
+    assert geometry(alone).axes[0].valid_sizes(3) == [2, 4, 6]
+
+
 def test_negative_pads_crop(tmp_path):
     pads = np.array([0, 0, 1, -1, 0, 0, 0, 0, -2, 1])
     network = loaded(model([node("Pad", "x p")], {"p": pads}), tmp_path)

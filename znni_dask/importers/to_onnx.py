@@ -308,12 +308,21 @@ def _pooling(layer: layers.MaxPool | layers.AveragePool) -> dict[str, object]:
         "kernel_shape": layer.kernel,
         "strides": layer.stride,
         "dilations": layer.dilation,
-        "pads": layer.padding[0] + layer.padding[1],
         "ceil_mode": int(layer.ceil),
+        **_pads(layer),
     }
     if isinstance(layer, layers.AveragePool):
         attributes["count_include_pad"] = int(layer.count_padding)
     return attributes
+
+
+def _pads(
+    layer: layers.MaxPool | layers.AveragePool | layers.Conv | layers.ConvTranspose,
+) -> dict[str, object]:
+    low, high = layer.padding
+    if isinstance(layer, layers.ConvTranspose) or not layer.same:
+        return {"pads": low + high}
+    return {"auto_pad": "SAME_LOWER" if low > high else "SAME_UPPER"}
 
 
 def _convolution(layer: layers.Conv | layers.ConvTranspose) -> dict[str, object]:
@@ -323,7 +332,7 @@ def _convolution(layer: layers.Conv | layers.ConvTranspose) -> dict[str, object]
         "strides": layer.stride,
         "dilations": layer.dilation,
         "group": layer.groups,
-        "pads": low + high,
+        **_pads(layer),
     }
     if isinstance(layer, layers.ConvTranspose) and min(high) < 0:
         extra: Size = (max(0, -high[0]), max(0, -high[1]), max(0, -high[2]))

@@ -25,7 +25,8 @@ class Window:
     With ``ceil`` a last window that begins inside counts although it reaches beyond the input.
     ``reflects``: the padding is the input mirrored. ``whole``: every output depends on the whole
     axis; with ``single`` there is only one, and an ``extent`` beyond 1 is the length the axis
-    must have.
+    must have. ``same``: the padding is what inputs need for an output every ``stride`` of them
+    (TensorFlow's "same"), which depends on their number: of other numbers there are no outputs.
     """
 
     extent: int = 1
@@ -37,6 +38,7 @@ class Window:
     reflects: bool = False
     whole: bool = False
     single: bool = False
+    same: bool = False
 
     def size(self, n: int) -> int:
         """Outputs along the axis for ``n`` inputs; not positive where there are none."""
@@ -46,6 +48,8 @@ class Window:
             return (n - 1) * self.up + self.extent - self.low - self.high
         if self.reflects and max(self.low, self.high) >= n:
             return 0  # there is not enough to be mirrored
+        if self.same and self.low + self.high != same_padding(n, self.extent, self.stride):
+            return 0
         room = n + self.low + self.high - self.extent
         if not self.ceil:
             return room // self.stride + 1
@@ -54,7 +58,7 @@ class Window:
 
     def drops(self, n: int) -> int:
         """How many of ``n`` inputs no output looks at because the stride steps over them."""
-        if self.up > 1 or self.single or self.ceil:
+        if self.up > 1 or self.single or self.ceil or self.same:
             return 0
         rest = (n + self.low + self.high - self.extent) % self.stride
         return max(0, rest - max(self.high, 0))
@@ -126,3 +130,8 @@ class Window:
 
 
 SAME = Window()
+
+
+def same_padding(n: int, extent: int, stride: int) -> int:
+    """Voxels to add to ``n`` so that there is an output for every ``stride`` of them."""
+    return max((ceil_divide(n, stride) - 1) * stride + extent - n, 0)

@@ -73,10 +73,12 @@ class Conv(_Convolution):
     """Cross-correlation with ``weight`` (out, in / groups, z, y, x), plus ``bias`` (out,).
 
     ``whole``: the kernel is as large as the input of one window of the network (a flattening
-    followed by a matrix), so outputs exist for that window alone.
+    followed by a matrix), so outputs exist for that window alone. ``same``: the padding is that
+    of sizes with an output for every ``stride`` voxels; others are not taken.
     """
 
     whole: bool = False
+    same: bool = False
 
     def window(self, axis: int) -> Window:
         return Window(
@@ -86,6 +88,7 @@ class Conv(_Convolution):
             high=self.padding[1][axis],
             whole=self.whole,
             single=self.whole,
+            same=self.same and self.stride[axis] > 1,
         )
 
     @property

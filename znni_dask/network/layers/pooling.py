@@ -24,13 +24,18 @@ from znni_dask.network.window import Window
 @dataclass(frozen=True)
 class _Pool(Layer):
     """What both have: a window, of which with ``ceil`` a last one that begins inside the input
-    (or its low padding) counts although it reaches beyond, as PyTorch's ``ceil_mode`` has it."""
+    (or its low padding) counts although it reaches beyond, as PyTorch's ``ceil_mode`` has it.
+
+    ``same``: the padding is that of sizes with an output for every ``stride`` voxels; others are
+    not taken.
+    """
 
     kernel: Size
     stride: Size
     dilation: Size = ONES
     padding: Padding = NO_PADDING
     ceil: bool = False
+    same: bool = False
 
     def channels(self, inputs: Sequence[int]) -> int:
         check_window(self, self.kernel, self.stride, self.dilation, self.padding)
@@ -48,6 +53,7 @@ class _Pool(Layer):
             low=self.padding[0][axis],
             high=self.padding[1][axis],
             ceil=self.ceil and self.stride[axis] > 1,
+            same=self.same and self.stride[axis] > 1,
         )
 
     @property

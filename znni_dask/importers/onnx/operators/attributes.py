@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from znni_dask.geometry import Size, ceil_divide, triple
+from znni_dask.geometry import Size, triple
 from znni_dask.importers.onnx.assembly import UnsupportedNode
 from znni_dask.importers.onnx.graph import GraphReader
 from znni_dask.importers.onnx.layouts import SPACE, Value
 from znni_dask.network.layers import Padding, extent
+from znni_dask.network.window import same_padding
 
 
 def attributes_of(proto: onnx.NodeProto) -> dict[str, Any]:
@@ -48,6 +49,11 @@ def per_axis(
     return sizes
 
 
+def pads_same(attributes: dict[str, Any]) -> bool:
+    """Whether a window pads for an output every ``strides`` voxels."""
+    return text(attributes.get("auto_pad"), "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
+
+
 def padding(
     reader: GraphReader,
     attributes: dict[str, Any],
@@ -60,7 +66,7 @@ def padding(
     axes = value.rank - 2
     pads = [int(p) for p in attributes.get("pads", [0] * 2 * axes)]
     auto = text(attributes.get("auto_pad"), "NOTSET")
-    if auto in ("SAME_UPPER", "SAME_LOWER"):
+    if pads_same(attributes):
         totals = [_same(reader, value, i, kernel, stride, dilation) for i in range(3)]
         less, more = triple(t // 2 for t in totals), triple(t - t // 2 for t in totals)
         return (less, more) if auto == "SAME_UPPER" else (more, less)
@@ -83,8 +89,7 @@ def _same(
         return 0
     reach = extent(kernel[axis], dilation[axis])
     totals = {
-        max((ceil_divide(size[axis], stride[axis]) - 1) * stride[axis] + reach - size[axis], 0)
-        for size in reader.assembly.sizes(value)
+        same_padding(size[axis], reach, stride[axis]) for size in reader.assembly.sizes(value)
     }
     if len(totals) > 1:
         raise UnsupportedNode("the padding of auto_pad depends on the volume's size")

@@ -10,7 +10,13 @@ from znni_dask.geometry import Size, triple
 from znni_dask.importers.onnx.assembly import UnsupportedNode
 from znni_dask.importers.onnx.graph import GraphReader, Operator
 from znni_dask.importers.onnx.layouts import SPACE, Value
-from znni_dask.importers.onnx.operators.attributes import attributes_of, padding, per_axis, text
+from znni_dask.importers.onnx.operators.attributes import (
+    attributes_of,
+    padding,
+    pads_same,
+    per_axis,
+    text,
+)
 from znni_dask.importers.onnx.tensors import Constant
 from znni_dask.network import layers
 from znni_dask.network.layers import Padding, extent
@@ -59,6 +65,7 @@ def _conv(reader: GraphReader, proto: onnx.NodeProto) -> Value:
         padding(reader, attributes, value, kernel, stride, dilation),
         groups,
         bias="bias" in weights,
+        same=pads_same(attributes),
     )
     return reader.layer(proto, layer, [value], weights)
 
@@ -99,7 +106,7 @@ def _trimming(
     """What a transposed convolution takes off its output, before ``output_padding``."""
     auto = text(attributes.get("auto_pad"), "NOTSET")
     wanted = attributes.get("output_shape")
-    if wanted is None and auto not in ("SAME_UPPER", "SAME_LOWER"):
+    if wanted is None and not pads_same(attributes):
         return padding(reader, attributes, value, kernel, stride, dilation)
     totals = []
     for axis in range(3):

@@ -8,7 +8,13 @@ from znni_dask.geometry import Size
 from znni_dask.importers.onnx.assembly import UnsupportedNode
 from znni_dask.importers.onnx.graph import GraphReader, Operator
 from znni_dask.importers.onnx.layouts import Value
-from znni_dask.importers.onnx.operators.attributes import attributes_of, padding, per_axis, text
+from znni_dask.importers.onnx.operators.attributes import (
+    attributes_of,
+    padding,
+    pads_same,
+    per_axis,
+    text,
+)
 from znni_dask.network import layers
 from znni_dask.network.layers import Reduction
 
@@ -23,7 +29,9 @@ def _pool(kind: type[layers.MaxPool] | type[layers.AveragePool]) -> Operator:
         stride = per_axis(reader, attributes, "strides", value)
         dilation = per_axis(reader, attributes, "dilations", value)
         pads = padding(reader, attributes, value, kernel, stride, dilation)
-        more = {"count_padding": True} if attributes.get("count_include_pad") else {}
+        more = {"same": pads_same(attributes)}
+        if attributes.get("count_include_pad"):
+            more["count_padding"] = True
         ceil = bool(attributes.get("ceil_mode"))
         if ceil and text(attributes.get("auto_pad"), "NOTSET") == "VALID":
             raise UnsupportedNode("ceil_mode=1 with auto_pad=VALID means different things")
