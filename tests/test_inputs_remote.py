@@ -9,7 +9,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
+import aiohttp
 import fsspec
 import numpy as np
 import pytest
@@ -174,7 +176,11 @@ def test_other_files_are_read_from_folders_only(name):
         open_volume(f"https://example.org/{name}")
 
 
-class NoCredentialsError(Exception):
+class BotoCoreError(Exception):
+    """A library's own exceptions, which have no other parent."""
+
+
+class NoCredentialsError(BotoCoreError):
     """What botocore raises."""
 
 
@@ -192,12 +198,15 @@ class Guarded(MemoryFileSystem):
     ("error", "message"),
     [
         (NoCredentialsError("Unable to locate credentials"), r"credentials are missing.*anon"),
+        (aiohttp.ClientPayloadError("half of it"), r"cannot read .*half of it"),
         (PermissionError("Access Denied"), "no permission to read it.*Access Denied"),
         (TimeoutError("no answer"), "cannot be reached"),
         (OSError("something else"), "something else"),
     ],
 )
 def test_what_a_cloud_refuses_is_told(error, message, monkeypatch):
+    library = SimpleNamespace(BotoCoreError=BotoCoreError, ClientError=BotoCoreError)
+    monkeypatch.setitem(sys.modules, "botocore.exceptions", library)
     fsspec.register_implementation("guarded", Guarded, clobber=True)
     monkeypatch.setattr(Guarded, "error", error)
     with pytest.raises(VolumeError, match=message):

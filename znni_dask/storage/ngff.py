@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from znni_dask.errors import VolumeError
+from znni_dask.storage.stored import unreadable
 
 VERSION = "0.5"
 _SPACE = "zyx"
@@ -51,7 +52,7 @@ def choose_level(group: Any, place: str, level: int | str | None = None) -> Leve
 def _members(group: Any) -> str:
     try:
         return ", ".join(repr(name) for name in sorted(group.keys())) or "none"
-    except Exception:  # listing is more than many servers allow
+    except unreadable():  # listing is more than many servers allow
         return "which ones cannot be listed here"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from znni_dask.errors import VolumeError, ZnniError
 from znni_dask.storage import hdf5, tiff
-from znni_dask.storage.stored import Decoding, Found, Stored, axis_letters, reason
+from znni_dask.storage.stored import Decoding, Found, Stored, axis_letters, reason, unreadable
 
 _ZARR = ("zarr.json", ".zarray", ".zgroup")
 _SECRET = re.compile(r"//[^/@]*@|[?#].*$")
@@ -33,9 +33,7 @@ def find(path: str | Path, level: int | str | None, options: Mapping[str, Any] |
         return _find_local(place, level)
     except ZnniError:
         raise
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever a codec, file system or file format library raises
+    except unreadable() as error:
         raise VolumeError(f"cannot read {shown}: {reason(error)}") from error
 
 

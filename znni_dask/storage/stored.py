@@ -4,7 +4,12 @@ its axes."""
 from __future__ import annotations
 
 import errno
+import lzma
 import math
+import struct
+import sys
+import tokenize
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +39,17 @@ _NO_CONNECTION = {
     "EndpointConnectionError",
     "ConnectTimeoutError",
     "ReadTimeoutError",
+}
+_UNREADABLE = (  # what formats, codecs and file systems raise; damaged metadata break in any way
+    *(OSError, EOFError, BufferError, ImportError, RuntimeError, SyntaxError, tokenize.TokenError),
+    *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
+    *(struct.error, zlib.error, lzma.LZMAError, ZnniError),
+)
+_OF_CLOUDS = {
+    "aiohttp": ("ClientError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
 }
 
 
@@ -133,6 +149,13 @@ def listed(names: Sequence[str], most: int = 20) -> str:
     shown = ", ".join(repr(name) for name in names[:most])
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (shown or "none") + more
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """The exceptions by which reading fails: of Python, and of the libraries for clouds that are
+    loaded, whose own have no parent among those."""
+    loaded = ((sys.modules.get(name), own) for name, own in _OF_CLOUDS.items())
+    return (*_UNREADABLE, *(getattr(m, name) for m, own in loaded if m for name in own))
 
 
 def reason(error: BaseException) -> str:

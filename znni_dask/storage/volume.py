@@ -19,7 +19,7 @@ from znni_dask.errors import RunError, VolumeError
 from znni_dask.geometry import Box, Size, triple, volume
 from znni_dask.patches import source_box, source_index
 from znni_dask.storage import opening
-from znni_dask.storage.stored import Stored, Three, Units, reason
+from znni_dask.storage.stored import Stored, Three, Units, reason, unreadable
 
 Values = NDArray[np.generic]
 _PROBED = 10_000  # chunks tried to find the one that is damaged
@@ -119,9 +119,7 @@ class Volume:
     def _read(self, box: Box, time: int, channels: slice) -> Values:
         try:
             values = self._taken(box, time, channels)
-        except MemoryError:
-            raise
-        except Exception as error:  # whatever a codec or a file system raises
+        except unreadable() as error:
             where, cause = self._damaged(box, time, channels, error)
             notes = "".join(f" ({note})" for note in getattr(cause, "__notes__", ()))
             raise RunError(
@@ -152,7 +150,7 @@ class Volume:
             chunk = Box(triple(corner), triple(stop)).clipped(self.size)
             try:
                 self._taken(chunk, time, channels)
-            except Exception as found:
+            except unreadable() as found:
                 return chunk, found
         return box, error
 
