@@ -101,8 +101,7 @@ def save(raw_path: Path, membranes_path: Path, size: Size, seed: int) -> None:
     stores = [
         output.create(
             path,
-            output.output_layout(1, size, CHUNK, None),
-            output.Encoding("uint8"),
+            output.output_layout(1, size, CHUNK, None, dtype="uint8"),
             scale=VOXEL_NANOMETERS,
             translation=(0.0, 0.0, 0.0),
             units=("nanometer",) * 3,

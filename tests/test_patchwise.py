@@ -19,7 +19,6 @@ from znni_dask.network.build import Builder
 from znni_dask.network.field_of_view import geometry
 from znni_dask.network.layers import Arithmetic
 from znni_dask.patchwise import WindowBlocks, apply
-from znni_dask.storage.output import Encoding
 from znni_dask.storage.volume import open_volume
 from znni_dask.verify import verify
 from znni_dask.windows import Patchwise, WindowGrid
@@ -142,7 +141,7 @@ def test_the_answer_does_not_depend_on_blocks_memory_or_threads(tmp_path, client
     for box in tiles(grid.output_size, (7, 11, 13)):
         region = grid.region(box)
         given = open_volume(tmp_path / "out0.npy").read_extended(region, "constant")
-        pieces[(slice(None), *box.slices)] = maker.make(box, given, region.start, Encoding())
+        pieces[(slice(None), *box.slices)] = maker.blended(box, given, region.start)
     maker.close()
     for other in (*answers[1:], pieces):
         assert np.array_equal(other, answers[0])

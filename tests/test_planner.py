@@ -33,7 +33,8 @@ def request(network, size=(200, 200, 200), allowed=8 << 30, **options):
     return Request(
         layout=Layout(network, size, "reflect"),
         unit=(64, 64, 64),
-        item_bytes=4,
+        voxel_bytes=4,
+        encoding_bytes=4,
         read_bytes=lambda box: 2 * volume(box),
         write_bytes=1 << 20,
         baseline_bytes=100 << 20,

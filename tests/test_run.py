@@ -271,7 +271,7 @@ def wrong(case, small, folder):
         ("patch beyond memory", MemoryLimitError, "or a smaller patch"),
         ("memory text", OptionError, "12GiB"),
         ("boundary", OptionError, "reflect, nearest, constant, valid"),
-        ("dtype", OptionError, "float32, float16, uint8"),
+        ("dtype", OptionError, "float32, float16, uint8, labels"),
         ("patch", OptionError, "three positive"),
         ("threads", OptionError, "at least one"),
         ("half a thread", OptionError, "whole number"),

@@ -14,6 +14,7 @@ import zarr
 from znni_dask.errors import OptionError, OutputError, RunError, VolumeError
 from znni_dask.geometry import Box
 from znni_dask.storage import output
+from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.volume import open_volume
 
 DATA = np.random.default_rng(0).integers(0, 255, (7, 20, 30)).astype(np.uint8)
@@ -306,8 +307,7 @@ def test_what_is_no_volume_is_refused(kind, message, tmp_path):
 def made(path, channels=1, size=(20, 33, 41), chunks=(8, 16, 16), shards=None, dtype="float32"):
     return output.create(
         path,
-        output.output_layout(channels, size, chunks, shards),
-        output.Encoding(dtype),
+        output.output_layout(channels, size, chunks, shards, dtype=dtype),
         scale=(40.0, 4.0, 4.0),
         translation=(0.0, 2.0, 0.5),
         units=("nanometer", "nanometer", "nanometer"),
@@ -353,20 +353,20 @@ def test_half_a_chunk_is_never_written(box, tmp_path):
 
 def test_encodings_clip_round_and_read_back():
     values = np.array([-0.5, 0, 0.001, 0.5, 1, 3], np.float32)
-    encoding = output.Encoding("uint8")
+    encoding = Encoding("uint8")
     stored_values = encoding.encode(values.copy())
     assert stored_values.tolist() == [0, 0, 0, 128, 255, 255]
     back = encoding.decode(stored_values)
     assert np.abs(back - np.clip(values, 0, 1)).max() <= 0.5 * encoding.step(1) + 1e-6
-    wide = output.Encoding("uint8", -2, 2)
+    wide = Encoding("uint8", -2, 2)
     assert wide.encode(np.array([-2, 0, 2], np.float32)).tolist() == [0, 128, 255]
-    assert output.Encoding("float16").encode(values).dtype == np.float16
+    assert Encoding("float16").encode(values).dtype == np.float16
 
 
 @pytest.mark.parametrize("options", [{"dtype": "int32"}, {"low": 1, "high": 1}])
 def test_encodings_that_make_no_sense_are_refused(options):
     with pytest.raises(OptionError):
-        output.Encoding(**options)
+        Encoding(**options)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from znni_dask.geometry import Size, triple
 from znni_dask.network.network import Network
 from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout
-from znni_dask.storage.output import Encoding
+from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.volume import Volume
 from znni_dask.windows import Patchwise, WindowGrid
 
@@ -106,6 +106,7 @@ class Application:
             "output": output,
             "boundary": self.boundary,
             "nan": self.nan,
+            "dtype": encoding.dtype,
             "range": [encoding.low, encoding.high],
             "axes": self.volume.axes,
             "channels": self.volume.chosen,

@@ -30,7 +30,7 @@ from znni_dask.inspection import facts
 from znni_dask.machine import cores
 from znni_dask.patches import BOUNDARIES
 from znni_dask.run import run
-from znni_dask.storage.output import DTYPES
+from znni_dask.storage.encoding import DTYPES
 from znni_dask.verify import verify
 from znni_dask.windows import WEIGHTS
 
@@ -95,7 +95,12 @@ def _add_infer(infer: argparse.ArgumentParser) -> None:
     infer.add_argument("--memory", metavar="SIZE", help="bound for the process, like 12GiB")
     infer.add_argument("--patch", type=_size, metavar="Z,Y,X", help="output computed at once")
     infer.add_argument("--threads", type=int, metavar="N")
-    infer.add_argument("--dtype", choices=DTYPES, default="float32")
+    infer.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the output; labels: the number of the channel with the largest value",
+    )
     infer.add_argument(
         "--range",
         type=float,

@@ -11,15 +11,18 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from distributed import WorkerPlugin, get_worker
+from numpy.typing import NDArray
 
 from znni_dask.executors.patches import PatchBlocks
 from znni_dask.geometry import Box
 from znni_dask.patches import Layout
 from znni_dask.patchwise import WindowBlocks
 from znni_dask.plan import Plan
+from znni_dask.primitives.base import Array
 from znni_dask.storage import output as store
-from znni_dask.storage.output import Encoding
+from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.volume import Volume
 from znni_dask.windows import WindowGrid
 
@@ -29,11 +32,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A stored array, which takes channels ``first`` to ``last`` of a pass."""
+    """A stored array, which takes channels ``first`` to ``last`` of a pass, encoded."""
 
     array: zarr.Array[Any]
     first: int
     last: int
+    encoding: Encoding
+
+    def empty(self, block: Box) -> NDArray[np.generic]:
+        """Room for a block (channel, z, y, x) as it is stored."""
+        channels = self.encoding.stored_channels(self.last - self.first)
+        return np.empty((channels, *block.size), self.array.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +52,6 @@ class Job:
     laid: Layout | WindowGrid
     volume: Volume
     nan: float | None
-    encoding: Encoding
     plan: Plan
     targets: tuple[Target, ...] = ()
 
@@ -79,10 +87,17 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
         job = self.job
         region = job.laid.region(block)
         values = job.volume.read_extended(region, job.laid.boundary, job.nan, time)
+        made = [(target, target.empty(block)) for target in job.targets]
+
+        def take(box: Box, answer: Array) -> None:
+            here = (slice(None), *box.seen_from(block.start).slices)
+            for target, stored in made:
+                stored[here] = target.encoding.encode(answer[target.first : target.last])
+
         with self._computing:
-            made = self._blocks.make(block, values, region.start, job.encoding)
-        for target in job.targets:
-            store.write(target.array, block, made[target.first : target.last], time)
+            self._blocks.make(block, values, region.start, take)
+        for target, stored in made:
+            store.write(target.array, block, stored, time)
         return block.voxels
 
 

@@ -28,6 +28,11 @@ def journal_of(output: Path) -> Path:
     return output.with_name(output.name + ".journal")
 
 
+def in_json(described: Mapping[str, Any]) -> dict[str, Any]:
+    """A description as it reads back from a file, where tuples are lists."""
+    return dict(json.loads(json.dumps(described)))
+
+
 @dataclass(eq=False)
 class Journal:
     """The journal of one output. ``blocks`` is the size of the blocks of every pass. Use it as a
@@ -84,7 +89,7 @@ class Journal:
 
     def check(self, described: Mapping[str, Any]) -> None:
         """Raise `OutputError` where a run described so would give another answer."""
-        asked = json.loads(json.dumps(described))
+        asked = in_json(described)
         differing = sorted(
             key for key in {*asked, *self.described} if asked.get(key) != self.described.get(key)
         )

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from znni_dask import planner, window_planner
 from znni_dask.application import Application
 from znni_dask.errors import OptionError
 from znni_dask.geometry import Size
 from znni_dask.job import Job, Target
-from znni_dask.journal import journal_of
+from znni_dask.journal import in_json, journal_of
 from znni_dask.machine import anonymous_bytes
 from znni_dask.recompute import HaloError, halo_error
 from znni_dask.storage import output as store
-from znni_dask.storage.output import Encoding, OutputLayout
+from znni_dask.storage.encoding import Encoding
+from znni_dask.storage.output import OutputLayout
 from znni_dask.windows import WindowGrid
 
 _CHUNKS = (64, 64, 64)
@@ -48,24 +50,15 @@ def plan_pass(
     application: Application, names: tuple[str, ...], request: Request, block: Size | None
 ) -> PlannedPass:
     """Plan one pass; ``block`` is that of a run that is resumed."""
-    laid, source = application.laid(*names), application.volume
-    vectors = isinstance(laid, WindowGrid) and laid.classifies
-    stored = tuple(
-        store.output_layout(
-            application.laid(name).network.out_channels,
-            laid.output_size,
-            request.chunks,
-            request.shards,
-            source.times,
-            _CHUNKS_OF_VECTORS if vectors else _CHUNKS,
-        )
-        for name in names
-    )
+    laid, source, encoding = application.laid(*names), application.volume, request.encoding
+    stored = tuple(layout_of(application, name, request) for name in names)
+    channels = [application.laid(name).network.out_channels for name in names]
     resources = planner.Resources(
         unit=stored[0].unit,
-        item_bytes=request.encoding.item_bytes,
+        voxel_bytes=sum(map(encoding.voxel_bytes, channels)),
+        encoding_bytes=sum(map(encoding.encoding_bytes, channels)),
         read_bytes=source.read_bytes,
-        write_bytes=max(s.write_bytes(request.encoding.item_bytes) for s in stored),
+        write_bytes=max(s.write_bytes for s in stored),
         baseline_bytes=anonymous_bytes(),
         allowed_bytes=request.allowed_bytes,
         threads=request.threads,
@@ -80,49 +73,80 @@ def plan_pass(
     error = None
     if application.halo is not None:
         error = halo_error(application, names, resources, plan)
-    return PlannedPass(
-        names, stored, Job(laid, source, application.nan, request.encoding, plan), error
+    return PlannedPass(names, stored, Job(laid, source, application.nan, plan), error)
+
+
+def layout_of(application: Application, name: str, request: Request) -> OutputLayout:
+    """How one output is stored; raises `OptionError` where it cannot be as it was asked for."""
+    laid, encoding = application.laid(name), request.encoding
+    channels = laid.network.out_channels
+    if encoding.labels and channels == 1:
+        raise OptionError(
+            f"labels are numbers of channels, and output {name!r} has but one: store it as uint8 "
+            "and choose a threshold later, or choose other outputs with --output NAME"
+        )
+    vectors = isinstance(laid, WindowGrid) and laid.classifies
+    return store.output_layout(
+        encoding.stored_channels(channels),
+        laid.output_size,
+        request.chunks,
+        request.shards,
+        application.volume.times,
+        _CHUNKS_OF_VECTORS if vectors else _CHUNKS,
+        encoding.stored_dtype(channels).name,
     )
 
 
+def places(names: Iterable[str], root: Path) -> dict[str, Path]:
+    """Where the image of every output lies: at the root where it is the only one, else in a group
+    of its own."""
+    outputs = [*names]
+    if len(outputs) == 1:
+        return {outputs[0]: root}
+    return {name: root / group for name, group in store.group_names(outputs).items()}
+
+
 def create_outputs(
-    application: Application, planned: list[PlannedPass], encoding: Encoding, place: Path
+    application: Application, planned: list[PlannedPass], encoding: Encoding, root: Path
 ) -> list[PlannedPass]:
     """The passes with the arrays that they write: one image, or a group of one for each output.
     What is there already, of a run that is resumed, stays."""
-    names = [name for one in planned for name in one.outputs]
-    groups = store.group_names(names) if len(names) > 1 else {}
-    if groups:
-        store.create_root(place, list(groups.values()))
+    images = places((name for one in planned for name in one.outputs), root)
+    if len(images) > 1:
+        store.create_root(root, [place.name for place in images.values()])
     ready = []
     for one in planned:
         targets: list[Target] = []
         error = {"halo_error": one.halo_error.largest} if one.halo_error else {}
         for name, layout in zip(one.outputs, one.stored, strict=True):
             array = store.create(
-                place / groups[name] if groups else place,
+                images[name],
                 layout,
-                encoding,
                 **application.placed(name),
                 attributes={"znni": application.described(name, encoding) | error},
             )
             first = targets[-1].last if targets else 0
-            targets.append(Target(array, first, first + layout.channels))
+            channels = application.laid(name).network.out_channels
+            targets.append(Target(array, first, first + channels, encoding))
         ready.append(replace(one, job=replace(one.job, targets=tuple(targets))))
     return ready
 
 
 def is_complete(
-    application: Application, groups: list[tuple[str, ...]], encoding: Encoding, output: Path
+    application: Application, groups: list[tuple[str, ...]], request: Request, output: Path
 ) -> bool:
     """Whether all outputs are there, made as asked for, and no run of them is unfinished."""
-    names = [name for group in groups for name in group]
     if journal_of(output.resolve()).exists():
         return False
-    places = store.group_names(names) if len(names) > 1 else dict.fromkeys(names, "")
-    for name in names:
-        found = store.description(output / places[name])
-        asked = json.loads(json.dumps(application.described(name, encoding)))
-        if found is None or asked != {k: v for k, v in found.items() if k != "halo_error"}:
-            return False
-    return True
+    images = places((name for group in groups for name in group), output)
+    return all(
+        store.existing(place, layout_of(application, name, request)) is not None
+        and _told(place) == in_json(application.described(name, request.encoding))
+        for name, place in images.items()
+    )
+
+
+def _told(place: Path) -> dict[str, Any]:
+    """What an image's metadata tell of how it was made, but for what was measured meanwhile."""
+    found = store.description(place) or {}
+    return {key: value for key, value in found.items() if key != "halo_error"}

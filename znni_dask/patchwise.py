@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +15,6 @@ from znni_dask.geometry import Box, Size, triple
 from znni_dask.network.network import Network
 from znni_dask.primitives.base import Array
 from znni_dask.schedule import Schedules
-from znni_dask.storage.output import Encoding
 from znni_dask.windows import WholeWindow, WindowGrid
 
 
@@ -72,13 +72,18 @@ class WindowBlocks:
         self._executor = WindowExecutor(grid.layout, threads)
 
     def make(
-        self, block: Box, values: NDArray[np.generic], corner: Size, encoding: Encoding
-    ) -> NDArray[np.generic]:
-        """The block (channel, z, y, x) as it is stored, of the extended volume's ``values``
-        behind it, whose first voxel is the volume's voxel ``corner``."""
-        return encoding.encode(self._blended(block, values, corner))
+        self,
+        block: Box,
+        values: NDArray[np.generic],
+        corner: Size,
+        take: Callable[[Box, Array], None],
+    ) -> None:
+        """Compute a block of the extended volume's ``values`` behind it, whose first voxel is the
+        volume's voxel ``corner``, and hand it to ``take`` with its answer."""
+        take(block, self.blended(block, values, corner))
 
-    def _blended(self, block: Box, values: NDArray[np.generic], corner: Size) -> Array:
+    def blended(self, block: Box, values: NDArray[np.generic], corner: Size) -> Array:
+        """The answer within a block, (channel, z, y, x)."""
         grid, channels = self._grid, self._grid.network.out_channels
         total = np.zeros((channels, *block.size), np.float32)
         if grid.classifies:

@@ -52,13 +52,15 @@ class Resources:
     """What a run has, and what its reading and writing takes.
 
     ``unit`` is the output's chunk or shard; ``read_bytes`` the memory that reading a box of a
-    size takes, ``write_bytes`` the memory that writing takes beside the values, of
-    ``item_bytes`` each. ``baseline_bytes`` is what the process uses before it computes. ``block``
-    is that of a run that is resumed.
+    size takes, ``write_bytes`` the memory that writing takes beside the values. A voxel as it is
+    stored, with all outputs, takes ``voxel_bytes``, and ``encoding_bytes`` while it is encoded.
+    ``baseline_bytes`` is what the process uses before it computes. ``block`` is that of a run that
+    is resumed.
     """
 
     unit: Size
-    item_bytes: int
+    voxel_bytes: int
+    encoding_bytes: int
     read_bytes: Callable[[Size], int]
     write_bytes: int
     baseline_bytes: int
@@ -195,11 +197,10 @@ def predicted_bytes(
     """Peak memory of the whole process for this block and patch."""
     sizes = schedules.envelope(spans(request.layout, block, patch))
     largest = _largest_box(request.layout, block)
-    outputs = request.layout.network.out_channels
     reading = request.read_bytes(request.layout.patch(largest).input.size)
-    written = request.item_bytes * outputs * volume(largest.size)
+    written = request.voxel_bytes * volume(largest.size)
     per_block = max(reading + written, written + request.write_bytes)
-    encoded = request.item_bytes * outputs * volume(patch)
+    encoded = request.encoding_bytes * volume(patch)
     return _computing_bytes(request, schedules, sizes, patch) + encoded + in_flight * per_block
 
 

@@ -20,7 +20,6 @@ from znni_dask.patchwise import WindowBlocks
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import Array
 from znni_dask.schedule import Schedules
-from znni_dask.storage.output import Encoding
 from znni_dask.storage.volume import Volume
 
 _PLACES = 4
@@ -43,7 +42,7 @@ def recompute(
     if not isinstance(laid, Layout):
         blocks = WindowBlocks(laid, threads)
         try:
-            return np.asarray(blocks.make(box, values, region.start, Encoding()), np.float32)
+            return blocks.blended(box, values, region.start)
         finally:
             blocks.close()
     primitives = planner.choose_primitives(laid, fragments)

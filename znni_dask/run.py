@@ -32,7 +32,7 @@ from znni_dask.passes import PlannedPass, Request, create_outputs, is_complete, 
 from znni_dask.plan import Plan
 from znni_dask.recompute import HaloError
 from znni_dask.storage import output as store
-from znni_dask.storage.output import Encoding
+from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.volume import open_volume
 
 Progress = Callable[[int, int], None]
@@ -128,7 +128,8 @@ def run(
     patch : size (z, y, x), or one number for all axes, of the output computed at once; by default
         the fastest that fits.
     threads : computing threads; by default all cores this process may use.
-    dtype : ``"float32"``, ``"float16"`` or ``"uint8"`` (``value_range`` mapped to 0 … 255).
+    dtype : ``"float32"``, ``"float16"``, ``"uint8"`` (``value_range`` mapped to 0 … 255), or
+        ``"labels"``: the number of each output's channel with the largest value.
     chunks, shards : of the output, (z, y, x).
     nan : replaces NaN and infinity in the volume; without it blocks that meet them fail.
     axes : what the input's axes mean, letters of ``"tczyx"``, whatever its file says.
@@ -172,7 +173,7 @@ def run(
     )
     groups = application.passes(outputs)
     described = _described(application, groups, request)
-    if not overwrite and is_complete(application, groups, request.encoding, Path(output)):
+    if not overwrite and is_complete(application, groups, request, Path(output)):
         return Summary(Path(output), (), application.volume.times, 0.0, 0)
     place, journal = _begun(output, input, described, overwrite)
     compile_kernels()
@@ -205,7 +206,6 @@ def _described(
     names = [name for group in groups for name in group]
     return {
         **application.defining,
-        "dtype": request.encoding.dtype,
         "chunks": request.chunks,
         "shards": request.shards,
         "outputs": names,

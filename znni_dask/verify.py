@@ -24,15 +24,15 @@ from znni_dask.options import computing_threads
 from znni_dask.patches import Layout
 from znni_dask.primitives.base import Array
 from znni_dask.recompute import recompute
-from znni_dask.storage.output import Encoding
+from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.volume import Volume, open_volume
 from znni_dask.windows import WindowGrid
 
 TOLERANCE = 1e-4  # largest difference allowed, in standard deviations of the answer
 _OF_HALO_ERROR = 4.0  # times the largest difference measured at a few places
-_TOLD = {"network", "output", "boundary", "nan", "range", "axes", "channels", "level"} | {
-    "patchwise",
-    "halo",
+_TOLD = {
+    *("network", "output", "boundary", "nan", "dtype", "range", "axes", "channels", "level"),
+    *("patchwise", "halo"),
 }
 
 
@@ -41,9 +41,11 @@ class Verification:
     """What `verify` found. Differences are between stored and recomputed values.
 
     ``allowed`` is 1e-4 standard deviations of the recomputed values, plus one step of the stored
-    type (values that differ by less may be rounded apart). An output made with a ``halo`` of its
-    own is compared with the exact answer, from which it differs by design: a few times the error
-    that was measured is allowed.
+    type (values that differ by less may be rounded apart). The difference of a stored label is how
+    far the answer of its channel lies below that of the best one: another label is wrong only where
+    the two channels differ by more than is allowed. An output made with a ``halo`` of its own is
+    compared with the exact answer, from which it differs by design: a few times the error that was
+    measured is allowed.
     """
 
     places: int
@@ -91,7 +93,7 @@ def verify(
             f"{output} has the size {written.size}, this network makes {layout.output_size} of "
             "this volume: was it made from another one?"
         )
-    encoding = Encoding(str(written.dtype), *made["range"])
+    encoding = Encoding(str(made["dtype"]), *made["range"])
     random = np.random.default_rng(seed)
     stored, fresh, boxes = [], [], []
     for index in range(places):
@@ -99,7 +101,7 @@ def verify(
         box = _place(
             random, layout.output_size, size or _size(layout), written.chunks if index % 2 else None
         )
-        stored.append(encoding.decode(written.read(box, time)))
+        stored.append(written.read(box, time))
         options: dict[str, Any] = {"nan": application.nan, "threads": team, "time": time}
         answer = recompute(layout, source, box, **options)
         if isinstance(layout, Layout) and layout.geometry.dense:
@@ -170,14 +172,6 @@ def _slide(
     answer[:, z, y, x] = voxel[:, 0, 0, 0]
 
 
-def _difference(a: Any, b: Any) -> Any:
-    """How far values are apart; NaN and infinities that are the same are not."""
-    with np.errstate(invalid="ignore"):
-        apart = np.abs(a - b)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    return np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))
-
-
 def _size(layout: Layout | WindowGrid) -> Size:
     """The size of places where none is given."""
     vectors = isinstance(layout, WindowGrid) and layout.classifies
@@ -191,8 +185,7 @@ def _compare(
     encoding: Encoding,
     made: Mapping[str, Any],
 ) -> Verification:
-    rounded = [encoding.decode(encoding.encode(values.copy())) for values in fresh]
-    differences = [_difference(a, b).max(axis=0) for a, b in zip(stored, rounded, strict=True)]
+    differences = [encoding.difference(a, b) for a, b in zip(stored, fresh, strict=True)]
     worst = int(np.argmax([d.max() for d in differences]))
     place = np.unravel_index(int(differences[worst].argmax()), differences[worst].shape)
     values = np.concatenate([f.ravel() for f in fresh])

@@ -98,10 +98,10 @@ def _predicted_bytes(
     channels = grid.network.out_channels
     largest = triple(min(b, n) for b, n in zip(block, grid.output_size, strict=True))
     reading = resources.read_bytes(_largest_region(grid, block))
-    written = resources.item_bytes * channels * volume(largest)
+    written = resources.voxel_bytes * volume(largest)
     per_block = max(reading + written, written + resources.write_bytes)
     # the sums and the weights of a block, and what it becomes when it is stored
-    blending = (ITEM_BYTES * (channels + 1) + resources.item_bytes * channels) * volume(largest)
+    blending = (ITEM_BYTES * (channels + 1) + resources.encoding_bytes) * volume(largest)
     window = ITEM_BYTES * (channels + 2) * volume(grid.layout.output_size)
     return (
         resources.baseline_bytes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,8 +12,8 @@ from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, Size
 from znni_dask.patches import Layout
 from znni_dask.plan import Plan
+from znni_dask.primitives.base import Array
 from znni_dask.schedule import Schedules
-from znni_dask.storage.output import Encoding
 
 
 class PatchBlocks:
@@ -26,20 +28,22 @@ class PatchBlocks:
         self._executor = SerialExecutor(layout.network, primitives, arena, plan.threads)
 
     def make(
-        self, block: Box, values: NDArray[np.generic], corner: Size, encoding: Encoding
-    ) -> NDArray[np.generic]:
-        """The block (channel, z, y, x) as it is stored, of the extended volume's ``values``
-        behind it, whose first voxel is the volume's voxel ``corner``."""
+        self,
+        block: Box,
+        values: NDArray[np.generic],
+        corner: Size,
+        take: Callable[[Box, Array], None],
+    ) -> None:
+        """Compute a block of the extended volume's ``values`` behind it, whose first voxel is the
+        volume's voxel ``corner``. ``take`` is handed each part of the block with its answer
+        (channel, z, y, x), which it may overwrite and must not keep."""
         channels = self._layout.network.out_channels
-        made = np.empty((channels, *block.size), encoding.dtype)
         for box in planner.patches_of(block, self._plan.patch):
             todo = self._schedules.schedule(box)
             z, y, x = todo.input.seen_from(corner).slices
             answer = np.empty((channels, *box.size), np.float32)
             self._executor.run(todo, values[:, z, y, x], answer)
-            here = box.seen_from(block.start).slices
-            made[(slice(None), *here)] = encoding.encode(answer)
-        return made
+            take(box, answer)
 
     def close(self) -> None:
         """End the threads and free the memory."""

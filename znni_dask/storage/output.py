@@ -13,82 +13,23 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from znni_dask.errors import OptionError, OutputError, RunError
+from znni_dask.errors import OptionError, OutputError
 from znni_dask.geometry import Box, Size, round_up, text, triple, volume
 from znni_dask.storage import ngff
 
-DTYPES = ("float32", "float16", "uint8")
-_LARGEST_HALF = float(np.finfo(np.float16).max)
 _ENCODED_AT_ONCE = 10  # zarr's default `async.concurrency`
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """How answers (float32) become stored values.
-
-    float16 and float32 are stored as they are; uint8 maps ``low`` … ``high`` to 0 … 255, clipped
-    and rounded.
-    """
-
-    dtype: str = "float32"
-    low: float = 0.0
-    high: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise OptionError(f"dtype {self.dtype!r} is not known: choose {', '.join(DTYPES)}")
-        if not (self.low < self.high and np.isfinite([self.low, self.high]).all()):
-            raise OptionError(f"the range {self.low:g}, {self.high:g} is empty: low before high")
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of a stored value."""
-        return np.dtype(self.dtype).itemsize
-
-    def encode(self, values: NDArray[np.float32]) -> NDArray[np.generic]:
-        """Stored values for answers; ``values`` may be overwritten."""
-        if self.dtype == "uint8":
-            np.subtract(values, np.float32(self.low), out=values)
-            np.multiply(values, np.float32(255 / (self.high - self.low)), out=values)
-            np.clip(values, 0, 255, out=values)
-            np.rint(values, out=values)
-            if not np.isfinite(values.sum()):  # clipped values are NaN or in 0 … 255
-                raise RunError("the answer holds NaN, for which uint8 has no value: choose float32")
-        elif self.dtype == "float16":
-            largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
-            if largest > _LARGEST_HALF:
-                raise RunError(
-                    f"the answer holds {largest:g}, float16 ends at {_LARGEST_HALF:g}: choose "
-                    "float32"
-                )
-        return values.astype(self.dtype, copy=False)
-
-    def step(self, largest: float) -> float:
-        """Distance of neighbouring stored values (float32 counted as exact) around ``largest``."""
-        steps = {
-            "uint8": (self.high - self.low) / 255,
-            "float16": largest * float(np.finfo(np.float16).eps),
-            "float32": 0.0,
-        }
-        return steps[self.dtype]
-
-    def decode(self, stored: NDArray[np.generic]) -> NDArray[np.float32]:
-        """The answers that stored values stand for."""
-        values = stored.astype(np.float32)
-        if self.dtype == "uint8":
-            values = values * np.float32((self.high - self.low) / 255) + np.float32(self.low)
-        return values
-
-
-@dataclass(frozen=True)
 class OutputLayout:
-    """Shape and chunking of an output: ``size``, ``chunks`` and ``shards`` in (z, y, x)."""
+    """Shape, chunks and type of an output: ``size``, ``chunks`` and ``shards`` in (z, y, x)."""
 
     channels: int
     size: Size
     chunks: Size
     shards: Size | None
     times: int = 1
+    dtype: str = "float32"
 
     @property
     def axes(self) -> str:
@@ -105,9 +46,10 @@ class OutputLayout:
         """What one writer must write whole: a shard, else a chunk."""
         return self.shards or self.chunks
 
-    def write_bytes(self, item_bytes: int) -> int:
+    @property
+    def write_bytes(self) -> int:
         """Memory that writing takes at most beside the values: chunks copied and compressed."""
-        return 2 * _ENCODED_AT_ONCE * volume(self.unit) * item_bytes
+        return 2 * _ENCODED_AT_ONCE * volume(self.unit) * np.dtype(self.dtype).itemsize
 
 
 def output_layout(
@@ -117,6 +59,7 @@ def output_layout(
     shards: Size | None,
     times: int = 1,
     default: Size = (64, 64, 64),
+    dtype: str = "float32",
 ) -> OutputLayout:
     """Chunks of ``default`` unless given, clipped to the output; raises `OptionError` on
     contradictions."""
@@ -128,9 +71,9 @@ def output_layout(
             raise OptionError(
                 f"shards {text(shards)} are not whole numbers of chunks {text(wanted)}"
             )
-        return OutputLayout(channels, size, wanted, shards, times)
+        return OutputLayout(channels, size, wanted, shards, times, dtype)
     clipped = triple(min(c, n) for c, n in zip(wanted, size, strict=True))
-    return OutputLayout(channels, size, clipped, None, times)
+    return OutputLayout(channels, size, clipped, None, times, dtype)
 
 
 def check_place(path: str | Path, source: str | Path, overwrite: bool, begun: bool = False) -> Path:
@@ -170,7 +113,6 @@ def clear(place: Path) -> None:
 def create(
     place: Path,
     layout: OutputLayout,
-    encoding: Encoding,
     *,
     scale: ngff.Three,
     translation: ngff.Three,
@@ -179,7 +121,7 @@ def create(
 ) -> zarr.Array[Any]:
     """Make an image at ``place`` and return its array ``0``. An image of that form that is there
     already, of a run that is resumed, stays as it is."""
-    if (found := _existing(place, layout, encoding)) is not None:
+    if (found := existing(place, layout)) is not None:
         return found
     one = (1,) * len(layout.lead)
     try:
@@ -197,21 +139,28 @@ def create(
             shape=layout.lead + layout.size,
             chunks=one + layout.chunks,
             shards=one + layout.shards if layout.shards else None,
-            dtype=encoding.dtype,
+            dtype=layout.dtype,
             dimension_names=list(layout.axes),
         )
     except (OSError, ValueError) as error:  # what zarr itself raises is a ValueError
         raise OutputError(f"cannot write {place}: {error}") from None
 
 
-def _existing(place: Path, layout: OutputLayout, encoding: Encoding) -> zarr.Array[Any] | None:
-    """The array of an image that was made before; None where it is missing or unfinished."""
+def existing(place: Path, layout: OutputLayout) -> zarr.Array[Any] | None:
+    """The array of an image that was made before; None where it is missing or of another form."""
     try:
         array = zarr.open_array(str(place / "0"), mode="r+")
     except (OSError, ValueError, KeyError):
         return None
-    same = array.shape == layout.lead + layout.size and array.dtype == np.dtype(encoding.dtype)
-    return array if same else None
+    one = (1,) * len(layout.lead)
+    found = (array.shape, array.dtype, array.chunks, array.shards)
+    asked = (
+        layout.lead + layout.size,
+        np.dtype(layout.dtype),
+        one + layout.chunks,
+        one + layout.shards if layout.shards else None,
+    )
+    return array if found == asked else None
 
 
 def description(place: Path) -> dict[str, Any] | None:
