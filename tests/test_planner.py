@@ -30,8 +30,10 @@ from znni_dask.schedule import ALIGN, Schedules
 
 
 def request(network, size=(200, 200, 200), allowed=8 << 30, **options):
+    layout = Layout(network, size, "reflect")
     return Request(
-        layout=Layout(network, size, "reflect"),
+        layout=layout,
+        hull=Box((0, 0, 0), layout.output_size),
         unit=(64, 64, 64),
         voxel_bytes=4,
         encoding_bytes=4,

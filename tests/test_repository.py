@@ -33,7 +33,7 @@ STAIRS = [
         "patchwise",
     ),
     *("executors", "window_planner", "planner", "costs", "schedule", "primitives", "kernels"),
-    *("options", "storage", "windows", "patches", "machine", "plan", "importers"),
+    *("selection", "options", "storage", "windows", "patches", "machine", "plan", "importers"),
     *("network", "geometry", "errors"),
 ]
 HEAVY = {

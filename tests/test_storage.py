@@ -393,14 +393,14 @@ def test_the_output_keeps_away_from_the_input_and_from_foreign_folders(tmp_path)
     }
     for path, message in refused.items():
         with pytest.raises(OutputError, match=message):
-            output.check_place(path, source, overwrite=True)
+            output.check_place(path, [source], overwrite=True)
     existing = tmp_path / "out.zarr"
     made(existing)
     with pytest.raises(OutputError, match="exists"):
-        output.check_place(existing, source, overwrite=False)
-    assert output.check_place(existing, source, overwrite=True) == existing.resolve()
+        output.check_place(existing, [source], overwrite=False)
+    assert output.check_place(existing, [source], overwrite=True) == existing.resolve()
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="will not be overwritten"):
-        output.check_place(precious, source, overwrite=True)
+        output.check_place(precious, [source], overwrite=True)

@@ -12,15 +12,14 @@ from functools import cached_property
 from typing import Any
 
 from znni_dask.errors import InputError, NetworkError, OptionError, OutputError
-from znni_dask.geometry import Size, triple
+from znni_dask.geometry import Box, Size, triple
 from znni_dask.network.network import Network
 from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout
+from znni_dask.selection import Selection
 from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.volume import Volume
-from znni_dask.windows import Patchwise, WindowGrid
-
-Laid = Layout | WindowGrid
+from znni_dask.windows import Laid, Patchwise, WindowGrid
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +27,8 @@ class Application:
     """A network, with all its outputs, on a volume.
 
     ``patchwise`` and ``halo`` make the answer approximate (see `WindowGrid` and `Layout`); ``nan``
-    replaces what is not finite. Raises `NetworkError` where network and volume do not fit.
+    replaces what is not finite; what is not selected (by ``roi`` and ``mask``, see `Selection`) is
+    stored as 0. Raises `NetworkError` where network and volume do not fit.
     """
 
     network: Network
@@ -37,6 +37,8 @@ class Application:
     nan: float | None = None
     patchwise: Patchwise | None = None
     halo: Size | None = None
+    roi: Box | None = None
+    mask: Volume | None = None
 
     def __post_init__(self) -> None:
         network, volume = self.network, self.volume
@@ -48,6 +50,12 @@ class Application:
             )
         if self.patchwise and self.halo:
             raise OptionError("windows have no halo: give either patchwise or halo")
+        _ = self.selection
+
+    @cached_property
+    def selection(self) -> Selection:
+        """Which voxels are wanted; raises `VolumeError` where the mask does not fit."""
+        return Selection(self.volume, self.roi, self.mask)
 
     def laid(self, *outputs: str) -> Laid:
         """The network with these outputs, joined as channels of one, laid over the volume."""
@@ -65,9 +73,13 @@ class Application:
 
     def _laid(self, network: Network) -> Laid:
         size, boundary = self.volume.size, self.boundary
-        if self.patchwise:
-            return WindowGrid(network, size, boundary, self.patchwise)
-        return Layout(network, size, boundary, self.halo)
+        laid: Laid = (
+            WindowGrid(network, size, boundary, self.patchwise)
+            if self.patchwise
+            else Layout(network, size, boundary, self.halo)
+        )
+        self.selection.hull(laid)  # which must hold something
+        return laid
 
     @cached_property
     def _known(self) -> dict[tuple[str, ...], Laid]:
@@ -113,6 +125,8 @@ class Application:
             "level": self.volume.level,
             "patchwise": asdict(self.patchwise) if self.patchwise else None,
             "halo": self.halo,
+            "roi": [self.roi.start, self.roi.stop] if self.roi else None,
+            "mask": self.mask.path if self.mask else None,
         }
 
     @property

@@ -123,6 +123,12 @@ def _add_infer(infer: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="an output of the network to compute (may be repeated; default all)",
     )
+    infer.add_argument(
+        "--roi", metavar="Z0:Z1,Y0:Y1,X0:X1", help="box of voxels wanted, like 9:,:,:64"
+    )
+    infer.add_argument(
+        "--mask", metavar="PATH", help="volume of the input's size: wanted is where it is not zero"
+    )
     infer.add_argument("--nan", type=float, metavar="VALUE", help="replaces NaN and infinity")
     infer.add_argument(
         "--overwrite",
@@ -227,6 +233,8 @@ def _infer(options: argparse.Namespace) -> int:
             weights=options.weights,
             step=options.step,
             halo=options.halo,
+            roi=options.roi,
+            mask=options.mask,
             overwrite=options.overwrite,
             progress=progress,
         )

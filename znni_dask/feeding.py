@@ -14,7 +14,7 @@ from distributed import Client, Future, as_completed
 
 from znni_dask import planner
 from znni_dask.geometry import Box
-from znni_dask.job import BlockMaker, Job, make_block
+from znni_dask.job import BlockMaker, Job, Made, make_block
 
 T = TypeVar("T")
 _LOOPBACK = "127.0.0.1:0"  # distributed's web servers listen to all the world unless told
@@ -73,12 +73,12 @@ def make_blocks(
     client: Client,
     job: Job,
     waiting: Iterator[tuple[int, Box]],
-    finished: Callable[[int, Box, BaseException | None], None],
+    finished: Callable[[int, Box, Made | BaseException], None],
 ) -> None:
     """Feed blocks (time point, box) to the workers, a bounded number in flight.
 
-    ``finished`` is told of every block, and of the error where it failed. Where the disk is full
-    no more blocks are begun.
+    ``finished`` is told of every block, and what came of it or why it failed. Where the disk is
+    full no more blocks are begun.
     """
     maker = BlockMaker(job)
     client.register_plugin(maker)
@@ -90,8 +90,8 @@ def make_blocks(
         return client.submit(make_block, maker.name, moment, block, key=key, pure=False)
 
     def done(place: tuple[int, Box], future: Future) -> bool:
-        error = future.exception()
-        finished(*place, error)
+        error: BaseException | None = future.exception()
+        finished(*place, future.result() if error is None else error)
         return not is_full(error)
 
     try:

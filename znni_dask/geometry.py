@@ -101,9 +101,22 @@ def round_up(a: int, multiple: int) -> int:
     return ceil_divide(a, multiple) * multiple
 
 
-def tiles(size: Size, tile: Size) -> Iterator[Box]:
-    """Cover ``[0, size)`` exactly once by boxes of at most ``tile``, in (z, y, x) order."""
-    ranges = [range(0, n, t) for n, t in zip(size, tile, strict=True)]
+def hull(boxes: Iterable[Box]) -> Box:
+    """The smallest box that holds all of them; there must be one."""
+    starts, stops = zip(*((box.start, box.stop) for box in boxes), strict=True)
+    return Box(
+        triple(min(along) for along in zip(*starts, strict=True)),
+        triple(max(along) for along in zip(*stops, strict=True)),
+    )
+
+
+def tiles(size: Size, tile: Size, over: Box | None = None) -> Iterator[Box]:
+    """Cover ``[0, size)`` exactly once by boxes of at most ``tile``, in (z, y, x) order; where
+    ``over`` is given, those of them that share something with it."""
+    within = over or Box((0, 0, 0), size)
+    ranges = [
+        range(a // t * t, b, t) for a, b, t in zip(within.start, within.stop, tile, strict=True)
+    ]
     for start in product(*ranges):
         stop = triple(min(a + t, n) for a, t, n in zip(start, tile, size, strict=True))
         yield Box(triple(start), stop)

@@ -21,10 +21,11 @@ from znni_dask.patches import Layout
 from znni_dask.patchwise import WindowBlocks
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import Array
+from znni_dask.selection import Selection
 from znni_dask.storage import output as store
 from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.volume import Volume
-from znni_dask.windows import WindowGrid
+from znni_dask.windows import Laid
 
 if TYPE_CHECKING:
     import zarr
@@ -40,27 +41,35 @@ class Target:
     encoding: Encoding
 
     def empty(self, block: Box) -> NDArray[np.generic]:
-        """Room for a block (channel, z, y, x) as it is stored."""
+        """Room for a block (channel, z, y, x) as it is stored, 0 so far."""
         channels = self.encoding.stored_channels(self.last - self.first)
-        return np.empty((channels, *block.size), self.array.dtype)
+        return np.zeros((channels, *block.size), self.array.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
     """Everything a worker needs to make any block; it travels to the workers once."""
 
-    laid: Layout | WindowGrid
+    laid: Laid
     volume: Volume
+    selection: Selection
     nan: float | None
     plan: Plan
     targets: tuple[Target, ...] = ()
 
 
-def blocks_by(laid: Layout | WindowGrid, plan: Plan) -> PatchBlocks | WindowBlocks:
+def blocks_by(laid: Laid, plan: Plan) -> PatchBlocks | WindowBlocks:
     """What computes the blocks of an answer; it holds threads and memory until it is closed."""
     if isinstance(laid, Layout):
         return PatchBlocks(laid, plan)
     return WindowBlocks(laid, plan.threads)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of a block: how many of its voxels are selected; of none nothing was done."""
+
+    voxels: int
 
 
 class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
@@ -82,26 +91,35 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
         """End the executor's threads."""
         self._blocks.close()
 
-    def make(self, time: int, block: Box) -> int:
-        """Read, compute and write one block; returns its number of voxels."""
+    def make(self, time: int, block: Box) -> Made:
+        """Read, compute and write one block, as far as it is selected."""
         job = self.job
-        region = job.laid.region(block)
+        wanted = job.selection.wanted(job.laid, block, time)
+        if wanted is not None and not wanted.any():
+            return Made(0)
+        region = self._blocks.region(block, wanted)
         values = job.volume.read_extended(region, job.laid.boundary, job.nan, time)
         made = [(target, target.empty(block)) for target in job.targets]
 
         def take(box: Box, answer: Array) -> None:
-            here = (slice(None), *box.seen_from(block.start).slices)
+            z, y, x = box.seen_from(block.start).slices
+            left_out = None if wanted is None else ~wanted[z, y, x]
+            if left_out is not None:
+                np.copyto(answer, 0, where=left_out)  # it may hold what cannot be stored
             for target, stored in made:
-                stored[here] = target.encoding.encode(answer[target.first : target.last])
+                here = stored[:, z, y, x]
+                here[...] = target.encoding.encode(answer[target.first : target.last])
+                if left_out is not None:
+                    np.copyto(here, 0, where=left_out)
 
         with self._computing:
-            self._blocks.make(block, values, region.start, take)
+            self._blocks.make(block, values, region.start, take, wanted)
         for target, stored in made:
             store.write(target.array, block, stored, time)
-        return block.voxels
+        return Made(block.voxels if wanted is None else int(wanted.sum()))
 
 
-def make_block(name: str, time: int, block: Box) -> int:
+def make_block(name: str, time: int, block: Box) -> Made:
     """The task: runs on a worker, where the plugin lives."""
     maker: BlockMaker = get_worker().plugins[name]
     return maker.make(time, block)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from znni_dask.errors import OutputError
-from znni_dask.geometry import Box, Size, triple
+from znni_dask.geometry import Box, Size, add, triple
 
 _VERSION = 1
 Place = tuple[int, int, Size]  # pass, time point, first voxel of the block
@@ -108,6 +108,14 @@ class Journal:
     def holds(self, number: int, time: int, block: Box) -> bool:
         """Whether a block is written."""
         return (number, time, block.start) in self.done
+
+    def blocks_of(self, number: int, size: Size) -> Iterator[Box]:
+        """The blocks of a pass that are written, at whatever time point, of an answer of
+        ``size``."""
+        block = self.blocks[number]
+        for other, _, start in self.done:
+            if other == number:
+                yield Box(start, add(start, block)).clipped(size)
 
     def end(self) -> None:
         """All blocks are written: the journal is not needed any more."""

@@ -22,6 +22,7 @@ from znni_dask.windows import WindowGrid
 
 _CHUNKS = (64, 64, 64)
 _CHUNKS_OF_VECTORS = (8, 8, 8)  # of a classifier, whose every voxel is a window computed
+_WANTED_BYTES = 2  # of a voxel: whether it is wanted, kept, and once more where that is found out
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -51,18 +52,21 @@ def plan_pass(
 ) -> PlannedPass:
     """Plan one pass; ``block`` is that of a run that is resumed."""
     laid, source, encoding = application.laid(*names), application.volume, request.encoding
+    selection = application.selection
     stored = tuple(layout_of(application, name, request) for name in names)
     channels = [application.laid(name).network.out_channels for name in names]
     resources = planner.Resources(
         unit=stored[0].unit,
         voxel_bytes=sum(map(encoding.voxel_bytes, channels)),
         encoding_bytes=sum(map(encoding.encoding_bytes, channels)),
-        read_bytes=source.read_bytes,
+        read_bytes=lambda size: max(source.read_bytes(size), selection.read_bytes(size)),
         write_bytes=max(s.write_bytes for s in stored),
         baseline_bytes=anonymous_bytes(),
         allowed_bytes=request.allowed_bytes,
         threads=request.threads,
         block=block,
+        hull=selection.hull(laid),
+        selected_bytes=0 if selection.everything else _WANTED_BYTES,
     )
     if isinstance(laid, WindowGrid):
         if request.patch is not None:
@@ -73,7 +77,8 @@ def plan_pass(
     error = None
     if application.halo is not None:
         error = halo_error(application, names, resources, plan)
-    return PlannedPass(names, stored, Job(laid, source, application.nan, plan), error)
+    job = Job(laid, source, selection, application.nan, plan)
+    return PlannedPass(names, stored, job, error)
 
 
 def layout_of(application: Application, name: str, request: Request) -> OutputLayout:

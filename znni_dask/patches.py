@@ -153,9 +153,9 @@ class Layout:
             return (1, 1, 1)
         return triple(int(s) for s in self.network.spacing[self.network.output])
 
-    def blocks(self, block: Size) -> Iterator[Box]:
-        """All blocks, covering the answer exactly once."""
-        return tiles(self.output_size, block)
+    def blocks(self, block: Size, over: Box | None = None) -> Iterator[Box]:
+        """All blocks, covering the answer exactly once; or those that touch the box ``over``."""
+        return tiles(self.output_size, block, over)
 
     def patch(self, output: Box) -> Patch:
         """The patch that makes ``output``, every strided layer of a dense network fragmented."""

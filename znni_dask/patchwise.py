@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from znni_dask import planner
 from znni_dask.executors.serial import SerialExecutor
-from znni_dask.geometry import Box, Size, triple
+from znni_dask.geometry import Box, Size, hull, triple
 from znni_dask.network.network import Network
 from znni_dask.primitives.base import Array
 from znni_dask.schedule import Schedules
+from znni_dask.selection import Wanted
 from znni_dask.windows import WholeWindow, WindowGrid
 
 
@@ -71,37 +72,59 @@ class WindowBlocks:
         self._grid = grid
         self._executor = WindowExecutor(grid.layout, threads)
 
+    def region(self, block: Box, wanted: Wanted | None = None) -> Box:
+        """The box of the volume behind the windows of a block that touch something wanted."""
+        if wanted is None:
+            return self._grid.region(block)
+        return hull(window for window, _ in self._windows(block, wanted))
+
     def make(
         self,
         block: Box,
         values: NDArray[np.generic],
         corner: Size,
         take: Callable[[Box, Array], None],
+        wanted: Wanted | None = None,
     ) -> None:
         """Compute a block of the extended volume's ``values`` behind it, whose first voxel is the
-        volume's voxel ``corner``, and hand it to ``take`` with its answer."""
-        take(block, self.blended(block, values, corner))
+        volume's voxel ``corner``, and hand it to ``take`` with its answer, which is right where it
+        is wanted."""
+        take(block, self.blended(block, values, corner, wanted))
 
-    def blended(self, block: Box, values: NDArray[np.generic], corner: Size) -> Array:
-        """The answer within a block, (channel, z, y, x)."""
+    def blended(
+        self,
+        block: Box,
+        values: NDArray[np.generic],
+        corner: Size,
+        wanted: Wanted | None = None,
+    ) -> Array:
+        """The answer within a block, (channel, z, y, x), made of the windows that touch something
+        wanted."""
         grid, channels = self._grid, self._grid.network.out_channels
         total = np.zeros((channels, *block.size), np.float32)
         if grid.classifies:
-            places = np.ndindex(*block.size)
-            for place, window in zip(places, grid.windows_of(block), strict=True):
-                total[(slice(None), *place)] = self._answer(window, values, corner)[:, 0, 0, 0]
+            for window, here in self._windows(block, wanted):
+                total[(slice(None), *here.slices)] = self._answer(window, values, corner)
             return total
         weight = np.zeros(block.size, np.float32)
-        for window in grid.windows_of(block):
-            here, there = grid.place_in(window, block)
+        for window, here in self._windows(block, wanted):
+            there = here.shifted(block.start).seen_from(window.start)
             answer = self._answer(window, values, corner)
             importance = grid.importance[there.slices]
             weight[here.slices] += importance
             answer = answer[(slice(None), *there.slices)]
             answer *= importance
             total[(slice(None), *here.slices)] += answer
+        np.maximum(weight, np.finfo(np.float32).tiny, out=weight)  # 0 where no window touches
         total /= weight
         return total
+
+    def _windows(self, block: Box, wanted: Wanted | None) -> Iterator[tuple[Box, Box]]:
+        """The windows of a block that touch something wanted, and what they cover of it, in
+        voxels of the block."""
+        for window, here in self._grid.windows_of(block):
+            if wanted is None or wanted[here.slices].any():
+                yield window, here
 
     def close(self) -> None:
         """End the threads and free the memory."""

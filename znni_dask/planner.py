@@ -20,6 +20,7 @@ from znni_dask.geometry import (
     Box,
     Size,
     ceil_divide,
+    hull,
     multiply,
     round_up,
     text,
@@ -55,7 +56,8 @@ class Resources:
     size takes, ``write_bytes`` the memory that writing takes beside the values. A voxel as it is
     stored, with all outputs, takes ``voxel_bytes``, and ``encoding_bytes`` while it is encoded.
     ``baseline_bytes`` is what the process uses before it computes. ``block`` is that of a run that
-    is resumed.
+    is resumed. Only the outputs within ``hull`` are made; to tell which of them are selected takes
+    ``selected_bytes`` for each voxel of a block.
     """
 
     unit: Size
@@ -66,7 +68,16 @@ class Resources:
     baseline_bytes: int
     allowed_bytes: int
     threads: int
+    hull: Box
     block: Size | None = None
+    selected_bytes: int = 0
+
+    def block_bytes(self, size: Size, region: Size) -> int:
+        """Memory that a block of ``size`` takes while it is in flight, its computing not counted;
+        ``region`` is the size of what it reads."""
+        written = self.voxel_bytes * volume(size)
+        most = max(self.read_bytes(region) + written, written + self.write_bytes)
+        return most + self.selected_bytes * volume(size)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -197,9 +208,8 @@ def predicted_bytes(
     """Peak memory of the whole process for this block and patch."""
     sizes = schedules.envelope(spans(request.layout, block, patch))
     largest = _largest_box(request.layout, block)
-    reading = request.read_bytes(request.layout.patch(largest).input.size)
-    written = request.voxel_bytes * volume(largest.size)
-    per_block = max(reading + written, written + request.write_bytes)
+    region = region_of(request.layout, largest, patch)
+    per_block = request.block_bytes(largest.size, region.size)
     encoded = request.encoding_bytes * volume(patch)
     return _computing_bytes(request, schedules, sizes, patch) + encoded + in_flight * per_block
 
@@ -236,6 +246,23 @@ def patches_of(block: Box, patch: Size) -> Iterator[Box]:
     """The patches of one block, covering it exactly once."""
     for box in tiles(block.size, patch):
         yield box.shifted(block.start)
+
+
+def region_of(layout: Layout, block: Box, patch: Size) -> Box:
+    """The box of the volume behind the patches of a block. It may be larger than that behind the
+    block as one patch: each patch of a dense network is computed in whole fragments."""
+    along = [
+        [(start, min(start + p, last)) for start in range(first, last, p)]
+        for first, last, p in zip(block.start, block.stop, patch, strict=True)
+    ]
+    diagonal = [
+        [spans[min(number, len(spans) - 1)] for spans in along]
+        for number in range(max(len(spans) for spans in along))
+    ]
+    return hull(
+        layout.region(Box(triple(a for a, _ in ends), triple(b for _, b in ends)))
+        for ends in diagonal
+    )
 
 
 def spans(layout: Layout, block: Size, patch: Size) -> list[list[Interval]]:
@@ -309,16 +336,33 @@ def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _
     steps = schedules.steps(schedules.sizes(box))
     seconds = schedules.repeats * estimated_seconds(steps, request.threads)
     flops = schedules.repeats * sum(s.primitive.flops(s.problem) for s in steps)
-    # patches at the ragged end make fewer voxels, but cost nearly as much
+    # patches at the ragged end make fewer voxels, but cost nearly as much; so do those that are
+    # wanted in part
     used = 1.0
-    for n, b in zip(request.layout.output_size, block, strict=True):
+    for axis, (n, b) in enumerate(zip(request.layout.output_size, block, strict=True)):
+        start, stop = request.hull.start[axis], request.hull.stop[axis]
         used *= n / (ceil_divide(n, b) * min(b, n))
+        used *= (stop - start) / min(_made(start, stop, b, box.size[axis]), n)
     return _Candidate(
         block,
         patch,
         seconds / (box.voxels * used),
         flops / box.voxels,
     )
+
+
+def _made(start: int, stop: int, block: int, patch: int) -> int:
+    """Outputs along an axis in the patches that touch ``[start, stop)``, were all of them whole.
+
+    >>> _made(60, 70, 64, 16)
+    32
+    """
+
+    def number(output: int) -> int:
+        """Of the patch that holds an output."""
+        return output // block * ceil_divide(block, patch) + output % block // patch
+
+    return (number(stop - 1) - number(start) + 1) * patch
 
 
 def _refusal(request: Request, schedules: Schedules, smallest: _Candidate) -> str:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
 
 from znni_dask import planner
-from znni_dask.application import Application, Laid
+from znni_dask.application import Application
 from znni_dask.errors import MemoryLimitError, RunError, VolumeError
 from znni_dask.executors.serial import SerialExecutor
-from znni_dask.geometry import Box, Size, add, text, triple
+from znni_dask.geometry import Box, Size, add, text, tiles, triple
 from znni_dask.machine import show_bytes
 from znni_dask.patches import Layout
 from znni_dask.patchwise import WindowBlocks
@@ -21,6 +20,7 @@ from znni_dask.plan import Plan
 from znni_dask.primitives.base import Array
 from znni_dask.schedule import Schedules
 from znni_dask.storage.volume import Volume
+from znni_dask.windows import Laid
 
 _PLACES = 4
 _LENGTHS = (32, 16, 8, 4, 1)  # of a place, largest first
@@ -82,10 +82,10 @@ def halo_error(
             f"the error of a halo cannot be measured within {show_bytes(resources.allowed_bytes)}: "
             f"one exact voxel needs the field of view, {text(exact.geometry.field_of_view)}"
         )
-    random = np.random.default_rng(0)
+    random, hull = np.random.default_rng(0), application.selection.hull(exact)
     largest, answers = 0.0, []
     for _ in range(_PLACES):
-        box = _place(random, exact.output_size, length, plan.patch)
+        box = _place(random, hull, exact.output_size, length, plan.patch)
         how: dict[str, Any] = {
             "nan": application.nan,
             "threads": resources.threads,
@@ -108,25 +108,21 @@ def halo_error(
     return HaloError(largest, float(values.std()), values.size)
 
 
-def _place(random: np.random.Generator, size: Size, length: int, patch: Size) -> Box:
-    """A random box around the border of a patch, where a halo that is too small shows first."""
+def _place(random: np.random.Generator, hull: Box, size: Size, length: int, patch: Size) -> Box:
+    """A random box around the border of a patch, where a halo that is too small shows first, of
+    those that touch ``hull``."""
     edges = triple(min(length, n) for n in size)
     start = triple(
-        min(max(int(random.integers(n)) // p * p - e // 2, 0), n - e)
-        for n, e, p in zip(size, edges, patch, strict=True)
+        min(max(int(random.integers(a, b)) // p * p - e // 2, 0), n - e)
+        for a, b, n, e, p in zip(hull.start, hull.stop, size, edges, patch, strict=True)
     )
     return Box(start, add(start, edges))
 
 
 def _patches_over(box: Box, plan: Plan, size: Size) -> Iterator[Box]:
     """The patches of a run that lie over a box."""
-    blocks = (
-        range(a // b * b, e, b) for a, e, b in zip(box.start, box.stop, plan.block, strict=True)
-    )
-    for corner in product(*blocks):
-        start = triple(corner)
-        stop = triple(min(a + b, n) for a, b, n in zip(start, plan.block, size, strict=True))
-        for patch in planner.patches_of(Box(start, stop), plan.patch):
+    for block in tiles(size, plan.block, box):
+        for patch in planner.patches_of(block, plan.patch):
             if patch.shared(box):
                 yield patch
 

@@ -117,11 +117,17 @@ def run_lines(summary: Summary) -> list[str]:
         names = f" ({', '.join(one.outputs)})" if len(summary.passes) > 1 else ""
         channels = f"{one.channels} × " if one.channels > 1 else ""
         lines.append(
-            f"{summary.output}{names}: {times}{channels}{text(one.size)} voxels in {one.blocks} "
-            f"blocks of {text(plan.block)}, patches of {text(plan.patch)}, "
+            f"{summary.output}{names}: {times}{channels}{text(one.size)} voxels, "
+            f"{one.voxels:,} made in {one.blocks} blocks of {text(plan.block)}, patches of "
+            f"{text(plan.patch)}, "
             f"{plan.flops_per_voxel:,.0f} operations per voxel, {plan.threads} threads, "
             f"{plan.blocks_in_flight} blocks in flight"
         )
+        if one.unselected:
+            lines.append(
+                f"the mask selects nothing in {one.unselected} of "
+                f"{one.blocks + one.unselected} blocks: they hold 0"
+            )
         if one.halo_error is not None:
             error = one.halo_error
             lines.append(

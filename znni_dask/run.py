@@ -21,9 +21,9 @@ from znni_dask import options
 from znni_dask.application import Application
 from znni_dask.errors import RunError
 from znni_dask.feeding import connected, is_full, make_blocks
-from znni_dask.geometry import Box, Size, volume
+from znni_dask.geometry import Box, Size
 from znni_dask.importers import load_network
-from znni_dask.job import Job
+from znni_dask.job import Job, Made
 from znni_dask.journal import Journal, journal_of
 from znni_dask.kernels.warm import compile_kernels
 from znni_dask.machine import MemoryMeter
@@ -31,6 +31,7 @@ from znni_dask.network.network import Network
 from znni_dask.passes import PlannedPass, Request, create_outputs, is_complete, plan_pass
 from znni_dask.plan import Plan
 from znni_dask.recompute import HaloError
+from znni_dask.selection import roi_box
 from znni_dask.storage import output as store
 from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.volume import open_volume
@@ -41,12 +42,18 @@ _SHOWN_FAILURES = 3
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the volume: the network's outputs made in it, and how."""
+    """One pass over the volume: the network's outputs made in it, and how.
+
+    ``voxels`` and ``blocks`` were made by this run; of ``unselected`` blocks it found that they
+    hold nothing that the mask selects.
+    """
 
     outputs: tuple[str, ...]
     size: Size
     channels: int
+    voxels: int
     blocks: int
+    unselected: int
     plan: Plan
     halo_error: HaloError | None = None
 
@@ -80,8 +87,8 @@ class Summary:
 
     @property
     def voxels_per_second(self) -> float:
-        """Output voxels per second."""
-        made = self.times * sum(volume(one.size) for one in self.passes)
+        """Output voxels made per second."""
+        made = sum(one.voxels for one in self.passes)
         return made / self.seconds if self.passes else 0.0
 
 
@@ -108,6 +115,8 @@ def run(
     weights: str = "constant",
     step: Size | int | None = None,
     halo: Size | int | None = None,
+    roi: str | Sequence[slice] | None = None,
+    mask: str | Path | None = None,
     overwrite: bool = False,
     client: Client | None = None,
     progress: Progress | None = None,
@@ -143,6 +152,11 @@ def run(
     step : distance (z, y, x) of windows of a network that makes one vector of a window.
     halo : voxels (z, y, x) that patches see beyond themselves, for a padded network whose field
         of view is needlessly large; the answer is approximate, its error is measured.
+    roi : the part of the volume that is wanted, ``"z0:z1,y0:y1,x0:x1"`` (ends may be left open)
+        or three slices, in voxels of the volume. The output keeps its whole grid; what is not
+        wanted is not computed, and 0.
+    mask : a volume of any kind that ``input`` may be, of the same size: wanted is where it is not
+        zero, and within ``roi`` where that is given too.
     overwrite : replace an existing Zarr store at ``output``, or start an unfinished run anew;
         otherwise the same command finishes what an interrupted run left.
     client : a dask client; by default an in-process one, closed afterwards.
@@ -155,13 +169,16 @@ def run(
     """
     options.check_replacement(nan)
     window = options.size("patchwise", patchwise)
+    source = open_volume(input, axes, channels, level)
     application = Application(
         load_network(network, window),
-        open_volume(input, axes, channels, level),
+        source,
         boundary,
         nan,
         options.windows(window, overlap, weights, options.size("step", step)),
         options.size("halo", halo),
+        None if roi is None else roi_box(roi, source.size),
+        None if mask is None else open_volume(mask),
     )
     request = Request(
         encoding=Encoding(dtype, *value_range),
@@ -175,7 +192,8 @@ def run(
     described = _described(application, groups, request)
     if not overwrite and is_complete(application, groups, request, Path(output)):
         return Summary(Path(output), (), application.volume.times, 0.0, 0)
-    place, journal = _begun(output, input, described, overwrite)
+    sources = [input] if mask is None else [input, mask]
+    place, journal = _begun(output, sources, described, overwrite)
     compile_kernels()
     with MemoryMeter() as meter, connected(client) as found:
         planned = [
@@ -218,16 +236,16 @@ def _described(
 
 
 def _begun(
-    output: str | Path, input: str | Path, described: dict[str, Any], overwrite: bool
+    output: str | Path, sources: list[str | Path], described: dict[str, Any], overwrite: bool
 ) -> tuple[Path, Journal | None]:
     """Where the output goes, and the journal of a run that was begun there and can be finished."""
     path = journal_of(Path(output).resolve())
     if overwrite:
-        place = store.check_place(output, input, overwrite)
+        place = store.check_place(output, sources, overwrite)
         path.unlink(missing_ok=True)
         return place, None
     journal = Journal.begun(path)
-    place = store.check_place(output, input, overwrite, begun=journal is not None)
+    place = store.check_place(output, sources, overwrite, begun=journal is not None)
     if journal is not None:
         journal.check(described)
     return place, journal
@@ -237,33 +255,48 @@ def _make_all(
     client: Client, passes: list[PlannedPass], journal: Journal, progress: Progress | None
 ) -> tuple[Pass, ...]:
     """Make the blocks of all passes that are missing, one pass after another."""
-    total = sum(volume(one.job.laid.output_size) * one.job.volume.times for one in passes)
+    total = sum(_hull(one.job).voxels * one.job.volume.times for one in passes)
     done = 0
     made: list[Pass] = []
     failures: list[tuple[Box, BaseException]] = []
     for number, one in enumerate(passes):
         held = partial(journal.holds, number)
-        done += sum(b.voxels for t, b in _all_blocks(one.job) if held(t, b))
+        within, laid, plan = _hull(one.job), one.job.laid, one.job.plan
+        done += sum(_voxels(block, within) for block in journal.blocks_of(number, laid.output_size))
         missing = ((t, b) for t, b in _all_blocks(one.job) if not held(t, b))
-        count = 0
+        came: list[Made] = []
 
         def finished(
-            moment: int, block: Box, error: BaseException | None, number: int = number
+            moment: int,
+            block: Box,
+            outcome: Made | BaseException,
+            number: int = number,
+            within: Box = within,
+            came: list[Made] = came,
         ) -> None:
-            nonlocal done, count
-            if error is not None:
-                failures.append((block, error))
-            else:
+            nonlocal done
+            if isinstance(outcome, Made):
                 journal.add(number, moment, block)
-                count += 1
-            done += block.voxels
+                came.append(outcome)
+            else:
+                failures.append((block, outcome))
+            done += _voxels(block, within)
             if progress:
                 progress(done, total)
 
         make_blocks(client, one.job, missing, finished)
-        laid, plan = one.job.laid, one.job.plan
-        channels = laid.network.out_channels
-        made.append(Pass(one.outputs, laid.output_size, channels, count, plan, one.halo_error))
+        made.append(
+            Pass(
+                one.outputs,
+                laid.output_size,
+                laid.network.out_channels,
+                sum(block.voxels for block in came),
+                sum(block.voxels > 0 for block in came),
+                sum(block.voxels == 0 for block in came),
+                plan,
+                one.halo_error,
+            )
+        )
         if any(is_full(error) for _, error in failures):
             break
     if failures:
@@ -272,10 +305,21 @@ def _make_all(
 
 
 def _all_blocks(job: Job) -> Iterator[tuple[int, Box]]:
-    """Every block of a pass, at every time point."""
+    """Every block of a pass that may hold something selected, at every time point."""
+    within = _hull(job)
     for moment in range(job.volume.times):
-        for block in job.laid.blocks(job.plan.block):
+        for block in job.laid.blocks(job.plan.block, within):
             yield moment, block
+
+
+def _hull(job: Job) -> Box:
+    """The outputs among which those that are selected lie."""
+    return job.selection.hull(job.laid)
+
+
+def _voxels(block: Box, within: Box) -> int:
+    shared = block.shared(within)
+    return shared.voxels if shared else 0
 
 
 def _failed(failures: list[tuple[Box, BaseException]], made: int) -> str:

@@ -17,22 +17,25 @@ import zarr
 
 from znni_dask.application import Application, patchwise_of
 from znni_dask.errors import OptionError, OutputError
-from znni_dask.geometry import Box, Size, add, triple
+from znni_dask.geometry import Box, Size, add, tiles, triple
 from znni_dask.importers import load_network
 from znni_dask.network.network import Network
 from znni_dask.options import computing_threads
 from znni_dask.patches import Layout
 from znni_dask.primitives.base import Array
 from znni_dask.recompute import recompute
+from znni_dask.selection import Wanted
 from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.volume import Volume, open_volume
-from znni_dask.windows import WindowGrid
+from znni_dask.windows import Laid, WindowGrid
 
 TOLERANCE = 1e-4  # largest difference allowed, in standard deviations of the answer
 _OF_HALO_ERROR = 4.0  # times the largest difference measured at a few places
+_TRIES = 64  # to find a place that holds something selected, before the mask is searched
+_SEARCHED = (128, 128, 128)  # of the mask at a time
 _TOLD = {
     *("network", "output", "boundary", "nan", "dtype", "range", "axes", "channels", "level"),
-    *("patchwise", "halo"),
+    *("patchwise", "halo", "roi", "mask"),
 }
 
 
@@ -73,7 +76,8 @@ def verify(
     threads: int | None = None,
 ) -> Verification:
     """Recompute ``places`` boxes of ``size`` (z, y, x) of ``output`` and compare; by default 32³,
-    or 2³ of a classifier, of which every voxel is a window.
+    or 2³ of a classifier, of which every voxel is a window. Where a part of the volume was
+    selected, places hold something of it, and voxels that were not selected must be 0.
 
     Raises `OutputError` where the output was not made by `run` from this network and volume.
     """
@@ -95,20 +99,28 @@ def verify(
         )
     encoding = Encoding(str(made["dtype"]), *made["range"])
     random = np.random.default_rng(seed)
-    stored, fresh, boxes = [], [], []
+    found = []
     for index in range(places):
         time = int(random.integers(source.times))
-        box = _place(
-            random, layout.output_size, size or _size(layout), written.chunks if index % 2 else None
-        )
-        stored.append(written.read(box, time))
+        chunks = written.chunks if index % 2 else None
+        box = _selected(random, application, layout, size or _size(layout), chunks, time)
+        wanted = application.selection.wanted(layout, box, time)
         options: dict[str, Any] = {"nan": application.nan, "threads": team, "time": time}
         answer = recompute(layout, source, box, **options)
         if isinstance(layout, Layout) and layout.geometry.dense:
-            _slide(layout, source, box, random, answer, options)
-        fresh.append(answer)
-        boxes.append(box)
-    return _compare(stored, fresh, boxes, encoding, made)
+            _slide(layout, source, box, random, answer, options, wanted)
+        found.append(_Compared(box, written.read(box, time), answer, wanted))
+    return _compare(found, encoding, made)
+
+
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """A place: what is stored there, the answer, and which voxels are selected (None: all)."""
+
+    box: Box
+    stored: Any
+    fresh: Array
+    wanted: Wanted | None
 
 
 def _open_output(path: str | Path) -> tuple[Volume, dict[str, Any]]:
@@ -138,20 +150,59 @@ def _repeated(
         str(made["boundary"]),
         made["nan"],
         patchwise,
+        roi=None if made["roi"] is None else Box(*(triple(end) for end in made["roi"])),
+        mask=None if made["mask"] is None else open_volume(made["mask"]),
     )
 
 
-def _place(random: np.random.Generator, whole: Size, size: Size, chunks: Size | None) -> Box:
+def _selected(
+    random: np.random.Generator,
+    application: Application,
+    laid: Laid,
+    size: Size,
+    chunks: Size | None,
+    time: int,
+) -> Box:
+    """A random place that holds something selected; anywhere where nothing is."""
+    selection, whole = application.selection, laid.output_size
+    hull = selection.hull(laid)
+    for _ in range(_TRIES):
+        box = _place(random, hull, whole, size, chunks)
+        if _holds(selection.wanted(laid, box, time)):
+            return box
+    for part in tiles(whole, _SEARCHED, hull):
+        wanted = selection.wanted(laid, part, time)
+        if wanted is None:
+            return _place(random, part, whole, size, None)
+        if wanted.any():
+            start = add(part.start, triple(random.choice(np.argwhere(wanted))))
+            return _place(random, Box(start, add(start, (1, 1, 1))), whole, size, None)
+    return box
+
+
+def _holds(wanted: Wanted | None) -> bool:
+    return wanted is None or bool(wanted.any())
+
+
+def _place(
+    random: np.random.Generator, hull: Box, whole: Size, size: Size, chunks: Size | None
+) -> Box:
+    """A random box that touches ``hull``, a little beyond it at most, or around it where it is
+    smaller; or across corners of chunks."""
     start = []
-    for axis, (n, s) in enumerate(zip(whole, size, strict=True)):
+    for axis, (first, stop) in enumerate(zip(hull.start, hull.stop, strict=True)):
+        n, s = whole[axis], size[axis]
         last = max(n - s, 0)
-        begin = int(random.integers(last + 1))
-        if chunks is not None and n > chunks[axis]:
-            corner = chunks[axis] * int(random.integers(1, -(-n // chunks[axis])))
-            begin = min(max(corner - s // 2, 0), last)
+        low, high = sorted((max(first - s // 4, 0), max(stop + s // 4 - s, 0)))
+        begin = min(int(random.integers(low, high + 1)), last)
+        if chunks is not None:
+            corners = range(first // chunks[axis] + 1, -(-stop // chunks[axis]))
+            if corners:
+                corner = chunks[axis] * int(random.choice(corners))
+                begin = min(max(corner - s // 2, 0), last)
         start.append(begin)
-    stop = (min(a + s, n) for a, s, n in zip(start, size, whole, strict=True))
-    return Box(triple(start), triple(stop))
+    ends = (min(a + s, n) for a, s, n in zip(start, size, whole, strict=True))
+    return Box(triple(start), triple(ends))
 
 
 def _slide(
@@ -161,10 +212,13 @@ def _slide(
     random: np.random.Generator,
     answer: Array,
     options: Mapping[str, Any],
+    wanted: Wanted | None,
 ) -> None:
     """Put one voxel of a place in by definition: the network on that voxel's field of view, no
     fragments. So fragments are checked by what does without them."""
     place = triple(int(random.integers(n)) for n in box.size)
+    if wanted is not None and wanted.any():
+        place = triple(random.choice(np.argwhere(wanted)))
     start = add(box.start, place)
     one = Box(start, add(start, (1, 1, 1)))
     z, y, x = place
@@ -172,32 +226,39 @@ def _slide(
     answer[:, z, y, x] = voxel[:, 0, 0, 0]
 
 
-def _size(layout: Layout | WindowGrid) -> Size:
+def _apart(one: _Compared, encoding: Encoding) -> Any:
+    """How far what is stored is from what is right, (z, y, x); infinitely far where something is
+    stored that is not selected."""
+    if one.wanted is None:
+        return encoding.difference(one.stored, one.fresh)
+    out = ~one.wanted
+    apart = encoding.difference(one.stored, np.where(out, np.float32(0), one.fresh))
+    apart[out] = np.where((one.stored != 0).any(axis=0)[out], np.inf, 0)
+    return apart
+
+
+def _size(layout: Laid) -> Size:
     """The size of places where none is given."""
     vectors = isinstance(layout, WindowGrid) and layout.classifies
     return (2, 2, 2) if vectors else (32, 32, 32)
 
 
-def _compare(
-    stored: list[Any],
-    fresh: list[Any],
-    boxes: list[Box],
-    encoding: Encoding,
-    made: Mapping[str, Any],
-) -> Verification:
-    differences = [encoding.difference(a, b) for a, b in zip(stored, fresh, strict=True)]
+def _compare(found: list[_Compared], encoding: Encoding, made: Mapping[str, Any]) -> Verification:
+    differences = [_apart(one, encoding) for one in found]
     worst = int(np.argmax([d.max() for d in differences]))
     place = np.unravel_index(int(differences[worst].argmax()), differences[worst].shape)
-    values = np.concatenate([f.ravel() for f in fresh])
+    values = np.concatenate(
+        [(f.fresh if f.wanted is None else f.fresh[:, f.wanted]).ravel() for f in found]
+    )
     finite = values[np.isfinite(values)]
     deviation = float(finite.std()) if finite.size else 0.0
     allowed = TOLERANCE * deviation + encoding.step(float(np.abs(finite).max(initial=0)))
     halo = made["halo"]
     return Verification(
-        places=len(boxes),
-        voxels=values.size,
+        places=len(found),
+        voxels=sum(one.fresh.size for one in found),
         largest_difference=float(differences[worst].max()),
-        at=triple(int(a + b) for a, b in zip(boxes[worst].start, place, strict=True)),
+        at=triple(int(a + b) for a, b in zip(found[worst].box.start, place, strict=True)),
         standard_deviation=deviation,
         allowed=allowed + (_OF_HALO_ERROR * float(made["halo_error"]) if halo else 0.0),
         halo=None if halo is None else triple(halo),

@@ -35,10 +35,7 @@ def plan(grid: WindowGrid, resources: Resources) -> Plan:
     """The plan that computes fewest windows and fits; raises `MemoryLimitError` where none does."""
     primitives = choose_primitives(grid.layout)
     schedules = Schedules(grid.layout, primitives)
-    per_axis = [
-        _blocks(grid, axis, resources.unit[axis], resources.block and resources.block[axis])
-        for axis in range(3)
-    ]
+    per_axis = [_blocks(grid, resources, axis) for axis in range(3)]
     ranked = sorted(
         (
             _Candidate(triple(b for b, _ in chosen), chosen[0][1] * chosen[1][1] * chosen[2][1])
@@ -81,12 +78,22 @@ def plan(grid: WindowGrid, resources: Resources) -> Plan:
     )
 
 
-def _blocks(grid: WindowGrid, axis: int, unit: int, fixed: int | None) -> list[tuple[int, int]]:
-    """Lengths of blocks along an axis, and how many windows all blocks touch together."""
-    n = grid.output_size[axis]
-    lengths = [fixed] if fixed else [unit * m for m in MULTIPLES if unit * (m - 1) < n]
+def _blocks(grid: WindowGrid, resources: Resources, axis: int) -> list[tuple[int, int]]:
+    """Lengths of blocks along an axis, and how many windows all blocks touch together of what is
+    wanted."""
+    n, unit = grid.output_size[axis], resources.unit[axis]
+    first, last = resources.hull.start[axis], resources.hull.stop[axis]
+    lengths = [unit * m for m in MULTIPLES if unit * (m - 1) < n]
+    if resources.block is not None:
+        lengths = [resources.block[axis]]
     return [
-        (length, sum(grid.count(axis, a, min(a + length, n)) for a in range(0, n, length)))
+        (
+            length,
+            sum(
+                grid.count(axis, max(a, first), min(a + length, last))
+                for a in range(first // length * length, last, length)
+            ),
+        )
         for length in lengths
     ]
 
@@ -97,9 +104,7 @@ def _predicted_bytes(
     """Peak memory of the whole process for this block."""
     channels = grid.network.out_channels
     largest = triple(min(b, n) for b, n in zip(block, grid.output_size, strict=True))
-    reading = resources.read_bytes(_largest_region(grid, block))
-    written = resources.voxel_bytes * volume(largest)
-    per_block = max(reading + written, written + resources.write_bytes)
+    per_block = resources.block_bytes(largest, _largest_region(grid, block))
     # the sums and the weights of a block, and what it becomes when it is stored
     blending = (ITEM_BYTES * (channels + 1) + resources.encoding_bytes) * volume(largest)
     window = ITEM_BYTES * (channels + 2) * volume(grid.layout.output_size)

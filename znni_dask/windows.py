@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.errors import NetworkError, OptionError, VolumeError
-from znni_dask.geometry import AXES, Box, Size, ceil_divide, text, tiles, triple
+from znni_dask.geometry import AXES, Box, Size, add, ceil_divide, text, tiles, triple
 from znni_dask.network.field_of_view import Interval, sizes_of
 from znni_dask.network.network import Network
-from znni_dask.patches import Patch, check_boundary
+from znni_dask.patches import Layout, Patch, check_boundary
 
 WEIGHTS = ("constant", "gaussian")
 _SIGMA = 0.125  # of the Gaussian weights, in window lengths
@@ -206,18 +206,25 @@ class WindowGrid:
         z, y, x = (Fraction((w - 1) // 2 if moved else 0) for w in self.window)
         return z, y, x
 
-    def blocks(self, block: Size) -> Iterator[Box]:
-        """All blocks, covering the answer exactly once."""
-        return tiles(self.output_size, block)
+    def blocks(self, block: Size, over: Box | None = None) -> Iterator[Box]:
+        """All blocks, covering the answer exactly once; or those that touch the box ``over``."""
+        return tiles(self.output_size, block, over)
 
-    def windows_of(self, block: Box) -> list[Box]:
-        """The windows behind a block of the answer, in the grid's order; in voxels of the volume,
-        beyond which they may reach."""
+    def windows_of(self, block: Box) -> Iterator[tuple[Box, Box]]:
+        """The windows behind a block of the answer, in the grid's order, in voxels of the volume,
+        beyond which they may reach; and the part of the block that each makes, in voxels of the
+        block."""
         chosen = [self._starts_of(axis, block.start[axis], block.stop[axis]) for axis in range(3)]
-        return [
-            Box(triple(corner), triple(a + w for a, w in zip(corner, self.window, strict=True)))
-            for corner in product(*chosen)
-        ]
+        places = np.ndindex(*block.size)
+        for corner in product(*chosen):
+            window = Box(triple(corner), add(triple(corner), self.window))
+            if self.classifies:
+                place = triple(next(places))
+                yield window, Box(place, add(place, (1, 1, 1)))
+            else:
+                shared = window.shared(block)
+                assert shared is not None  # only windows that touch a block are behind it
+                yield window, shared.seen_from(block.start)
 
     def count(self, axis: int, start: int, stop: int) -> int:
         """How many windows along an axis lie behind outputs ``[start, stop)``."""
@@ -260,11 +267,8 @@ class WindowGrid:
             found = found[..., None] * bell
         return np.maximum(found, max(float(found.min()), _LEAST_WEIGHT), out=found)
 
-    def place_in(self, window: Box, block: Box) -> tuple[Box, Box]:
-        """The part of a block that a window covers: in voxels of the block, and of the window."""
-        shared = window.shared(block)
-        assert shared is not None  # only windows that touch a block are behind it
-        return shared.seen_from(block.start), shared.seen_from(window.start)
+
+Laid = Layout | WindowGrid  # how a network may lie over a volume
 
 
 def _grid(n: int, window: int, interval: int) -> list[int]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask import planner
 from znni_dask.executors.serial import SerialExecutor
-from znni_dask.geometry import Box, Size
+from znni_dask.geometry import Box, Size, hull
 from znni_dask.patches import Layout
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import Array
 from znni_dask.schedule import Schedules
+from znni_dask.selection import Wanted
 
 
 class PatchBlocks:
@@ -27,23 +28,36 @@ class PatchBlocks:
         arena = self._schedules.arena(sizes)
         self._executor = SerialExecutor(layout.network, primitives, arena, plan.threads)
 
+    def region(self, block: Box, wanted: Wanted | None = None) -> Box:
+        """The box of the volume behind the patches of a block that hold something wanted."""
+        if wanted is None:
+            return planner.region_of(self._layout, block, self._plan.patch)
+        return hull(self._layout.region(box) for box in self._patches(block, wanted))
+
     def make(
         self,
         block: Box,
         values: NDArray[np.generic],
         corner: Size,
         take: Callable[[Box, Array], None],
+        wanted: Wanted | None = None,
     ) -> None:
         """Compute a block of the extended volume's ``values`` behind it, whose first voxel is the
-        volume's voxel ``corner``. ``take`` is handed each part of the block with its answer
-        (channel, z, y, x), which it may overwrite and must not keep."""
+        volume's voxel ``corner``. ``take`` is handed each part of the block that holds something
+        wanted with its answer (channel, z, y, x), which it may overwrite and must not keep."""
         channels = self._layout.network.out_channels
-        for box in planner.patches_of(block, self._plan.patch):
+        for box in self._patches(block, wanted):
             todo = self._schedules.schedule(box)
             z, y, x = todo.input.seen_from(corner).slices
             answer = np.empty((channels, *box.size), np.float32)
             self._executor.run(todo, values[:, z, y, x], answer)
             take(box, answer)
+
+    def _patches(self, block: Box, wanted: Wanted | None) -> Iterator[Box]:
+        """The patches of a block that hold something wanted."""
+        for box in planner.patches_of(block, self._plan.patch):
+            if wanted is None or wanted[box.seen_from(block.start).slices].any():
+                yield box
 
     def close(self) -> None:
         """End the threads and free the memory."""

@@ -76,18 +76,23 @@ def output_layout(
     return OutputLayout(channels, size, clipped, None, times, dtype)
 
 
-def check_place(path: str | Path, source: str | Path, overwrite: bool, begun: bool = False) -> Path:
-    """Where the output goes; raises `OutputError` where it must not go there. What is there may
-    be replaced with ``overwrite``, or completed where it was ``begun``."""
+def check_place(
+    path: str | Path, sources: Sequence[str | Path], overwrite: bool, begun: bool = False
+) -> Path:
+    """Where the output goes, of a run that reads ``sources``; raises `OutputError` where it must
+    not go there. What is there may be replaced with ``overwrite``, or completed where it was
+    ``begun``."""
     if "://" in str(path):
         raise OutputError(f"{path}: only local paths can be written")
-    place, volume_place = Path(path).resolve(), Path(source).resolve()
-    if place == volume_place or volume_place in place.parents:
-        raise OutputError(
-            f"the output {path} is, or lies in, the input {source}: choose another place"
-        )
-    if place in volume_place.parents:
-        raise OutputError(f"the input {source} lies in the output {path}: choose another place")
+    place = Path(path).resolve()
+    for source in sources:
+        found = Path(source).resolve()
+        if place == found or found in place.parents:
+            raise OutputError(
+                f"the output {path} is, or lies in, the input {source}: choose another place"
+            )
+        if place in found.parents:
+            raise OutputError(f"the input {source} lies in the output {path}: choose another place")
     if place.exists():
         if not overwrite and not begun:
             raise OutputError(f"the output {path} exists: choose another place, or overwrite it")
