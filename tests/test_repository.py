@@ -24,6 +24,7 @@ STAIRS = [
         "inspection",
         "verify",
         "run",
+        "statistics",
         "feeding",
         "passes",
         "journal",
@@ -33,7 +34,17 @@ STAIRS = [
         "patchwise",
     ),
     *("executors", "window_planner", "planner", "costs", "schedule", "primitives", "kernels"),
-    *("selection", "options", "storage", "windows", "patches", "machine", "plan", "importers"),
+    *(
+        "selection",
+        "options",
+        "storage",
+        "normalization",
+        "windows",
+        "patches",
+        "machine",
+        "plan",
+        "importers",
+    ),
     *("network", "geometry", "errors"),
 ]
 HEAVY = {

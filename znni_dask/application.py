@@ -7,7 +7,7 @@ repeats. How fast, in which blocks and by which plan is no part of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from znni_dask.errors import InputError, NetworkError, OptionError, OutputError
 from znni_dask.geometry import Box, Size, triple
 from znni_dask.network.network import Network
 from znni_dask.network.rewrites import simplify
+from znni_dask.normalization import Normalization, Statistics
 from znni_dask.patches import Layout
 from znni_dask.selection import Selection
 from znni_dask.storage.encoding import Encoding
@@ -28,7 +29,9 @@ class Application:
 
     ``patchwise`` and ``halo`` make the answer approximate (see `WindowGrid` and `Layout`); ``nan``
     replaces what is not finite; what is not selected (by ``roi`` and ``mask``, see `Selection`) is
-    stored as 0. Raises `NetworkError` where network and volume do not fit.
+    stored as 0; ``normalization`` says how the volume is normalised, by statistics that become
+    part of ``volume`` once they are known (see `normalized`). Raises `NetworkError` where network
+    and volume do not fit.
     """
 
     network: Network
@@ -39,6 +42,7 @@ class Application:
     halo: Size | None = None
     roi: Box | None = None
     mask: Volume | None = None
+    normalization: Normalization | None = None
 
     def __post_init__(self) -> None:
         network, volume = self.network, self.volume
@@ -56,6 +60,10 @@ class Application:
     def selection(self) -> Selection:
         """Which voxels are wanted; raises `VolumeError` where the mask does not fit."""
         return Selection(self.volume, self.roi, self.mask)
+
+    def normalized(self, statistics: Statistics) -> Application:
+        """The same on the volume normalised by statistics of it."""
+        return replace(self, volume=replace(self.volume, statistics=statistics))
 
     def laid(self, *outputs: str) -> Laid:
         """The network with these outputs, joined as channels of one, laid over the volume."""
@@ -127,6 +135,7 @@ class Application:
             "halo": self.halo,
             "roi": [self.roi.start, self.roi.stop] if self.roi else None,
             "mask": self.mask.path if self.mask else None,
+            "normalize": self.normalization.described if self.normalization else None,
         }
 
     @property

@@ -28,6 +28,7 @@ from znni_dask.geometry import Size, triple
 from znni_dask.importers import load_network
 from znni_dask.inspection import facts
 from znni_dask.machine import cores
+from znni_dask.normalization import METHODS
 from znni_dask.patches import BOUNDARIES
 from znni_dask.run import run
 from znni_dask.storage.encoding import DTYPES
@@ -135,8 +136,25 @@ def _add_infer(infer: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an existing output, or start an unfinished one anew",
     )
+    _add_normalization(infer)
     _add_approximate(infer)
     infer.set_defaults(command=_infer)
+
+
+def _add_normalization(infer: argparse.ArgumentParser) -> None:
+    group = infer.add_argument_group("normalisation, by statistics of the whole volume")
+    group.add_argument("--normalize", choices=METHODS, default="none")
+    group.add_argument(
+        "--percentiles",
+        type=float,
+        nargs=2,
+        default=(1.0, 99.0),
+        metavar=("LOW", "HIGH"),
+        help="which become 0 and 1 (default 1 99)",
+    )
+    group.add_argument(
+        "--stats-level", metavar="N", help="level of the OME-Zarr image they are taken of"
+    )
 
 
 def _add_approximate(infer: argparse.ArgumentParser) -> None:
@@ -235,6 +253,9 @@ def _infer(options: argparse.Namespace) -> int:
             halo=options.halo,
             roi=options.roi,
             mask=options.mask,
+            normalize=options.normalize,
+            percentiles=tuple(options.percentiles),
+            stats_level=options.stats_level,
             overwrite=options.overwrite,
             progress=progress,
         )

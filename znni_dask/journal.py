@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from znni_dask.errors import OutputError
 from znni_dask.geometry import Box, Size, add, triple
+from znni_dask.normalization import Statistics
 
 _VERSION = 1
 Place = tuple[int, int, Size]  # pass, time point, first voxel of the block
@@ -35,12 +36,14 @@ def in_json(described: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class Journal:
-    """The journal of one output. ``blocks`` is the size of the blocks of every pass. Use it as a
-    context manager, or `close` it."""
+    """The journal of one output. ``blocks`` is the size of the blocks of every pass,
+    ``statistics`` those by which the volume is normalised. Use it as a context manager, or
+    `close` it."""
 
     path: Path
     described: Mapping[str, Any]
     blocks: Sequence[Size]
+    statistics: Mapping[str, Any] | None = None
     done: set[Place] = field(default_factory=set)
     _file: TextIO | None = None
 
@@ -61,6 +64,7 @@ class Journal:
             if head["version"] != _VERSION:
                 raise ValueError(f"version {head['version']} is not known")
             journal = cls(path, head["described"], [triple(b) for b in head["blocks"]])
+            journal.statistics = head["statistics"]
             for line in lines[1:]:
                 if line.endswith("\n"):  # else it was being written when the run ended
                     number, time, start = json.loads(line)
@@ -82,6 +86,7 @@ class Journal:
                     "version": _VERSION,
                     "described": self.described,
                     "blocks": self.blocks,
+                    "statistics": self.statistics,
                 }
                 self._write(head)
         except OSError as error:
@@ -99,6 +104,16 @@ class Journal:
                 f"{', '.join(differing)}: repeat that one's command to finish it, start anew with "
                 "--overwrite, or choose another place"
             )
+
+    def known_statistics(self) -> Statistics:
+        """The statistics by which the volume is normalised, of a run that normalises it."""
+        try:
+            return Statistics.told(self.statistics or {})
+        except (KeyError, TypeError, ValueError):
+            raise OutputError(
+                f"the journal {self.path} is damaged (its statistics cannot be read): start anew "
+                "with --overwrite"
+            ) from None
 
     def add(self, number: int, time: int, block: Box) -> None:
         """Note that a block is written."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from znni_dask.errors import OptionError
 from znni_dask.geometry import Size, triple
 from znni_dask.machine import available_bytes, cores, parse_bytes
+from znni_dask.normalization import Normalization
 from znni_dask.windows import Patchwise
 
 _SHARE_OF_FREE = 0.8  # of the free memory, when no limit is given
@@ -34,6 +37,26 @@ def windows(
             raise OptionError("step is the distance of windows: give their size with patchwise")
         return None
     return Patchwise(window, overlap, weights, step)
+
+
+def normalization(
+    method: str, percentiles: Sequence[float], level: int | str | None
+) -> Normalization | None:
+    """How the volume is normalised, where that is wanted; raises `OptionError`."""
+    try:
+        low, high = (float(p) for p in percentiles)
+    except (TypeError, ValueError):
+        raise OptionError(
+            f"percentiles {percentiles!r}: two numbers are wanted, as in 1, 99"
+        ) from None
+    if method != "none":
+        return Normalization(method, (low, high), level)
+    if level is not None:
+        raise OptionError(
+            f"stats_level {level} is for statistics, and nothing is normalised: say how with "
+            "normalize"
+        )
+    return None
 
 
 def check_replacement(nan: float | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from znni_dask.windows import WindowGrid
 
 _CHUNKS = (64, 64, 64)
 _CHUNKS_OF_VECTORS = (8, 8, 8)  # of a classifier, whose every voxel is a window computed
+_FOUND = ("halo_error", "statistics")  # what metadata tell that was not asked for
 _WANTED_BYTES = 2  # of a voxel: whether it is wanted, kept, and once more where that is found out
 
 
@@ -44,7 +45,8 @@ class PlannedPass:
     outputs: tuple[str, ...]
     stored: tuple[OutputLayout, ...]
     job: Job
-    halo_error: HaloError | None
+    resources: planner.Resources
+    halo_error: HaloError | None = None
 
 
 def plan_pass(
@@ -74,11 +76,25 @@ def plan_pass(
         plan = window_planner.plan(laid, resources)
     else:
         plan = planner.plan(planner.Request(**vars(resources), layout=laid, patch=request.patch))
-    error = None
-    if application.halo is not None:
-        error = halo_error(application, names, resources, plan)
     job = Job(laid, source, selection, application.nan, plan)
-    return PlannedPass(names, stored, job, error)
+    return PlannedPass(names, stored, job, resources)
+
+
+def read_by(application: Application, planned: list[PlannedPass]) -> list[PlannedPass]:
+    """The passes with the application's volume, whose statistics are known by now, and measured
+    in it what a halo of one's own costs."""
+    return [
+        replace(
+            one,
+            job=replace(one.job, volume=application.volume),
+            halo_error=(
+                None
+                if application.halo is None
+                else halo_error(application, one.outputs, one.resources, one.job.plan)
+            ),
+        )
+        for one in planned
+    ]
 
 
 def layout_of(application: Application, name: str, request: Request) -> OutputLayout:
@@ -120,6 +136,8 @@ def create_outputs(
     if len(images) > 1:
         store.create_root(root, [place.name for place in images.values()])
     ready = []
+    found = application.volume.statistics
+    statistics = {} if found is None else {"statistics": asdict(found)}
     for one in planned:
         targets: list[Target] = []
         error = {"halo_error": one.halo_error.largest} if one.halo_error else {}
@@ -128,7 +146,7 @@ def create_outputs(
                 images[name],
                 layout,
                 **application.placed(name),
-                attributes={"znni": application.described(name, encoding) | error},
+                attributes={"znni": application.described(name, encoding) | error | statistics},
             )
             first = targets[-1].last if targets else 0
             channels = application.laid(name).network.out_channels
@@ -154,4 +172,4 @@ def is_complete(
 def _told(place: Path) -> dict[str, Any]:
     """What an image's metadata tell of how it was made, but for what was measured meanwhile."""
     found = store.description(place) or {}
-    return {key: value for key, value in found.items() if key != "halo_error"}
+    return {key: value for key, value in found.items() if key not in _FOUND}

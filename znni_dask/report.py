@@ -135,7 +135,7 @@ def run_lines(summary: Summary) -> list[str]:
                 f"voxels is {error.largest:.3g}, the exact answer's standard deviation "
                 f"{error.standard_deviation:.3g}"
             )
-    predicted = max(one.plan.predicted_bytes for one in summary.passes)
+    predicted = max(summary.measured_bytes, *(p.plan.predicted_bytes for p in summary.passes))
     return [
         *lines,
         f"{show_seconds(summary.seconds)}, {summary.voxels_per_second:,.0f} voxels/s; memory: "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ from znni_dask.journal import Journal, journal_of
 from znni_dask.kernels.warm import compile_kernels
 from znni_dask.machine import MemoryMeter
 from znni_dask.network.network import Network
-from znni_dask.passes import PlannedPass, Request, create_outputs, is_complete, plan_pass
+from znni_dask.passes import PlannedPass, Request, create_outputs, is_complete, plan_pass, read_by
 from znni_dask.plan import Plan
 from znni_dask.recompute import HaloError
 from znni_dask.selection import roi_box
+from znni_dask.statistics import check_alike, measure
 from znni_dask.storage import output as store
 from znni_dask.storage.encoding import Encoding
-from znni_dask.storage.volume import open_volume
+from znni_dask.storage.volume import Volume, open_volume
 
 Progress = Callable[[int, int], None]
 _SHOWN_FAILURES = 3
@@ -61,7 +62,8 @@ class Pass:
 @dataclass(frozen=True)
 class Summary:
     """What a run did. ``peak_bytes`` is the anonymous memory of this process and its children,
-    measured while it ran; the plan says what was promised and allowed. There are no passes where
+    measured while it ran; the plan says what was promised and allowed, ``measured_bytes`` what
+    was predicted while statistics were taken (0 where they were not). There are no passes where
     the output was complete before."""
 
     output: Path
@@ -69,6 +71,7 @@ class Summary:
     times: int
     seconds: float
     peak_bytes: int
+    measured_bytes: int = 0
 
     @property
     def plan(self) -> Plan:
@@ -117,6 +120,9 @@ def run(
     halo: Size | int | None = None,
     roi: str | Sequence[slice] | None = None,
     mask: str | Path | None = None,
+    normalize: str = "none",
+    percentiles: tuple[float, float] = (1, 99),
+    stats_level: int | str | None = None,
     overwrite: bool = False,
     client: Client | None = None,
     progress: Progress | None = None,
@@ -157,6 +163,10 @@ def run(
         wanted is not computed, and 0.
     mask : a volume of any kind that ``input`` may be, of the same size: wanted is where it is not
         zero, and within ``roi`` where that is given too.
+    normalize : ``"zscore"``, ``"percentile"`` or ``"range"``: every channel is moved and scaled by
+        its mean and standard deviation, by two ``percentiles``, or by minimum and maximum, of the
+        whole volume at a time point, whatever is selected of it. Nothing is clipped.
+    stats_level : the level of the OME-Zarr image of which these statistics are taken instead.
     overwrite : replace an existing Zarr store at ``output``, or start an unfinished run anew;
         otherwise the same command finishes what an interrupted run left.
     client : a dask client; by default an in-process one, closed afterwards.
@@ -170,6 +180,8 @@ def run(
     options.check_replacement(nan)
     window = options.size("patchwise", patchwise)
     source = open_volume(input, axes, channels, level)
+    normalization = options.normalization(normalize, percentiles, stats_level)
+    surveyed = source if stats_level is None else open_volume(input, axes, channels, stats_level)
     application = Application(
         load_network(network, window),
         source,
@@ -179,7 +191,9 @@ def run(
         options.size("halo", halo),
         None if roi is None else roi_box(roi, source.size),
         None if mask is None else open_volume(mask),
+        normalization,
     )
+    check_alike(source, surveyed)
     request = Request(
         encoding=Encoding(dtype, *value_range),
         patch=options.size("patch", patch),
@@ -200,9 +214,11 @@ def run(
             plan_pass(application, names, request, journal.blocks[i] if journal else None)
             for i, names in enumerate(groups)
         ]
+        application, measured_bytes = _normalized(found, application, surveyed, journal, request)
+        planned = read_by(application, planned)
         if journal is None:
             store.clear(place)
-            journal = Journal(journal_of(place), described, [p.job.plan.block for p in planned])
+            journal = _new_journal(place, described, planned)
         with journal:
             ready = create_outputs(application, planned, request.encoding, place)
             begin = time.perf_counter()
@@ -214,6 +230,7 @@ def run(
         times=application.volume.times,
         seconds=time.perf_counter() - begin,
         peak_bytes=meter.peak_bytes,
+        measured_bytes=measured_bytes,
     )
 
 
@@ -233,6 +250,30 @@ def _described(
             for key, value in application.described(name, request.encoding).items()
         },
     }
+
+
+def _normalized(
+    client: Client,
+    application: Application,
+    surveyed: Volume,
+    journal: Journal | None,
+    request: Request,
+) -> tuple[Application, int]:
+    """The application on the normalised volume, if it is to be one, and the memory predicted for
+    its statistics; those that a journal tells are not taken again."""
+    wanted = application.normalization
+    if wanted is None:
+        return application, 0
+    if journal is not None:
+        return application.normalized(journal.known_statistics()), 0
+    found = measure(client, surveyed, application.nan, wanted, request.allowed_bytes)
+    return application.normalized(found.statistics), found.predicted_bytes
+
+
+def _new_journal(place: Path, described: dict[str, Any], planned: list[PlannedPass]) -> Journal:
+    found = planned[0].job.volume.statistics
+    blocks = [one.job.plan.block for one in planned]
+    return Journal(journal_of(place), described, blocks, asdict(found) if found else None)
 
 
 def _begun(

@@ -20,6 +20,7 @@ from znni_dask.errors import OptionError, OutputError
 from znni_dask.geometry import Box, Size, add, tiles, triple
 from znni_dask.importers import load_network
 from znni_dask.network.network import Network
+from znni_dask.normalization import Statistics
 from znni_dask.options import computing_threads
 from znni_dask.patches import Layout
 from znni_dask.primitives.base import Array
@@ -35,7 +36,7 @@ _TRIES = 64  # to find a place that holds something selected, before the mask is
 _SEARCHED = (128, 128, 128)  # of the mask at a time
 _TOLD = {
     *("network", "output", "boundary", "nan", "dtype", "range", "axes", "channels", "level"),
-    *("patchwise", "halo", "roi", "mask"),
+    *("patchwise", "halo", "roi", "mask", "normalize"),
 }
 
 
@@ -144,7 +145,7 @@ def _repeated(
     """What an output's metadata say it was made of; of an answer with a halo of its own the exact
     one, without."""
     patchwise = patchwise_of(made)
-    return Application(
+    repeated = Application(
         load_network(network, patchwise.window if patchwise else None),
         open_volume(input, made["axes"], made["channels"], made["level"]),
         str(made["boundary"]),
@@ -153,6 +154,9 @@ def _repeated(
         roi=None if made["roi"] is None else Box(*(triple(end) for end in made["roi"])),
         mask=None if made["mask"] is None else open_volume(made["mask"]),
     )
+    if made["normalize"] is None:
+        return repeated
+    return repeated.normalized(Statistics.told(made["statistics"]))
 
 
 def _selected(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from znni_dask.errors import RunError, VolumeError
 from znni_dask.geometry import Box, Size, triple, volume
+from znni_dask.normalization import Statistics
 from znni_dask.patches import source_box, source_index
 from znni_dask.storage import opening
 from znni_dask.storage.stored import Stored, Three, Units, reason, unreadable
@@ -32,6 +33,7 @@ class Volume:
     ``axes`` names the stored array's axes, letters of ``tczyx``. ``scale`` and ``translation``
     are of voxel centres, (z, y, x), in ``units``. ``level`` is the path of the dataset taken of a
     multiscale image. ``chosen`` are the stored channels that count, in that order; None for all.
+    With ``statistics`` the values that `read_extended` gives are normalised.
     """
 
     array: Stored
@@ -42,6 +44,7 @@ class Volume:
     units: Units = (None, None, None)
     level: str | None = None
     chosen: tuple[int, ...] | None = None
+    statistics: Statistics | None = None
 
     def __post_init__(self) -> None:
         shape, dtype = self.array.shape, self.array.dtype
@@ -160,11 +163,14 @@ class Volume:
         """The values within ``box``, which may reach beyond the volume: there it is extended.
 
         NaN and infinity are replaced by ``nan``; without it they raise `RunError` with a place.
+        Where there are `statistics`, what is extended is the normalised volume, in float32.
         """
         stored = source_box(box, self.size, boundary)
         if stored is None:  # all of it is the constant
             return np.zeros((self.channels, *box.size), self.dtype)
         values = self._finite(self.read(stored, time), stored, nan)
+        if self.statistics is not None:
+            values = self.statistics.applied(values, time)
         spans = zip(box.start, box.stop, self.size, stored.start, strict=True)
         for axis, (start, stop, n, first) in enumerate(spans, start=1):
             index = np.asarray(source_index(start, stop, n, boundary), np.intp)
@@ -180,8 +186,8 @@ class Volume:
     def read_bytes(self, size: Size) -> int:
         """Memory that `read_extended` takes at most for a box of ``size``, its result included.
 
-        An extended box is copied once more, and so are floats other than float32; floats take a
-        byte each for finding NaN. What decodes holds some chunks beside the result.
+        An extended box is copied once more, and so is what becomes float32; floats take a byte
+        each for finding NaN. What decodes holds some chunks beside the result.
         """
         result = self.channels * max(self.dtype.itemsize, 4) * volume(size)
         lengths = dict(zip("zyx", size, strict=True)) | {"c": self.channels, "t": 1}
