@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import zarr
 from test_patchwise import classifier, normalised
+from test_run import peak_while_running
 
 import graphs
 import znni_dask
@@ -434,3 +436,27 @@ def test_metadata_tell_what_was_selected(tmp_path, client):
     told = json.loads((tmp_path / "out.zarr" / "zarr.json").read_text())["attributes"]["znni"]
     assert told["roi"] == [[5, 8, 0], [14, 30, 26]]
     assert told["mask"] == str(tmp_path / "mask.npy")
+
+
+RUN = """
+import json, sys
+import znni_dask
+if __name__ == "__main__":
+    s = znni_dask.run(*sys.argv[1:4], memory="320MiB", threads=1, mask=sys.argv[4])
+    print(json.dumps({"peak": s.peak_bytes, "predicted": s.plan.predicted_bytes}))
+"""
+
+
+def test_reading_a_mask_keeps_within_the_memory_allowed(tmp_path):
+    """One of eight bytes a voxel, for a volume of one."""
+    random = np.random.default_rng(0)
+    values = random.integers(0, 255, (192,) * 3).astype(np.uint8)
+    zarr.create_array(str(tmp_path / "in.zarr"), data=values, chunks=(64, 64, 64))
+    mask = (values > 250).astype(np.int64)
+    zarr.create_array(str(tmp_path / "mask.zarr"), data=mask, chunks=(64, 64, 64))
+    b = znni_dask.Builder(1)
+    save(b.network(b.conv(b.input, 1, 3, padding="same")), tmp_path / "net.onnx")
+    names = ("net.onnx", "in.zarr", "out.zarr", "mask.zarr")
+    files = [str(tmp_path / name) for name in names]
+    peak, said = peak_while_running([sys.executable, "-c", RUN, *files])
+    assert max(peak, said["peak"]) <= said["predicted"] <= 320 << 20
