@@ -467,6 +467,72 @@ OPERATORS = {
         ],
         {"m": f4(2, 5), "b": f4(5)},
     ),
+    "a matrix on whole sections": (
+        [
+            node("Transpose", "x", "sections", perm=[0, 2, 1, 3, 4]),
+            node("Reshape", "sections flat", "f"),
+            node("MatMul", "f m", "p"),
+            node("Transpose", "p", "q", perm=[0, 2, 1]),
+            node("Unsqueeze", "q axes"),
+        ],
+        {"flat": np.array([0, 0, -1]), "m": f4(240, 3), "axes": np.array([3, 4])},
+    ),
+    "dilation as phases in the batch": (
+        [
+            node("Reshape", "x split", "s"),
+            node("Transpose", "s", "t", perm=[3, 5, 0, 1, 2, 4, 6]),
+            node("Reshape", "t phases", "p"),
+            node("Conv", "p w b", "c", pads=[1, 0, 0, 1, 1, 0]),
+            node("Relu", "c", "r"),
+            node("Reshape", "r apart", "a"),
+            node("Transpose", "a", "o", perm=[2, 3, 4, 0, 5, 1, 6]),
+            node("Reshape", "o joined"),
+        ],
+        {
+            "split": np.array([1, 2, 4, 2, 5, 2, 12]),
+            "phases": np.array([4, 2, 4, 5, 12]),
+            "w": f4(3, 2, 2, 3, 3),
+            "b": B,
+            "apart": np.array([2, 2, 1, 3, 5, 4, 10]),
+            "joined": np.array([1, 3, 10, 8, 10]),
+        },
+    ),
+    "group normalisation by means of groups": (
+        [
+            node("Concat", "x x x", "six", axis=1),
+            node("Reshape", "six groups", "g"),
+            node("ReduceMean", "g", "mean", axes=[2, 3, 4, 5]),
+            node("Sub", "g mean", "d"),
+            node("Mul", "d d", "squares"),
+            node("ReduceMean", "squares", "variance", axes=[2, 3, 4, 5]),
+            node("Add", "variance tiny", "v"),
+            node("Sqrt", "v", "root"),
+            node("Reciprocal", "root", "one"),
+            node("Mul", "one gamma", "scale"),
+            node("Mul", "d scale", "n"),
+            node("Reshape", "n whole"),
+        ],
+        {
+            "groups": np.array([1, 2, 3, 8, 10, 12]),
+            "tiny": np.float32(1e-3),
+            "gamma": f4(1, 2, 3, 1, 1, 1),
+            "whole": np.array([1, 6, 8, 10, 12]),
+        },
+    ),
+    "sums of inner groups of channels": (
+        [
+            node("Concat", "x x x", "six", axis=1),
+            node("Add", "six b", "a"),
+            node("Reshape", "a groups", "g"),
+            node("ReduceSum", "g axis", "s", keepdims=0),
+            node("Concat", "s six", axis=1),
+        ],
+        {
+            "b": f4(6, 1, 1, 1),
+            "groups": np.array([1, 2, 3, 8, 10, 12]),
+            "axis": np.array([1]),
+        },
+    ),
     "squeeze and excitation": (
         [
             node("GlobalAveragePool", "x", "p"),
@@ -682,6 +748,56 @@ def test_same_padding_of_a_stride_is_that_of_sizes_it_divides(where, tmp_path):
             assert axis.extension(9, "reflect").size == 10
     alone = loaded(model([node("Conv", "x w", **same)], {"w": f4(3, 2, 3, 3, 3)}), tmp_path)
     assert geometry(alone).axes[0].valid_sizes(3) == [2, 4, 6]
+
+
+def test_sizes_reckoned_with_in_32_bits_do_not_overflow(tmp_path):
+    """As TensorFlow has them, when a matrix is put on the last axis of an array of open size."""
+    nodes = [
+        node("Transpose", "x", "last", perm=[0, 2, 3, 4, 1]),
+        node("Shape", "last", "shape"),
+        node("Gather", "shape lead", "dims"),
+        node("Cast", "dims", "short", to=onnx.TensorProto.INT32),
+        node("ReduceProd", "short", "rows"),
+        node("Cast", "rows", "long", to=onnx.TensorProto.INT64),
+        node("Concat", "long two", "flat", axis=0),
+        node("Reshape", "last flat", "f"),
+        node("MatMul", "f m", "p"),
+        node("Concat", "dims five", "wide", axis=0),
+        node("Reshape", "p wide", "w"),
+        node("Transpose", "w", perm=[0, 4, 1, 2, 3]),
+    ]
+    constants = {"lead": np.arange(4), "two": np.array([2]), "five": np.array([5]), "m": f4(2, 5)}
+    network = loaded(model(nodes, constants), tmp_path)
+    x = f4(2, 3, 4, 5)
+    want = np.einsum("czyx,cd->dzyx", x, constants["m"])
+    np.testing.assert_allclose(oracle.whole(network, x), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_channels_may_lie_last(mode, tmp_path):
+    pads = np.array([0, 1, 2, 0, 0, 0, 3, 0, 1, 0])
+    nodes = [
+        node("Pad", "x pads", "p", mode=mode),
+        node("Transpose", "p", "t", perm=[0, 4, 1, 2, 3]),
+        node("Conv", "t w b", "c"),
+        node("Transpose", "c", perm=[0, 2, 3, 4, 1]),
+    ]
+    constants = {"pads": pads, "w": W3, "b": B}
+    proto = model(nodes, constants, channels=8, size=(10, 12, 2))
+    x = f4(1, 8, 10, 12, 2)
+    want = np.moveaxis(ReferenceEvaluator(proto).run(None, {"x": x})[0][0], -1, 0)
+    got = oracle.whole(loaded(proto, tmp_path), np.moveaxis(x[0], -1, 0))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_responses_are_normalised_by_their_neighbours(tmp_path):
+    """From the definition: what stands for it in ONNX's reference goes over the batch."""
+    options = {"size": 4, "alpha": 0.3, "beta": 0.6, "bias": 1.5}
+    network = loaded(model([node("LRN", "x", **options)], {}, channels=6), tmp_path)
+    x = f4(6, 2, 3, 4)
+    squares = [np.sum(x[max(0, c - 1) : c + 3] ** 2, axis=0) for c in range(6)]
+    want = x / (1.5 + 0.3 / 4 * np.array(squares)) ** 0.6
+    np.testing.assert_allclose(oracle.whole(network, x), want, rtol=1e-5, atol=1e-6)
 
 
 def test_negative_pads_crop(tmp_path):

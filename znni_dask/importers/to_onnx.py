@@ -10,7 +10,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from znni_dask.errors import OutputError
-from znni_dask.geometry import Size
+from znni_dask.geometry import AXES, Size
 from znni_dask.network import layers
 from znni_dask.network.network import Network, Node, Weights
 
@@ -118,7 +118,7 @@ class _Graph:
         """Write one layer; its output is named after it."""
         name, weights = node.name, network.weights.get(node.name, {})
         match node.layer:
-            case layers.Conv(whole=True) as layer:
+            case layers.Conv() as layer if layer.whole:
                 self._linear(layer, node, weights)
             case layers.Conv() | layers.ConvTranspose() as layer:
                 arrays = [self._constant(f"{name}.{k}", v) for k, v in weights.items()]
@@ -241,16 +241,25 @@ class _Graph:
                 self._node(node, operator, **attributes)
 
     def _linear(self, layer: layers.Conv, node: Node, weights: Weights) -> None:
-        """Flatten, Gemm, and the axes of space back."""
+        """What a matrix takes in moved last and flattened, the matrix, and the axes back."""
         name = node.name
-        matrix = weights["weight"].reshape(layer.out_channels, -1)
-        arrays = [self._constant(f"{name}.weight", matrix)]
-        if layer.bias:
-            arrays.append(self._constant(f"{name}.bias", weights["bias"]))
-        self._emit("Flatten", [node.inputs[0]], f"{name}.flat")
-        self._emit("Gemm", [f"{name}.flat", *arrays], f"{name}.row", transB=1)
-        shape = self._constant(f"{name}.shape", np.array([0, -1, 1, 1, 1], np.int64))
-        self._emit("Reshape", [f"{name}.row", shape], name)
+        taken = [2 + AXES.index(axis) for axis in layer.whole]
+        kept = [axis for axis in (2, 3, 4) if axis not in taken]
+        shape = self._constant(f"{name}.shape", np.array([*(0 for _ in (0, *kept)), -1], np.int64))
+        matrix = self._constant(
+            f"{name}.matrix", weights["weight"].reshape(layer.out_channels, -1).T
+        )
+        bias = self._constant(
+            f"{name}.bias", weights.get("bias", np.zeros(layer.out_channels, np.float32))
+        )
+        axes = self._constant(f"{name}.axes", np.array(taken, np.int64))
+        self._emit("Transpose", [node.inputs[0]], f"{name}.last", perm=[0, *kept, 1, *taken])
+        self._emit("Reshape", [f"{name}.last", shape], f"{name}.flat")
+        self._emit("MatMul", [f"{name}.flat", matrix], f"{name}.product")
+        self._emit("Add", [f"{name}.product", bias], f"{name}.sum")
+        order = [0, 1 + len(kept), *range(1, 1 + len(kept))]
+        self._emit("Transpose", [f"{name}.sum"], f"{name}.first", perm=order)
+        self._emit("Unsqueeze", [f"{name}.first", axes], name)
 
     def _softmax(self, layer: layers.Softmax, node: Node) -> None:
         if len(layer.axes) > 1:

@@ -151,7 +151,7 @@ class Builder:
 
     def linear(self, x: str, channels: int, size: Extent) -> str:
         """A matrix on all voxels and channels of an array of ``size``: flattening, then linear."""
-        layer = layers.Conv(self._channels[x], channels, sizes(size), whole=True)
+        layer = layers.Conv(self._channels[x], channels, sizes(size), whole="zyx")
         return self.add(layer, x, weights=self._filters(layer, None, None))
 
     def batch_norm(self, x: str) -> str:

@@ -83,7 +83,7 @@ def as_sliding(network: Network, window: Size) -> Network:
 def _sliding(layer: Layer, kernel: Size) -> Layer | None:
     """What a layer that reduces a window to one voxel is on a larger volume."""
     if isinstance(layer, Conv):
-        return replace(layer, whole=False)
+        return replace(layer, whole="")
     if isinstance(layer, Reduce) and layer.function in ("mean", "max"):
         kernel = triple(
             k if name in layer.axes else 1 for name, k in zip(AXES, kernel, strict=True)

@@ -25,8 +25,8 @@ _ELEMENTWISE = {
     *("Sigmoid", "Sign", "Sqrt", "Sub", "Sum", "Tanh", "Where", "Xor"),
 }
 _MOVING = {
-    *("Concat", "Constant", "Flatten", "Gather", "Reshape", "Shape", "Size", "Slice", "Split"),
-    *("Squeeze", "Transpose", "Unsqueeze"),
+    *("Concat", "Constant", "Flatten", "Gather", "Pad", "Reshape", "Shape", "Size", "Slice"),
+    *("Split", "Squeeze", "Transpose", "Unsqueeze"),
 }
 _REDUCING = {
     *("ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"),
@@ -65,7 +65,7 @@ class Folder:
         evaluate: Any = None
         made: list[list[Constant]] = []
         for probe in range(probes):
-            inputs = {name: v[probe % len(v)] for name, v in given.items()}
+            inputs = {name: _wide(v[probe % len(v)]) for name, v in given.items()}
             listed = [inputs[name] for name in proto.input if name]
             self._check_size(proto, listed)
             quick = _quickly(proto, listed)
@@ -104,6 +104,11 @@ class Folder:
         return helper.make_model(graph, opset_imports=self._opsets)
 
 
+def _wide(value: Constant) -> Constant:
+    """Whole numbers of 64 bits: those of 32 do not hold the voxels of the sizes read for."""
+    return value.astype(np.int64) if value.dtype == np.int32 else value
+
+
 def _once(values: tuple[Constant, ...]) -> tuple[Constant, ...]:
     """One value where all probes have the same."""
     return values[:1] if is_same(values) else values
@@ -116,6 +121,9 @@ def _quickly(proto: onnx.NodeProto, given: list[Constant]) -> Constant | None:
     value = array_of(tensors[0], "its value") if tensors else np.zeros(1, np.float32)
     if proto.op_type == "Constant" and tensors:
         return value
+    if proto.op_type == "Cast" and given[0].dtype == np.int64:
+        to = [a.i for a in proto.attribute if a.name == "to"]
+        return given[0] if to == [onnx.TensorProto.INT32] else None
     if proto.op_type == "Expand":
         return np.broadcast_to(given[0], np.broadcast_shapes(given[0].shape, _shape(given[1])))
     if proto.op_type == "ConstantOfShape":
@@ -140,6 +148,9 @@ def _size_made(proto: onnx.NodeProto, given: list[Constant]) -> float:
     if operator == "Tile":
         times = np.prod([float(n) for n in _shape(given[1])])
         return float(given[0].size) * abs(float(times))
+    if operator == "Pad":
+        pads = np.asarray(given[1], float).reshape(2, -1).sum(0) if len(given) < 4 else np.inf
+        return float(np.prod(np.abs(np.array(given[0].shape) + pads)))
     if operator == "Gather":
         return float(given[0].size) * given[1].size
     if operator == "Split":

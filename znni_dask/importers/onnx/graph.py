@@ -32,6 +32,13 @@ from znni_dask.network.window import LARGEST
 _LISTED = 20
 _LONGEST = 300  # characters of a reason
 _MOST_AXES = 32
+_FOREIGN = {
+    "StatefulPartitionedCall": (
+        "operator not supported: a function of TensorFlow's that its converter left out of the "
+        "file. Keras makes one of every grouped convolution: write it as convolutions of parts of "
+        "the channels, concatenated"
+    )
+}
 END = (1 << 31) - 1  # exporters write "to the end" as this or some larger number
 
 Operator = Callable[["GraphReader", onnx.NodeProto], "Value | list[Value]"]
@@ -123,7 +130,7 @@ class GraphReader:
             elif operator in ("Shape", "Size"):
                 self._measure(proto)
             else:
-                raise UnsupportedNode("operator not supported")
+                raise UnsupportedNode(_FOREIGN.get(operator, "operator not supported"))
         except (UnsupportedNode, NetworkError, *MALFORMED) as error:
             if not tainted or (isinstance(error, UnsupportedNode) and not error.follows):
                 label = proto.name or (proto.output[0] if proto.output else "?")
@@ -194,7 +201,11 @@ class GraphReader:
 
     def source(self, proto: onnx.NodeProto, index: int = 0) -> Value:
         """Input ``index`` with axes (batch, channel, space …), whose kinds are those of layers."""
-        value = self.assembly.settled(self.given(proto, index), proto.name or proto.output[0])
+        return self.ordered(proto, self.given(proto, index))
+
+    def ordered(self, proto: onnx.NodeProto, value: Value) -> Value:
+        """A value with axes (batch, channel, space …), whose kinds are those of layers."""
+        value = self.assembly.settled(value, proto.name or proto.output[0])
         wrong = [i for i in range(value.rank) if i != 1 and "c" in value.kinds_of(i)]
         if wrong or value.rank < 2 or value.kinds_of(1) - {"c"}:
             raise UnsupportedNode("its channels are not the second axis")

@@ -75,7 +75,11 @@ class Value:
         return [p for axis in self.axes for p in axis if p.kind == kind and not p.single]
 
     def kinds(self) -> tuple[str, ...]:
-        """What each axis stands for; axes without pieces by their place among the others."""
+        """What each axis stands for: what lies on it, where that tells all axes apart; else batch
+        and channels come first, and axes without pieces go by their place among the others."""
+        told = ["".join({p.kind for p in axis}) for axis in self.axes]
+        if all(len(kind) == 1 for kind in told) and len(set(told)) == self.rank:
+            return tuple(told)
         spatial = [
             next((p.kind for p in axis if p.kind in SPACE), None) if index > 1 else None
             for index, axis in enumerate(self.axes)
@@ -237,6 +241,27 @@ def per_channel(constant: NDArray[np.generic], value: Value, channels: int) -> N
             place = place * piece.length + numbers // piece.stride % piece.length
         index.append(place)
     return np.broadcast_to(constant[tuple(index)].astype(np.float64), (channels,))
+
+
+def channels_over(narrow: Value, wide: Value, channels: int) -> tuple[int, ...] | None:
+    """For each of the ``channels`` of ``wide`` the channel of ``narrow`` that is combined with it
+    element by element; None where their axes do not match."""
+    found, numbers = np.zeros(channels, np.int64), np.arange(channels)
+    for mine, other in zip(narrow.axes[::-1], wide.axes[::-1], strict=False):
+        own = [p for p in mine if p.kind == "c" and not p.single]
+        over = [p for p in other if not p.single]
+        if not own:
+            continue
+        left = prod(p.length for p in own)
+        if any(p.kind != "c" for p in over) or prod(p.length for p in over) != left:
+            return None
+        place = np.zeros(channels, np.int64)
+        for piece in over:
+            place = place * piece.length + numbers // piece.stride % piece.length
+        for piece in own:
+            left //= piece.length
+            found += place // left % piece.length * piece.stride
+    return tuple(found.tolist())
 
 
 def squeezed(

@@ -15,6 +15,7 @@ from znni_dask.network.window import LARGEST, SAME, Window
 Padding = tuple[Size, Size]
 ONES: Size = (1, 1, 1)
 NO_PADDING: Padding = ((0, 0, 0), (0, 0, 0))
+AXES_OF_SPACE = ("z", "y", "x", "zy", "zx", "yx", "zyx")  # that a layer can take in together
 
 
 class Layer(ABC):

@@ -9,8 +9,9 @@ from fractions import Fraction
 from typing import final
 
 from znni_dask.errors import NetworkError
-from znni_dask.geometry import Size, volume
+from znni_dask.geometry import AXES, Size, volume
 from znni_dask.network.layers.base import (
+    AXES_OF_SPACE,
     NO_PADDING,
     ONES,
     Layer,
@@ -72,22 +73,28 @@ class _Convolution(Layer):
 class Conv(_Convolution):
     """Cross-correlation with ``weight`` (out, in / groups, z, y, x), plus ``bias`` (out,).
 
-    ``whole``: the kernel is as large as the input of one window of the network (a flattening
-    followed by a matrix), so outputs exist for that window alone. ``same``: the padding is that
-    of sizes with an output for every ``stride`` voxels; others are not taken.
+    ``whole``: the axes of space along which the kernel is as large as the input of one window of
+    the network (a flattening followed by a matrix), so outputs exist for that alone. ``same``:
+    the padding is that of sizes with an output for every ``stride`` voxels; others are not taken.
     """
 
-    whole: bool = False
+    whole: str = ""
     same: bool = False
 
+    def channels(self, inputs: Sequence[int]) -> int:
+        if self.whole not in ("", *AXES_OF_SPACE):
+            raise NetworkError(f"{self.kind} over the axes {self.whole!r}: wanted are some of zyx")
+        return super().channels(inputs)
+
     def window(self, axis: int) -> Window:
+        whole = AXES[axis] in self.whole
         return Window(
             extent(self.kernel[axis], self.dilation[axis]),
             stride=self.stride[axis],
             low=self.padding[0][axis],
             high=self.padding[1][axis],
-            whole=self.whole,
-            single=self.whole,
+            whole=whole,
+            single=whole,
             same=self.same and self.stride[axis] > 1,
         )
 

@@ -12,7 +12,7 @@ from typing import Literal, final, get_args
 
 from znni_dask.errors import NetworkError
 from znni_dask.geometry import AXES
-from znni_dask.network.layers.base import Layer, only, only_of_width
+from znni_dask.network.layers.base import AXES_OF_SPACE, Layer, only, only_of_width
 from znni_dask.network.window import SAME, Window
 
 Reduction = Literal["mean", "sum", "max", "min", "l1", "l2", "argmax"]
@@ -117,5 +117,5 @@ class Normalize(Layer):
 
 
 def _check_axes(layer: Layer, axes: str) -> None:
-    if axes != "c" and axes not in ("z", "y", "x", "zy", "zx", "yx", "zyx"):
+    if axes not in ("c", *AXES_OF_SPACE):
         raise NetworkError(f"{layer.kind} over the axes {axes!r}: wanted are c, or some of zyx")

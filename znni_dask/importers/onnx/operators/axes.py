@@ -16,6 +16,7 @@ from znni_dask.importers.onnx.operators.attributes import attributes_of, finite,
 from znni_dask.importers.onnx.operators.joining import repeated
 from znni_dask.network import layers
 from znni_dask.network.layers import ONES, PadMode
+from znni_dask.network.window import LARGEST
 
 _PAD_MODES: dict[str, PadMode] = {"constant": "constant", "edge": "edge", "reflect": "reflect"}
 
@@ -237,9 +238,9 @@ def _pad(reader: GraphReader, proto: onnx.NodeProto) -> Value:
             raise UnsupportedNode("the batch cannot be padded")
         if kind in low:
             low[kind], high[kind] = below, above
-    kinds = value.kinds()[2:]
-    sizes = [reader.spatial([side[k] for k in kinds], value, 0) for side in (low, high)]
-    return _padded(reader, proto, value, sizes[0], sizes[1])
+    if max(map(abs, (*low.values(), *high.values()))) > LARGEST:
+        raise UnsupportedNode(f"{pads} is taken for a mistake: the most is {LARGEST}")
+    return _padded(reader, proto, value, *(triple(s[k] for k in SPACE) for s in (low, high)))
 
 
 def _filling(reader: GraphReader, proto: onnx.NodeProto) -> float:
@@ -373,7 +374,7 @@ def _doubled(reader: GraphReader, value: Value, axis: int, times: int) -> Value:
 
 def _depth_to_space(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     attributes = attributes_of(proto)
-    value, b = reader.source(proto), int(attributes["blocksize"])
+    value, b = reader.given(proto), int(attributes["blocksize"])
     n, c, y, x = _lengths(reader, value)
     wide = (c[0] // (b * b),) * reader.assembly.probes
     block = (b,) * reader.assembly.probes
@@ -388,7 +389,7 @@ def _depth_to_space(reader: GraphReader, proto: onnx.NodeProto) -> Value:
 
 
 def _space_to_depth(reader: GraphReader, proto: onnx.NodeProto) -> Value:
-    value, b = reader.source(proto), int(attributes_of(proto)["blocksize"])
+    value, b = reader.given(proto), int(attributes_of(proto)["blocksize"])
     n, c, y, x = _lengths(reader, value)
     block = (b,) * reader.assembly.probes
     shorter = [tuple(k // b for k in axis) for axis in (y, x)]

@@ -7,6 +7,7 @@ power, a bound. Where it cannot, the constant is made an array first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -125,26 +126,36 @@ def combined(reader: GraphReader, proto: onnx.NodeProto, function: Join) -> Valu
 def _per_channel(
     reader: GraphReader, proto: onnx.NodeProto, value: Value, index: int
 ) -> tuple[Value, Numbers]:
-    """The constant input ``index`` as one number per channel; a value of one channel is repeated
-    where the constant has several."""
+    """The constant input ``index`` as one number per channel; the channels of the value are
+    repeated where the constant has several numbers for each."""
     constant = reader.numbers(proto, index, value)
     if reader.assembly.channels(value) == 1 and not value.pieces("c") and value.rank > 1:
         place = 1 - value.rank + constant.ndim  # of the constant's axis over the second axis
         wide = constant.shape[place] if 0 <= place < constant.ndim else 1
         if wide > 1 and constant.size == wide and not value.kinds_of(1):
             value = repeated(reader, proto, value, 1, wide)
+    elif value.pieces("c"):
+        for axis, times in zip(range(value.rank)[::-1], constant.shape[::-1], strict=False):
+            if times > 1 and not value.axes[axis]:
+                value = repeated(reader, proto, value, axis, times)
     return value, layouts.per_channel(constant, value, reader.assembly.channels(value))
 
 
 def repeated(
     reader: GraphReader, proto: onnx.NodeProto, value: Value, axis: int, times: int
 ) -> Value:
-    """An axis of one channel, ``times`` channels long."""
-    check_channels(times)
+    """An axis of one element, ``times`` long: every channel so often."""
+    channels = reader.assembly.channels(value)
+    check_channels(channels * times)
     name = reader.assembly.add(
-        layers.Select((0,) * times), [value.layer], proto.name or proto.output[0]
+        layers.Select(tuple(c for c in range(channels) for _ in range(times))),
+        [value.layer],
+        proto.name or proto.output[0],
     )
-    axes = list(value.axes)
+    axes = [
+        tuple(replace(p, stride=p.stride * times) if p.kind == "c" else p for p in pieces)
+        for pieces in value.axes
+    ]
     axes[axis] = (*axes[axis], Piece("c", (times,) * reader.assembly.probes))
     return Value(name, tuple(axes))
 
@@ -155,12 +166,39 @@ def joined(
     """A layer of several inputs whose axes lie alike, settled first where they do not."""
     label = proto.name or proto.output[0]
     if _common(values) is None:
+        values = _widened(reader, proto, values)
+    if _common(values) is None:
         values = [reader.assembly.settled(value, label) for value in values]
     axes = _common(values)
     if axes is None:
         raise LayoutError("its inputs have different axes")
     name = reader.assembly.add(layer, [v.layer for v in values], label)
     return Value(name, axes)
+
+
+def _widened(reader: GraphReader, proto: onnx.NodeProto, values: list[Value]) -> list[Value]:
+    """The values, one channel repeated for all that it is combined with where a value has one for
+    each group of channels."""
+    wide = max(values, key=reader.assembly.channels)
+    channels = reader.assembly.channels(wide)
+    found = []
+    for value in values:
+        if 1 < reader.assembly.channels(value) < channels:
+            indices = layouts.channels_over(value, wide, channels)
+            if indices is None or value.rank > wide.rank:
+                raise LayoutError("its inputs have different axes")
+            name = reader.assembly.add(
+                layers.Select(indices), [value.layer], proto.name or proto.output[0]
+            )
+            own = ((),) * (wide.rank - value.rank) + value.axes
+            pairs = zip(own, wide.axes, strict=True)
+            value = Value(name, tuple(b if _all_channels(b) else a for a, b in pairs))
+        found.append(value)
+    return found
+
+
+def _all_channels(axis: layouts.Axis) -> bool:
+    return {p.kind for p in axis if not p.single} == {"c"}
 
 
 def _common(values: list[Value]) -> tuple[layouts.Axis, ...] | None:

@@ -20,7 +20,9 @@ def _matmul(reader: GraphReader, proto: onnx.NodeProto) -> Value:
         raise UnsupportedNode("a matrix from the left is not supported")
     value = reader.given(proto)
     if not reader.is_known(proto.input[1]):
-        raise UnsupportedNode("the product of two computed arrays (attention) is not supported")
+        raise UnsupportedNode(
+            "the product of two computed arrays (attention) is not supported, in windows neither"
+        )
     return multiplied(reader, proto, value, reader.weights(proto, 1), None)
 
 
@@ -65,9 +67,7 @@ def multiplied(
     places = [order.index(k) for k in ("c", *SPACE) if k in order]
     kernel = kernel.transpose(0, *(1 + i for i in places))
     kernel = kernel.reshape(-1, channels, *sizes)
-    whole = any(n > 1 for n in sizes)
-    if whole and any(triple(sizes) != size for size in reader.assembly.sizes(value)):
-        raise UnsupportedNode("a matrix on some axes of space and not on others")
+    whole = "".join(k for k in SPACE if k in order) if max(sizes) > 1 else ""
     layer = layers.Conv(
         channels, kernel.shape[0], triple(sizes), bias=bias is not None, whole=whole
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -10,8 +11,8 @@ import onnx
 from znni_dask.importers.onnx import layouts
 from znni_dask.importers.onnx.assembly import UnsupportedNode
 from znni_dask.importers.onnx.graph import GraphReader, Operator
-from znni_dask.importers.onnx.layouts import SPACE, Value
-from znni_dask.importers.onnx.operators.attributes import attributes_of
+from znni_dask.importers.onnx.layouts import SPACE, Piece, Value
+from znni_dask.importers.onnx.operators.attributes import attributes_of, finite
 from znni_dask.importers.onnx.operators.joining import affine, joined
 from znni_dask.importers.onnx.tensors import Constant
 from znni_dask.network import layers
@@ -153,11 +154,10 @@ def reduce(
 ) -> Value:
     """Reduce over channels, over axes of space, or over both one after the other."""
     pieces = [p for i in axes for p in value.axes[i] if p.kind == "c" and not p.single]
-    if pieces and pieces != value.pieces("c"):
-        raise UnsupportedNode("reduces over a part of the channels")
+    partly = bool(pieces) and pieces != value.pieces("c")
     space = _reduced_space(reader, value, axes)
     name, label = value.layer, proto.name or proto.output[0]
-    if pieces:
+    if pieces and not partly:
         name = reader.assembly.add(layers.Reduce(function, "c"), [name], label)
     if space:
         name = reader.assembly.add(layers.Reduce(function, space), [name], label)
@@ -165,7 +165,46 @@ def reduce(
         raise UnsupportedNode("reduces over the batch")
     if name == value.layer and axes and function in ("l1", "l2"):  # of single elements
         name = reader.assembly.add(layers.Activation("abs"), [name], label)
+    if partly:
+        return _grouped(reader, proto, replace(value, layer=name), function, axes)
     return Value(name, tuple(() if i in axes else a for i, a in enumerate(value.axes)))
+
+
+def _grouped(
+    reader: GraphReader, proto: onnx.NodeProto, value: Value, function: Reduction, axes: list[int]
+) -> Value:
+    """Sum or mean over some of the axes that channels lie on: a matrix, one row for each group."""
+    channels = reader.assembly.channels(value)
+    if function not in ("sum", "mean") or prod(p.length for p in value.pieces("c")) != channels:
+        raise UnsupportedNode("reduces over a part of the channels")
+    kept = [p for i, axis in enumerate(value.axes) if i not in axes for p in axis if p.kind == "c"]
+    group, groups, moved = np.zeros(channels, np.int64), 1, dict[Piece, Piece]()
+    for piece in sorted(kept, key=lambda p: p.stride):
+        group += np.arange(channels) // piece.stride % piece.length * groups
+        moved[piece] = replace(piece, stride=groups)
+        groups *= piece.length
+    matrix = (group == np.arange(groups)[:, None]).astype(np.float64)
+    if function == "mean":
+        matrix *= groups / channels
+    return Value(
+        over_channels(reader, proto, value, matrix),
+        tuple(
+            () if i in axes else tuple(moved.get(p, p) for p in axis)
+            for i, axis in enumerate(value.axes)
+        ),
+    )
+
+
+def over_channels(
+    reader: GraphReader, proto: onnx.NodeProto, value: Value, matrix: Constant, bias: float = 0.0
+) -> str:
+    """The layer that a matrix (out, in) on the channels of a value is."""
+    out, fan_in = matrix.shape
+    layer = layers.Conv(fan_in, out, layers.ONES, bias=bias != 0)
+    weights = {"weight": matrix.reshape(out, fan_in, 1, 1, 1)}
+    if layer.bias:
+        weights["bias"] = np.full(out, bias)
+    return reader.assembly.add(layer, [value.layer], proto.name or proto.output[0], weights)
 
 
 def _reduction(function: Reduction) -> Operator:
@@ -215,6 +254,24 @@ def _lp_normalization(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     return joined(reader, proto, Arithmetic("div"), [value, norm])
 
 
+def _local_response(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+    """Divided by a power of the mean square of the neighbouring channels."""
+    attributes = attributes_of(proto)
+    value, size = reader.source(proto), int(attributes["size"])
+    if size < 1:
+        raise UnsupportedNode(f"size={size} must be positive")
+    squares = joined(reader, proto, Arithmetic("mul"), [value, value])
+    place = np.arange(reader.assembly.channels(value))
+    beyond = place - place[:, None]
+    near = (beyond >= -((size - 1) // 2)) & (beyond <= size // 2)
+    share = finite(attributes.get("alpha", 1e-4), "alpha") / size
+    bias = finite(attributes.get("bias", 1.0), "bias")
+    name = over_channels(reader, proto, squares, near * share, bias)
+    exponent = -finite(attributes.get("beta", 0.75), "beta")
+    root = reader.pointwise(proto, layers.Activation("pow", exponent), Value(name, squares.axes))
+    return joined(reader, proto, Arithmetic("mul"), [value, root])
+
+
 def _softmax(log: bool) -> Operator:
     def read(reader: GraphReader, proto: onnx.NodeProto) -> Value:
         value = reader.given(proto)
@@ -242,6 +299,7 @@ OPERATORS: dict[str, Operator] = {
     "InstanceNormalization": _instance_normalization,
     "LayerNormalization": _layer_normalization,
     "LogSoftmax": _softmax(log=True),
+    "LRN": _local_response,
     "LpNormalization": _lp_normalization,
     "RMSNormalization": _rms_normalization,
     "ReduceL1": _reduction("l1"),

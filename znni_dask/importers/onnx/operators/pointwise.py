@@ -10,6 +10,7 @@ from znni_dask.importers.onnx.assembly import UnsupportedNode
 from znni_dask.importers.onnx.graph import GraphReader, Operator
 from znni_dask.importers.onnx.layouts import Value
 from znni_dask.importers.onnx.operators.attributes import attributes_of, finite, text
+from znni_dask.importers.onnx.operators.joining import affine
 from znni_dask.network.layers import Activation, Function
 
 
@@ -29,6 +30,17 @@ def _gelu(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     approximate = text(attributes_of(proto).get("approximate"), "none")
     layer = Activation("gelu_tanh" if approximate == "tanh" else "gelu")
     return reader.pointwise(proto, layer, reader.given(proto))
+
+
+def _then(function: Function, scale: float, shift: float) -> Operator:
+    """A function, scaled and shifted: what TensorFlow has and ONNX has not."""
+
+    def read(reader: GraphReader, proto: onnx.NodeProto) -> Value:
+        value = reader.pointwise(proto, Activation(function), reader.given(proto))
+        ones = np.ones(reader.assembly.channels(value))
+        return affine(reader, proto, value, scale * ones, shift * ones)
+
+    return read
 
 
 def _swish(reader: GraphReader, proto: onnx.NodeProto) -> Value:
@@ -102,7 +114,9 @@ OPERATORS: dict[str, Operator] = {
     "Dropout": _dropout,
     "Elu": _plain("elu", ("alpha", 1.0)),
     "Erf": _plain("erf"),
+    "Erfc": _then("erf", -1.0, 1.0),
     "Exp": _plain("exp"),
+    "Expm1": _then("exp", 1.0, -1.0),
     "Floor": _plain("floor"),
     "Gelu": _gelu,
     "HardSigmoid": _plain("hard_sigmoid", ("alpha", 0.2), ("beta", 0.5)),

@@ -18,6 +18,7 @@ from znni_dask.network.layers import ONES, Placing
 from znni_dask.network.window import LARGEST
 
 _ROUNDING = 1e-6  # of a factor that is meant to be a whole number
+_OF_TENSORFLOW = "tf_half_pixel_for_nn"
 _HALF = ("half_pixel", "pytorch_half_pixel", "half_pixel_symmetric")
 
 
@@ -69,7 +70,7 @@ def _placing(attributes: dict[str, Any], up: bool) -> Placing:
     rounding = text(attributes.get("nearest_mode"), "round_prefer_floor")
     if mode == "nearest":
         by_half = place in _HALF and rounding in ("round_prefer_floor", "round_prefer_ceil")
-        if by_half or (place == "asymmetric" and rounding == "floor"):
+        if by_half or (place in ("asymmetric", _OF_TENSORFLOW) and rounding == "floor"):
             return "nearest"
         raise UnsupportedNode(
             f"mode=nearest, {place}, {rounding}: only nearest neighbours by repeating"
@@ -144,7 +145,8 @@ def _shrunk(
     else:  # an even factor has two voxels in its middle, of which nearest takes the first
         low = triple((f - 1) // 2 for f in factor)
         two = placing != "nearest"
-        if text(attributes.get("nearest_mode"), "") == "round_prefer_ceil" and not two:
+        rounding = text(attributes.get("nearest_mode"), "")
+        if not two and (rounding == "round_prefer_ceil" or place == _OF_TENSORFLOW):
             low = triple(f // 2 for f in factor)
         sizes = reader.assembly.sizes(value)
         if place == "pytorch_half_pixel" and any(
