@@ -133,10 +133,9 @@ class GraphReader:
                 raise UnsupportedNode(_FOREIGN.get(operator, "operator not supported"))
         except (UnsupportedNode, NetworkError, *MALFORMED) as error:
             if not tainted or (isinstance(error, UnsupportedNode) and not error.follows):
-                label = proto.name or (proto.output[0] if proto.output else "?")
                 honest = isinstance(error, UnsupportedNode | NetworkError | LayoutError)
                 self._reasons.append(
-                    f"{label} ({operator}): {'' if honest else 'malformed: '}{error}"
+                    f"{_label(proto)} ({operator}): {'' if honest else 'malformed: '}{error}"
                 )
             tainted = True
             stand_in = next((self._values[n] for n in given if n in self._values), None)
@@ -175,8 +174,7 @@ class GraphReader:
         weights: Mapping[str, Any] | None = None,
     ) -> Value:
         """Add a layer under the node's name. Its output has the axes of the first input."""
-        label = proto.name or proto.output[0]
-        name = self.assembly.add(layer, [v.layer for v in inputs], label, weights)
+        name = self.add(proto, layer, [v.layer for v in inputs], weights)
         return self.assembly.relaid(inputs[0], name)
 
     def pointwise(
@@ -187,8 +185,21 @@ class GraphReader:
         weights: Mapping[str, Any] | None = None,
     ) -> Value:
         """Add a layer that looks at single values: the axes stay as they are laid out."""
-        name = self.assembly.add(layer, [value.layer], proto.name or proto.output[0], weights)
-        return Value(name, value.axes)
+        return Value(self.add(proto, layer, [value.layer], weights), value.axes)
+
+    def add(
+        self,
+        proto: onnx.NodeProto,
+        layer: Layer,
+        inputs: list[str],
+        weights: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Add a layer under the node's name; returns the layer's."""
+        return self.assembly.add(layer, inputs, _label(proto), weights)
+
+    def settled(self, proto: onnx.NodeProto, value: Value) -> Value:
+        """A value with its pieces put together again, under the node's name."""
+        return self.assembly.settled(value, _label(proto))
 
     def given(self, proto: onnx.NodeProto, index: int = 0) -> Value:
         """Input ``index`` as it is laid out."""
@@ -205,7 +216,7 @@ class GraphReader:
 
     def ordered(self, proto: onnx.NodeProto, value: Value) -> Value:
         """A value with axes (batch, channel, space …), whose kinds are those of layers."""
-        value = self.assembly.settled(value, proto.name or proto.output[0])
+        value = self.settled(proto, value)
         wrong = [i for i in range(value.rank) if i != 1 and "c" in value.kinds_of(i)]
         if wrong or value.rank < 2 or value.kinds_of(1) - {"c"}:
             raise UnsupportedNode("its channels are not the second axis")
@@ -291,6 +302,11 @@ class GraphReader:
         if not -value.rank <= number < value.rank:
             raise UnsupportedNode(f"axis {number} of arrays of rank {value.rank}")
         return number % value.rank
+
+
+def _label(proto: onnx.NodeProto) -> str:
+    """What a node is called."""
+    return proto.name or (proto.output[0] if proto.output else "?")
 
 
 def _has(axis: layouts.Axis, kind: str) -> bool:

@@ -101,9 +101,7 @@ def selected(
     length = reader.assembly.lengths(value, axis)[0]
     if indices == list(range(length)):
         return value
-    name = reader.assembly.add(
-        layers.Select(tuple(indices)), [value.layer], proto.name or proto.output[0]
-    )
+    name = reader.add(proto, layers.Select(tuple(indices)), [value.layer])
     piece = Piece("c", (len(indices),) * reader.assembly.probes)
     return Value(name, tuple((piece,) if i == axis else a for i, a in enumerate(value.axes)))
 
@@ -119,7 +117,7 @@ def _of_channels(reader: GraphReader, proto: onnx.NodeProto, value: Value, axis:
 
 def _split(reader: GraphReader, proto: onnx.NodeProto) -> list[Value]:
     attributes = attributes_of(proto)
-    value = reader.assembly.settled(reader.given(proto), proto.name or proto.output[0])
+    value = reader.settled(proto, reader.given(proto))
     axis = reader.axis(value, int(attributes.get("axis", 0)))
     if not _of_channels(reader, proto, value, axis):
         raise UnsupportedNode("only channels can be split")
@@ -143,7 +141,7 @@ def _split(reader: GraphReader, proto: onnx.NodeProto) -> list[Value]:
 
 
 def _gather(reader: GraphReader, proto: onnx.NodeProto) -> Value:
-    value = reader.assembly.settled(reader.given(proto), proto.name or proto.output[0])
+    value = reader.settled(proto, reader.given(proto))
     axis = reader.axis(value, int(attributes_of(proto).get("axis", 0)))
     indices = reader.weights(proto, 1)
     check_channels(indices.size)
@@ -162,7 +160,7 @@ def _gather(reader: GraphReader, proto: onnx.NodeProto) -> Value:
 
 
 def _slice(reader: GraphReader, proto: onnx.NodeProto) -> Value:
-    value = reader.assembly.settled(reader.given(proto), proto.name or proto.output[0])
+    value = reader.settled(proto, reader.given(proto))
     starts, ends = (reader.whole_numbers(proto, i) for i in (1, 2))
     axes, steps = reader.constant(proto, 3), reader.constant(proto, 4)
     chosen = range(len(starts)) if axes is None else [int(a) for a in axes.ravel()]
@@ -216,7 +214,7 @@ def _cropped(
 
 
 def _pad(reader: GraphReader, proto: onnx.NodeProto) -> Value:
-    value = reader.assembly.settled(reader.given(proto), proto.name or proto.output[0])
+    value = reader.settled(proto, reader.given(proto))
     pads = reader.whole_numbers(proto, 1)
     axes = reader.constant(proto, 3)
     chosen = (
@@ -256,13 +254,13 @@ def _with_channels(
     if min(below, above) < 0 or text(attributes_of(proto).get("mode"), "constant") != "constant":
         raise UnsupportedNode("channels can only be padded with a constant")
     check_channels(below + above)
-    label, parts = proto.name or proto.output[0], [value.layer]
+    parts = [value.layer]
     for count, place in ((below, 0), (above, len(parts) + 1)):
         if count:
-            name = reader.assembly.add(layers.Select((0,) * count), [value.layer], label)
+            name = reader.add(proto, layers.Select((0,) * count), [value.layer])
             weights = {"scale": np.zeros(count), "shift": np.full(count, _filling(reader, proto))}
-            parts.insert(place, reader.assembly.add(layers.Affine(count), [name], label, weights))
-    joined = reader.assembly.add(layers.Concat(), parts, label)
+            parts.insert(place, reader.add(proto, layers.Affine(count), [name], weights))
+    joined = reader.add(proto, layers.Concat(), parts)
     return reader.assembly.value(joined, value.kinds(), value)
 
 
@@ -327,14 +325,12 @@ def broadcast(
 ) -> Value:
     """A value reduced to one voxel, repeated to ``sizes``."""
     like = reader.assembly.of_size(sizes)
-    name = reader.assembly.add(
-        layers.Broadcast(), [value.layer, like], proto.name or proto.output[0]
-    )
+    name = reader.add(proto, layers.Broadcast(), [value.layer, like])
     return reader.assembly.relaid(value, name)
 
 
 def _tile(reader: GraphReader, proto: onnx.NodeProto) -> Value:
-    value = reader.assembly.settled(reader.given(proto), proto.name or proto.output[0])
+    value = reader.settled(proto, reader.given(proto))
     listed = reader.whole_numbers(proto, 1)
     if len(listed) != value.rank:
         raise UnsupportedNode(f"{len(listed)} numbers for {value.rank} axes")
@@ -383,9 +379,7 @@ def _depth_to_space(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     else:
         split = value.reshaped([n, wide, block, block, y, x]).permuted([0, 1, 4, 2, 5, 3])
     longer = [tuple(b * k for k in axis) for axis in (y, x)]
-    return reader.assembly.settled(
-        split.reshaped([n, wide, *longer]), proto.name or proto.output[0]
-    )
+    return reader.settled(proto, split.reshaped([n, wide, *longer]))
 
 
 def _space_to_depth(reader: GraphReader, proto: onnx.NodeProto) -> Value:

@@ -147,10 +147,8 @@ def repeated(
     """An axis of one element, ``times`` long: every channel so often."""
     channels = reader.assembly.channels(value)
     check_channels(channels * times)
-    name = reader.assembly.add(
-        layers.Select(tuple(c for c in range(channels) for _ in range(times))),
-        [value.layer],
-        proto.name or proto.output[0],
+    name = reader.add(
+        proto, layers.Select(tuple(c for c in range(channels) for _ in range(times))), [value.layer]
     )
     axes = [
         tuple(replace(p, stride=p.stride * times) if p.kind == "c" else p for p in pieces)
@@ -164,15 +162,14 @@ def joined(
     reader: GraphReader, proto: onnx.NodeProto, layer: layers.Layer, values: list[Value]
 ) -> Value:
     """A layer of several inputs whose axes lie alike, settled first where they do not."""
-    label = proto.name or proto.output[0]
     if _common(values) is None:
         values = _widened(reader, proto, values)
     if _common(values) is None:
-        values = [reader.assembly.settled(value, label) for value in values]
+        values = [reader.settled(proto, value) for value in values]
     axes = _common(values)
     if axes is None:
         raise LayoutError("its inputs have different axes")
-    name = reader.assembly.add(layer, [v.layer for v in values], label)
+    name = reader.add(proto, layer, [v.layer for v in values])
     return Value(name, axes)
 
 
@@ -187,9 +184,7 @@ def _widened(reader: GraphReader, proto: onnx.NodeProto, values: list[Value]) ->
             indices = layouts.channels_over(value, wide, channels)
             if indices is None or value.rank > wide.rank:
                 raise LayoutError("its inputs have different axes")
-            name = reader.assembly.add(
-                layers.Select(indices), [value.layer], proto.name or proto.output[0]
-            )
+            name = reader.add(proto, layers.Select(indices), [value.layer])
             own = ((),) * (wide.rank - value.rank) + value.axes
             pairs = zip(own, wide.axes, strict=True)
             value = Value(name, tuple(b if _all_channels(b) else a for a, b in pairs))
@@ -216,11 +211,8 @@ def _common(values: list[Value]) -> tuple[layouts.Axis, ...] | None:
 
 
 def _concat(reader: GraphReader, proto: onnx.NodeProto) -> Value:
-    label = proto.name or proto.output[0]
     number = int(attributes_of(proto)["axis"])
-    values = [
-        reader.assembly.settled(reader.given(proto, i), label) for i in range(len(proto.input))
-    ]
+    values = [reader.settled(proto, reader.given(proto, i)) for i in range(len(proto.input))]
     axis = reader.axis(values[0], number)
     if len(values) == 1:
         return values[0]
@@ -240,7 +232,7 @@ def _concat(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     axes = _common(others)
     if axes is None:
         raise LayoutError("its inputs have different axes")
-    name = reader.assembly.add(layers.Concat(), [v.layer for v in values], label)
+    name = reader.add(proto, layers.Concat(), [v.layer for v in values])
     wide = reader.assembly.channels(Value(name, ()))
     piece = Piece("c", (wide,) * reader.assembly.probes)
     return Value(name, tuple((piece,) if i == axis else a for i, a in enumerate(axes)))

@@ -72,7 +72,7 @@ def multiplied(
         channels, kernel.shape[0], triple(sizes), bias=bias is not None, whole=whole
     )
     weights = {"weight": kernel} if bias is None else {"weight": kernel, "bias": bias}
-    name = reader.assembly.add(layer, [value.layer], proto.name or proto.output[0], weights)
+    name = reader.add(proto, layer, [value.layer], weights)
     made = Piece("c", (kernel.shape[0],) * reader.assembly.probes)
     return Value(name, (*value.axes[:-1], (made,)))
 

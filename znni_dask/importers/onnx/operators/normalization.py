@@ -156,15 +156,15 @@ def reduce(
     pieces = [p for i in axes for p in value.axes[i] if p.kind == "c" and not p.single]
     partly = bool(pieces) and pieces != value.pieces("c")
     space = _reduced_space(reader, value, axes)
-    name, label = value.layer, proto.name or proto.output[0]
+    name = value.layer
     if pieces and not partly:
-        name = reader.assembly.add(layers.Reduce(function, "c"), [name], label)
+        name = reader.add(proto, layers.Reduce(function, "c"), [name])
     if space:
-        name = reader.assembly.add(layers.Reduce(function, space), [name], label)
+        name = reader.add(proto, layers.Reduce(function, space), [name])
     if any(p.kind == "n" and not p.single for i in axes for p in value.axes[i]):
         raise UnsupportedNode("reduces over the batch")
     if name == value.layer and axes and function in ("l1", "l2"):  # of single elements
-        name = reader.assembly.add(layers.Activation("abs"), [name], label)
+        name = reader.add(proto, layers.Activation("abs"), [name])
     if partly:
         return _grouped(reader, proto, replace(value, layer=name), function, axes)
     return Value(name, tuple(() if i in axes else a for i, a in enumerate(value.axes)))
@@ -204,7 +204,7 @@ def over_channels(
     weights = {"weight": matrix.reshape(out, fan_in, 1, 1, 1)}
     if layer.bias:
         weights["bias"] = np.full(out, bias)
-    return reader.assembly.add(layer, [value.layer], proto.name or proto.output[0], weights)
+    return reader.add(proto, layer, [value.layer], weights)
 
 
 def _reduction(function: Reduction) -> Operator:
