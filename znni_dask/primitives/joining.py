@@ -12,7 +12,7 @@ from znni_dask.geometry import Size, triple
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Arithmetic, Broadcast, Concat, Layer
 from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, Shape
-from znni_dask.primitives.pointwise import crop
+from znni_dask.primitives.pointwise import copy_channels, crop
 
 _BUFFER = 1 << 13  # elements that numpy casts at a time
 _UFUNCS: dict[str, np.ufunc] = {
@@ -27,18 +27,6 @@ _UFUNCS: dict[str, np.ufunc] = {
     "less": np.less,
     "equal": np.equal,
 }
-
-
-def copy_channels(target: Array, source: Array, team: Team) -> None:
-    """Copy (batch, channel, z, y, x), shared out by batch and channel."""
-    channels = target.shape[1]
-
-    def work(first: int, last: int) -> None:
-        for item in range(first, last):
-            at = divmod(item, channels)
-            target[at] = source[at]
-
-    team.share(work, target.shape[0] * channels)
 
 
 def _spread(x: Array, offset: Size, shape: Shape | tuple[int, ...]) -> Array:

@@ -28,21 +28,23 @@ def crop(x: Array, offset: Size, size: Sequence[int]) -> Array:
     return x[:, :, z, y, x_axis]
 
 
+def copy_channels(target: Array, source: Array, team: Team) -> None:
+    """Copy (batch, channel, z, y, x), shared out by batch and channel."""
+    channels = target.shape[1]
+
+    def work(first: int, last: int) -> None:
+        for item in range(first, last):
+            at = divmod(item, channels)
+            target[at] = source[at]
+
+    team.share(work, target.shape[0] * channels)
+
+
 def bring(problem: Problem, inputs: Sequence[Array], out: Array, team: Team) -> None:
     """Copy the first input into ``out`` unless it is there already."""
     if out is inputs[0] or np.shares_memory(out, inputs[0]):
         return
-    source = crop(inputs[0], problem.offsets[0], out.shape[2:])
-
-    def work(first: int, last: int) -> None:
-        out[first:last] = source[first:last]
-
-    if out.shape[0] > 1:
-        team.share(work, out.shape[0])
-    else:
-        team.share(
-            lambda first, last: np.copyto(out[0, first:last], source[0, first:last]), out.shape[1]
-        )
+    copy_channels(out, crop(inputs[0], problem.offsets[0], out.shape[2:]), team)
 
 
 @final

@@ -29,25 +29,16 @@ def _flops(problem: Problem) -> int:
     return batch * channels * z * y * x * pool.kernel[0] * pool.kernel[1] * pool.kernel[2]
 
 
-def _largest(problem: Problem, x: Array, out: Array, offset: Size, team: Team) -> None:
-    layer = cast("MaxPool", problem.layer)
-    kernel, stride = indices(*layer.kernel), indices(*layer.stride)
-    dilation, start = indices(*layer.dilation), indices(*offset)
+def _pool(problem: Problem, x: Array, out: Array, offset: Size, team: Team) -> None:
+    """Pool ``x`` from ``offset`` on."""
+    layer = cast("MaxPool | AveragePool", problem.layer)
+    taps = [indices(*v) for v in (offset, layer.kernel, layer.stride, layer.dilation)]
+    mean = isinstance(layer, AveragePool)
+    shares = [_shares(problem, axis) for axis in range(3)] if mean else []
+    pool = pooling.average_pool if mean else pooling.max_pool
 
     def work(first: int, last: int) -> None:
-        pooling.max_pool(x, out, start, kernel, stride, dilation, first, last)
-
-    team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
-
-
-def _mean(problem: Problem, x: Array, out: Array, offset: Size, team: Team) -> None:
-    layer = cast("AveragePool", problem.layer)
-    kernel, stride = indices(*layer.kernel), indices(*layer.stride)
-    dilation, start = indices(*layer.dilation), indices(*offset)
-    shares = [_shares(problem, axis) for axis in range(3)]
-
-    def work(first: int, last: int) -> None:
-        pooling.average_pool(x, out, start, kernel, stride, dilation, *shares, first, last)
+        pool(x, out, *taps, *shares, first, last)
 
     team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
 
@@ -83,7 +74,7 @@ class MaxPooling(Primitive):
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        _largest(problem, inputs[0], out, problem.offsets[0], team)
+        _pool(problem, inputs[0], out, problem.offsets[0], team)
 
 
 @final
@@ -102,7 +93,7 @@ class AveragePooling(Primitive):
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        _mean(problem, inputs[0], out, problem.offsets[0], team)
+        _pool(problem, inputs[0], out, problem.offsets[0], team)
 
 
 def _shares_bytes(problem: Problem) -> int:
@@ -130,11 +121,10 @@ class _Fragments(Primitive):
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
         batch = inputs[0].shape[0]
-        pool = _largest if self.layer is MaxPool else _mean
         offsets = product(*(range(problem.layer.window(axis).stride) for axis in range(3)))
         for index, offset in enumerate(offsets):
             part = out[index * batch : (index + 1) * batch]
-            pool(problem, inputs[0], part, add(problem.offsets[0], triple(offset)), team)
+            _pool(problem, inputs[0], part, add(problem.offsets[0], triple(offset)), team)
 
 
 @final

@@ -12,8 +12,7 @@ from znni_dask.kernels import resampling
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Crop, DepthToSpace, Layer, Pad, Resize, Select
 from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, indices
-from znni_dask.primitives.joining import copy_channels
-from znni_dask.primitives.pointwise import crop
+from znni_dask.primitives.pointwise import copy_channels, crop
 
 _INDEX_BYTES = 8
 
@@ -52,6 +51,22 @@ class Selecting(Primitive):
         team.share(work, out.shape[0] * len(chosen))
 
 
+def _gather(
+    x: Array, out: Array, index: list[NDArray[np.int64]], team: Team, value: float = 0.0
+) -> None:
+    """Take of ``x`` what ``index`` names for every output along each axis; ``value`` for -1."""
+
+    def work(first: int, last: int) -> None:
+        resampling.gather(x, out, *index, np.float32(value), first, last)
+
+    team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
+
+
+def _index_bytes(problem: Problem) -> int:
+    """Memory of the index of `_gather`, and of making it."""
+    return 4 * _INDEX_BYTES * sum(problem.output[2:])
+
+
 @final
 class Padding(Primitive):
     """A constant, the edge or the mirrored input around the input; of a box, only where the box
@@ -61,19 +76,14 @@ class Padding(Primitive):
     layer: ClassVar[type[Layer]] = Pad
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        return 4 * _INDEX_BYTES * sum(problem.output[2:])
+        return _index_bytes(problem)
 
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
         layer = cast("Pad", problem.layer)
         index = [self._index(layer, problem, axis) for axis in range(3)]
-        value = np.float32(layer.value)
-
-        def work(first: int, last: int) -> None:
-            resampling.gather(inputs[0], out, *index, value, first, last)
-
-        team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
+        _gather(inputs[0], out, index, team, layer.value)
 
     @staticmethod
     def _index(layer: Pad, problem: Problem, axis: int) -> NDArray[np.int64]:
@@ -107,7 +117,7 @@ class NearestResizing(Primitive):
         return None
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        return 4 * _INDEX_BYTES * sum(problem.output[2:])
+        return _index_bytes(problem)
 
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
@@ -117,11 +127,7 @@ class NearestResizing(Primitive):
             (np.arange(n) + offset) // f
             for n, offset, f in zip(out.shape[2:], problem.offsets[0], factor, strict=True)
         ]
-
-        def work(first: int, last: int) -> None:
-            resampling.gather(inputs[0], out, *index, np.float32(0), first, last)
-
-        team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
+        _gather(inputs[0], out, index, team)
 
 
 @final
