@@ -15,7 +15,6 @@ from typing import NamedTuple
 from znni_dask import Builder, Network
 from znni_dask.geometry import Size, text
 from znni_dask.network.field_of_view import sizes_of
-from znni_dask.network.layers import MaxPool
 
 COLOURS = 3
 STAGES = (64, 128, 256, 512)  # widths of a residual network
@@ -34,7 +33,7 @@ def c3d(classes: int = 487, seed: int = 0) -> Network:
     """
     b = Builder(COLOURS, seed)
     x = _vgg_tower(b)
-    x = b.add(MaxPool((2, 2, 2), (2, 2, 2), ceil=True), x)
+    x = b.max_pool(x, 2, ceil=True)
     return _fully_connected(b, x, (1, 4, 4), classes)
 
 
@@ -70,7 +69,7 @@ def p3d63(classes: int = 400, seed: int = 0) -> Network:
     """
     b = Builder(COLOURS, seed)
     x = b.relu(_conv(b, b.input, 64, (1, 7, 7), IN_PLANE, (0, 3, 3)))
-    x = b.add(MaxPool((2, 3, 3), (2, 2, 2), ceil=True), x)
+    x = b.max_pool(x, (2, 3, 3), 2, ceil=True)
     count = 0
     for stage, (width, depth) in enumerate(zip(STAGES, DEPTHS, strict=True)):
         last = stage == len(STAGES) - 1
