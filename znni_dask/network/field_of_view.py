@@ -12,7 +12,7 @@ sliding network that is the low halo, (field of view - 1) // 2.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -21,7 +21,7 @@ from math import ceil, lcm
 from znni_dask.errors import NetworkError, VolumeError
 from znni_dask.geometry import AXES
 from znni_dask.network.layers import Input
-from znni_dask.network.network import Network, Node
+from znni_dask.network.network import Network, Node, not_reduced
 from znni_dask.network.window import LARGEST, Window
 
 Interval = tuple[int, int]
@@ -63,16 +63,7 @@ class AxisGeometry:
     def sizes(self, n: int) -> dict[str, int] | None:
         """Length of every layer's output for an input of ``n``; None where the graph does not
         map ``n`` exactly (a branch would not fit its neighbour, or nothing would be left)."""
-        found: dict[str, int] = {}
-        for name, window, inputs in self.windows:
-            sources = {found[i] for i in inputs} or {n}
-            if len(sources) > 1 and not self.dense:
-                return None
-            # at every voxel of a dense network: as far as all branches reach
-            found[name] = window.size(min(sources)) if inputs else n
-            if found[name] < 1:
-                return None
-        return found if _alike(self.alike, found) else None
+        return _sizes(self.windows, n, self.alike, dense=self.dense)
 
     def output_size(self, n: int) -> int | None:
         """Length of the network's output for an input of ``n``, None where there is none."""
@@ -169,21 +160,35 @@ def nonlocal_text(broken: Sequence[Node]) -> str:
 def sizes_of(network: Network, axis: int, n: int) -> dict[str, int] | None:
     """Length of every layer's output for an input of ``n`` to the network as it is, layers that
     reduce over space included; None where branches do not fit or nothing is left."""
+    windows = [
+        (
+            node.name,
+            node.layer.window(axis),
+            not_reduced(node.inputs, network.reduced, axis),
+        )
+        for node in network
+    ]
+    return _sizes(windows, n, network.alike)
+
+
+def _sizes(
+    windows: Iterable[tuple[str, Window, Sequence[str]]],
+    n: int,
+    alike: Sequence[tuple[str, str]],
+    dense: bool = False,
+) -> dict[str, int] | None:
+    """Length of every layer's output for an input of ``n``, of layers given by their windows and
+    inputs. Where inputs differ in length, or layers that are ``alike`` do, there is none; at
+    every voxel of a dense network they reach as far as the shortest."""
     found: dict[str, int] = {}
-    for node in network:
-        extended = [i for i in node.inputs if not network.reduced[i][axis]] or node.inputs
-        sources = {found[i] for i in extended} or {n}
-        if len(sources) > 1:
+    for name, window, inputs in windows:
+        sources = {found[i] for i in inputs} or {n}
+        if len(sources) > 1 and not dense:
             return None
-        found[node.name] = node.layer.window(axis).size(sources.pop()) if node.inputs else n
-        if found[node.name] < 1:
+        found[name] = window.size(min(sources)) if inputs else n
+        if found[name] < 1:
             return None
-    return found if _alike(network.alike, found) else None
-
-
-def _alike(pairs: Sequence[tuple[str, str]], sizes: Mapping[str, int]) -> bool:
-    """Whether layers that have the same size by definition have it."""
-    return all(sizes[a] == sizes[b] for a, b in pairs)
+    return found if all(found[a] == found[b] for a, b in alike) else None
 
 
 def slides(network: Network) -> bool:

@@ -141,7 +141,7 @@ class Network:
         self, node: Node, axis: int, found: Mapping[str, tuple[Fraction, Fraction, Fraction]]
     ) -> Fraction:
         """The spacing that a node's inputs have in common, those of one voxel left aside."""
-        extended = [i for i in node.inputs if not self.reduced[i][axis]] or node.inputs
+        extended = not_reduced(node.inputs, self.reduced, axis)
         sources = {found[i][axis] for i in extended} or {Fraction(1)}
         if len(sources) > 1:
             raise NetworkError(
@@ -156,12 +156,7 @@ class Network:
         """For every node the axes along which it is one voxel, whatever the volume's size."""
         found: dict[str, tuple[bool, bool, bool]] = {}
         for node in self:
-            z, y, x = (
-                node.layer.window(axis).single
-                or (bool(node.inputs) and all(found[i][axis] for i in node.inputs))
-                for axis in range(3)
-            )
-            found[node.name] = (z, y, x)
+            found[node.name] = reduces(node.layer, node.inputs, found)
         return found
 
     @cached_property
@@ -229,6 +224,26 @@ class Network:
                 raise NetworkError(f"weights {node.name}/{key} are {array.dtype}, not float32")
             if not np.isfinite(array).all():
                 raise NetworkError(f"weights {node.name}/{key} hold NaN or infinity")
+
+
+def reduces(
+    layer: Layer, inputs: Sequence[str], reduced: Mapping[str, tuple[bool, bool, bool]]
+) -> tuple[bool, bool, bool]:
+    """Along which axes a layer's output is one voxel: that it reduces, or that all its inputs,
+    of which ``reduced`` tells the same, were reduced to."""
+    z, y, x = (
+        layer.window(axis).single or (bool(inputs) and all(reduced[i][axis] for i in inputs))
+        for axis in range(3)
+    )
+    return z, y, x
+
+
+def not_reduced(
+    inputs: Sequence[str], reduced: Mapping[str, tuple[bool, bool, bool]], axis: int
+) -> Sequence[str]:
+    """The inputs that an axis of a layer's output comes from: one voxel is repeated along the
+    others', unless all are one voxel."""
+    return [i for i in inputs if not reduced[i][axis]] or inputs
 
 
 def unused_name(name: str, taken: Container[str]) -> str:

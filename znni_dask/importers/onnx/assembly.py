@@ -20,7 +20,7 @@ from znni_dask.importers.onnx.layouts import SPACE, Axis, Piece, Value
 from znni_dask.importers.onnx.tensors import Constant
 from znni_dask.network import layers
 from znni_dask.network.layers import Layer
-from znni_dask.network.network import Node
+from znni_dask.network.network import Node, not_reduced, reduces
 from znni_dask.network.window import LARGEST
 
 _MOST_VOXELS = 1 << 40  # along an axis
@@ -65,7 +65,7 @@ class Assembly:
     _layers: dict[str, Layer] = field(default_factory=dict)
     _channels: dict[str, int] = field(default_factory=dict)
     _sizes: dict[str, tuple[Size, ...]] = field(default_factory=dict)
-    _reduced: dict[str, tuple[bool, ...]] = field(default_factory=dict)
+    _reduced: dict[str, tuple[bool, bool, bool]] = field(default_factory=dict)
     _latest: dict[tuple[Size, ...], str] = field(default_factory=dict)
     _labels: Counter[str] = field(default_factory=Counter)
     _total: int = 0
@@ -89,11 +89,7 @@ class Assembly:
         if self._total > _MOST_IN_ALL:
             raise UnsupportedNode("the network has too many channels in all its layers together")
         name = self._unused(label)
-        windows = [layer.window(axis) for axis in range(3)]
-        self._reduced[name] = tuple(
-            w.single or (bool(inputs) and all(self._reduced[i][axis] for i in inputs))
-            for axis, w in enumerate(windows)
-        )
+        self._reduced[name] = reduces(layer, inputs, self._reduced)
         self._sizes[name] = tuple(
             triple(self._size(layer, inputs, axis, probe) for axis in range(3))
             for probe in range(self.probes)
@@ -118,8 +114,7 @@ class Assembly:
     def _size(self, layer: Layer, inputs: list[str], axis: int, probe: int) -> int:
         if not inputs:
             return self.entry.probes[probe][axis]
-        extended = [i for i in inputs if not self._reduced[i][axis]] or inputs
-        sizes = {self._sizes[i][probe][axis] for i in extended}
+        sizes = {self._sizes[i][probe][axis] for i in not_reduced(inputs, self._reduced, axis)}
         if len(sizes) > 1:
             raise UnsupportedNode(
                 f"joins arrays of {' and '.join(map(str, sorted(sizes)))} voxels along {AXES[axis]}"
@@ -147,7 +142,7 @@ class Assembly:
         for index, kind in enumerate(kinds):
             if kind == "c":
                 axes.append((Piece("c", (self._channels[name],) * self.probes),))
-            elif kind in SPACE and kind:
+            elif kind in SPACE:
                 axis = SPACE.index(kind)
                 lengths = tuple(size[axis] for size in self._sizes[name])
                 axes.append(() if self._reduced[name][axis] else (Piece(kind, lengths),))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from znni_dask.importers.onnx.tensors import held
 from znni_dask.network.window import LARGEST
 
-SPACE = "zyx"
+SPACE = ("z", "y", "x")
 Lengths = tuple[int, ...]  # of one axis, for every probe
 
 
@@ -86,7 +86,7 @@ class Value:
         ]
         free = [
             kind
-            for kind in (SPACE[-(self.rank - 2) :] if self.rank > 2 else "")
+            for kind in (SPACE[-(self.rank - 2) :] if self.rank > 2 else ())
             if kind not in spatial and not self.pieces(kind)
         ]
         named = [

@@ -10,9 +10,7 @@ to the rounding of its poolings, and only there its crops mean what they were me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 from math import lcm
 from pathlib import Path
 
@@ -112,7 +110,7 @@ class _Model:
         """Of several remainders that sizes may leave, the one that loses least to rounding."""
         first = self._reader((0, 0, 0))
         network: Network | None = None
-        failure: NetworkError | None = None
+        failure = NetworkError()
         try:
             network = first.network()
             if not any(first.assembly.drops):
@@ -121,7 +119,7 @@ class _Model:
             failure = error
         remainders: list[int | None] = [None, None, None]
         work = len(self._graph.node) + self._folder.work
-        for remainder in islice(self._remainders(network), _MOST_WORK // work):
+        for remainder in self._remainders(network)[: _MOST_WORK // work]:
             reader = self._reader((remainder,) * 3)
             try:
                 found = reader.network()
@@ -135,23 +133,16 @@ class _Model:
                 break
         if any(remainders):
             return self._reader(triple(r or 0 for r in remainders)).network()
-        return self._must(network, failure)
-
-    @staticmethod
-    def _must(network: Network | None, failure: NetworkError | None) -> Network:
         if network is None:
-            assert failure is not None
             raise failure
         return network
 
     @staticmethod
-    def _remainders(network: Network | None) -> Iterator[int]:
+    def _remainders(network: Network | None) -> range:
         """What sizes may leave over when divided by the alignment."""
-        alignment = 32
-        if network is not None:
-            steps = [s for spacing in network.spacing.values() for s in spacing]
-            alignment = lcm(*(s.numerator for s in steps))
-        return iter(range(1, min(alignment, _MOST_REMAINDERS)))
+        spacings = network.spacing.values() if network else ()
+        alignment = lcm(*(s.numerator for steps in spacings for s in steps)) if network else 32
+        return range(1, min(alignment, _MOST_REMAINDERS))
 
     def _reader(self, remainder: Size, pools_of_all: bool = False) -> GraphReader:
         kinds, probes = self._kinds, self._probes(remainder)
@@ -200,7 +191,7 @@ class _Model:
                 "(batch, channel, y, x) or (batch, channel, x)"
             )
         dims = dims or [0] * rank
-        space = SPACE[-(rank - 2) :]
+        space = "".join(SPACE[-(rank - 2) :])
         wanted = kernels[0].shape[1] * kernels[1] if kernels else 0
         # converters from TensorFlow keep channels last, and reshape where there is but one
         last = self._channels_last(name, rank) or (wanted > 0 and dims[1] != wanted == dims[-1])

@@ -20,6 +20,15 @@ def attributes_of(proto: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: onnx.helper.get_attribute_value(a) for a in proto.attribute}
 
 
+def listed_axes(reader: GraphReader, proto: onnx.NodeProto) -> list[int] | None:
+    """Axes as an attribute (to opset 12) or as the second input."""
+    axes = attributes_of(proto).get("axes")
+    if axes is None and len(proto.input) > 1:
+        found = reader.constant(proto, 1)
+        axes = None if found is None else np.atleast_1d(found).ravel().tolist()
+    return None if axes is None else [int(a) for a in axes]
+
+
 def text(value: Any, default: str) -> str:
     """A text attribute."""
     if value is None:

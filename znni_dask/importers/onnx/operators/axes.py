@@ -12,7 +12,7 @@ from znni_dask.geometry import Size, triple
 from znni_dask.importers.onnx.assembly import UnsupportedNode, check_channels
 from znni_dask.importers.onnx.graph import END, GraphReader, Operator
 from znni_dask.importers.onnx.layouts import SPACE, Lengths, Piece, Value
-from znni_dask.importers.onnx.operators.attributes import attributes_of, finite, text
+from znni_dask.importers.onnx.operators.attributes import attributes_of, finite, listed_axes, text
 from znni_dask.importers.onnx.operators.joining import repeated
 from znni_dask.network import layers
 from znni_dask.network.layers import ONES, PadMode
@@ -64,18 +64,9 @@ def _flatten(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     )
 
 
-def _listed_axes(reader: GraphReader, proto: onnx.NodeProto) -> list[int] | None:
-    """Axes as an attribute (to opset 12) or as the second input."""
-    axes = attributes_of(proto).get("axes")
-    if axes is None and len(proto.input) > 1:
-        found = reader.constant(proto, 1)
-        axes = None if found is None else np.atleast_1d(found).ravel().tolist()
-    return None if axes is None else [int(a) for a in axes]
-
-
 def _squeeze(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     value = reader.given(proto)
-    listed = _listed_axes(reader, proto)
+    listed = listed_axes(reader, proto)
     single = [i for i, n in enumerate(_lengths(reader, value)) if set(n) == {1}]
     gone = single if listed is None else [reader.axis(value, a) for a in listed]
     if not set(gone) <= set(single):
@@ -85,7 +76,7 @@ def _squeeze(reader: GraphReader, proto: onnx.NodeProto) -> Value:
 
 def _unsqueeze(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     value = reader.given(proto)
-    listed = _listed_axes(reader, proto) or []
+    listed = listed_axes(reader, proto) or []
     rank = value.rank + len(listed)
     new = {a % rank for a in listed}
     if any(not -rank <= a < rank for a in listed) or len(new) < len(listed):
@@ -182,7 +173,7 @@ def _slice(reader: GraphReader, proto: onnx.NodeProto) -> Value:
             value = selected(reader, proto, value, axis, list(range(*spans[0])))
             continue
         kind = value.kinds()[axis]
-        if kind not in SPACE or not kind:
+        if kind not in SPACE:
             raise UnsupportedNode(f"axis {axis} cannot be sliced")
         if step < 0:
             raise UnsupportedNode("turns an axis of space round, which depends on its whole length")
@@ -232,7 +223,7 @@ def _pad(reader: GraphReader, proto: onnx.NodeProto) -> Value:
         kind = value.kinds()[axis]
         if (below or above) and _of_channels(reader, proto, value, axis):
             value = _with_channels(reader, proto, value, axis, below, above)
-        elif (kind not in SPACE or not kind) and (below or above):
+        elif kind not in SPACE and (below or above):
             raise UnsupportedNode("the batch cannot be padded")
         if kind in low:
             low[kind], high[kind] = below, above
@@ -310,7 +301,7 @@ def _grown(
         return _doubled(reader, value, axis, target[0])
     if len(set(target)) == 1 and not value.pieces("c") and kind not in SPACE:
         return repeated(reader, proto, value, axis, target[0])
-    if kind not in SPACE or not kind or not reader.assembly.reduced(value)[SPACE.index(kind)]:
+    if kind not in SPACE or not reader.assembly.reduced(value)[SPACE.index(kind)]:
         raise UnsupportedNode(f"expands axis {axis}, which is no voxel of a reduced axis")
     number = SPACE.index(kind)
     sizes = tuple(

@@ -12,7 +12,7 @@ from znni_dask.importers.onnx import layouts
 from znni_dask.importers.onnx.assembly import UnsupportedNode
 from znni_dask.importers.onnx.graph import GraphReader, Operator
 from znni_dask.importers.onnx.layouts import SPACE, Piece, Value
-from znni_dask.importers.onnx.operators.attributes import attributes_of, finite
+from znni_dask.importers.onnx.operators.attributes import attributes_of, finite, listed_axes
 from znni_dask.importers.onnx.operators.joining import affine, joined
 from znni_dask.importers.onnx.tensors import Constant
 from znni_dask.network import layers
@@ -139,14 +139,11 @@ def _rms_normalization(reader: GraphReader, proto: onnx.NodeProto) -> Value:
 
 def _axes(reader: GraphReader, proto: onnx.NodeProto, value: Value) -> list[int]:
     """The axes that a reduction names; all where it names none."""
-    attributes = attributes_of(proto)
-    listed = attributes.get("axes")
-    if listed is None and len(proto.input) > 1:
-        found = reader.constant(proto, 1)
-        listed = None if found is None else found.ravel().tolist()
+    listed = listed_axes(reader, proto)
     if not listed:
-        return [] if attributes.get("noop_with_empty_axes") else list(range(value.rank))
-    return [reader.axis(value, int(a)) for a in listed]
+        keeps = attributes_of(proto).get("noop_with_empty_axes")
+        return [] if keeps else list(range(value.rank))
+    return [reader.axis(value, a) for a in listed]
 
 
 def reduce(

@@ -115,7 +115,7 @@ def _factors(
         if ratios == {Fraction(1)}:
             continue
         kind = value.kinds()[axis]
-        if kind not in SPACE or not kind:
+        if kind not in SPACE:
             raise UnsupportedNode("batch and channels cannot be resized")
         if reader.assembly.reduced(value)[SPACE.index(kind)]:
             found[kind] = targets[place] if targets else tuple(int(n * min(ratios)) for n in have)
