@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from distributed import Client
 
+collect_ignore = ["data"]  # what makes it needs TensorFlow
+
 
 @pytest.fixture(scope="session")
 def client():
