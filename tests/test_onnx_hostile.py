@@ -587,10 +587,7 @@ MISREAD = {  # once read as something else
         {},
     ),
     "the factor 2.00": resize(1, 1, 2, 2, 2.00390625),
-    "some axes of space": (
-        [N("ReduceMean", "x", "c", axes=[1]), N("MatMul", "c m")],
-        {"m": f4(12, 2)},
-    ),
+    "a matrix on a part of the channels": ([N("MatMul", "x m")], {"m": f4(12, 2)}),
     "first axis is not the batch": (
         [N("Transpose", "x", "t", perm=[4, 1, 2, 3, 0]), N("GlobalAveragePool", "t")],
         {},

@@ -467,6 +467,14 @@ OPERATORS = {
         ],
         {"m": f4(2, 5), "b": f4(5)},
     ),
+    "a matrix on one axis of space": (
+        [
+            node("ReduceMean", "x", "one", axes=[1]),
+            node("MatMul", "one m", "p"),
+            node("Transpose", "p", perm=[0, 4, 2, 3, 1]),
+        ],
+        {"m": f4(12, 3)},
+    ),
     "a matrix on whole sections": (
         [
             node("Transpose", "x", "sections", perm=[0, 2, 1, 3, 4]),
@@ -484,7 +492,8 @@ OPERATORS = {
             node("Reshape", "t phases", "p"),
             node("Conv", "p w b", "c", pads=[1, 0, 0, 1, 1, 0]),
             node("Relu", "c", "r"),
-            node("Reshape", "r apart", "a"),
+            node("Conv", "r v", "r2", pads=[1, 1, 1, 1, 1, 1]),
+            node("Reshape", "r2 apart", "a"),
             node("Transpose", "a", "o", perm=[2, 3, 4, 0, 5, 1, 6]),
             node("Reshape", "o joined"),
         ],
@@ -493,6 +502,7 @@ OPERATORS = {
             "phases": np.array([4, 2, 4, 5, 12]),
             "w": f4(3, 2, 2, 3, 3),
             "b": B,
+            "v": f4(3, 3, 3, 3, 3),
             "apart": np.array([2, 2, 1, 3, 5, 4, 10]),
             "joined": np.array([1, 3, 10, 8, 10]),
         },
@@ -757,7 +767,8 @@ def test_sizes_reckoned_with_in_32_bits_do_not_overflow(tmp_path):
         node("Shape", "last", "shape"),
         node("Gather", "shape lead", "dims"),
         node("Cast", "dims", "short", to=onnx.TensorProto.INT32),
-        node("ReduceProd", "short", "rows"),
+        node("Mul", "short once", "same"),
+        node("ReduceProd", "same", "rows"),
         node("Cast", "rows", "long", to=onnx.TensorProto.INT64),
         node("Concat", "long two", "flat", axis=0),
         node("Reshape", "last flat", "f"),
@@ -767,6 +778,7 @@ def test_sizes_reckoned_with_in_32_bits_do_not_overflow(tmp_path):
         node("Transpose", "w", perm=[0, 4, 1, 2, 3]),
     ]
     constants = {"lead": np.arange(4), "two": np.array([2]), "five": np.array([5]), "m": f4(2, 5)}
+    constants["once"] = np.array([1], np.int32)
     network = loaded(model(nodes, constants), tmp_path)
     x = f4(2, 3, 4, 5)
     want = np.einsum("czyx,cd->dzyx", x, constants["m"])
@@ -788,6 +800,16 @@ def test_channels_may_lie_last(mode, tmp_path):
     want = np.moveaxis(ReferenceEvaluator(proto).run(None, {"x": x})[0][0], -1, 0)
     got = oracle.whole(loaded(proto, tmp_path), np.moveaxis(x[0], -1, 0))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_every_nth_voxel_as_tensorflow_takes_it(tmp_path):
+    """The one in the middle, of an even number the second of two."""
+    options = {"coordinate_transformation_mode": "tf_half_pixel_for_nn", "nearest_mode": "floor"}
+    nodes = [helper.make_node("Resize", ["x", "", "scales"], ["y"], "the_Resize", **options)]
+    scales = np.array([1, 1, 1, 1 / 2, 1 / 3], np.float32)
+    network = loaded(model(nodes, {"scales": scales}, opset=11), tmp_path)
+    x = f4(2, 4, 6, 9)
+    np.testing.assert_array_equal(oracle.whole(network, x), x[:, :, 1::2, 1::3])
 
 
 def test_responses_are_normalised_by_their_neighbours(tmp_path):
