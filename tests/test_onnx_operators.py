@@ -529,6 +529,21 @@ OPERATORS = {
             "whole": np.array([1, 6, 8, 10, 12]),
         },
     ),
+    "less the means over a middle part of the channels": (
+        [
+            node("Concat", "x x x x x x", "many", axis=1),
+            node("Mul", "many b", "m"),
+            node("Reshape", "m groups", "g"),
+            node("ReduceMean", "g", "mean", axes=[2]),
+            node("Sub", "g mean", "d"),
+            node("Reshape", "d whole"),
+        ],
+        {
+            "b": f4(12, 1, 1, 1),
+            "groups": np.array([1, 2, 2, 3, 8, 10, 12]),
+            "whole": np.array([1, 12, 8, 10, 12]),
+        },
+    ),
     "sums of inner groups of channels": (
         [
             node("Concat", "x x x", "six", axis=1),
