@@ -587,6 +587,21 @@ MISREAD = {  # once read as something else
         {},
     ),
     "the factor 2.00": resize(1, 1, 2, 2, 2.00390625),
+    "a matrix of 60000 × 60000": (
+        [N("Tile", "x often", "t"), N("LRN", "t", size=3)],
+        {"often": np.array([1, 30000, 1, 1, 1])},
+    ),
+    "a matrix of 30000 × 60000": (
+        [
+            N("Tile", "x often", "t"),
+            N("Reshape", "t pairs", "p"),
+            N("ReduceMean", "p", axes=[2]),
+        ],
+        {
+            "often": np.array([1, 30000, 1, 1, 1]),
+            "pairs": np.array([1, 30000, 2, 8, 10, 12]),
+        },
+    ),
     "a matrix on a part of the channels": ([N("MatMul", "x m")], {"m": f4(12, 2)}),
     "first axis is not the batch": (
         [N("Transpose", "x", "t", perm=[4, 1, 2, 3, 0]), N("GlobalAveragePool", "t")],

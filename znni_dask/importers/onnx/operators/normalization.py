@@ -10,6 +10,7 @@ import onnx
 
 from znni_dask.importers.onnx import layouts
 from znni_dask.importers.onnx.assembly import UnsupportedNode
+from znni_dask.importers.onnx.folding import MOST_ELEMENTS
 from znni_dask.importers.onnx.graph import GraphReader, Operator
 from znni_dask.importers.onnx.layouts import SPACE, Piece, Value
 from znni_dask.importers.onnx.operators.attributes import attributes_of, finite, listed_axes
@@ -175,6 +176,7 @@ def _grouped(
     if function not in ("sum", "mean") or prod(p.length for p in value.pieces("c")) != channels:
         raise UnsupportedNode("reduces over a part of the channels")
     kept = [p for i, axis in enumerate(value.axes) if i not in axes for p in axis if p.kind == "c"]
+    _check_matrix(prod(p.length for p in kept), channels)
     group, groups, moved = np.zeros(channels, np.int64), 1, dict[Piece, Piece]()
     for piece in sorted(kept, key=lambda p: p.stride):
         group += np.arange(channels) // piece.stride % piece.length * groups
@@ -190,6 +192,11 @@ def _grouped(
             for i, axis in enumerate(value.axes)
         ),
     )
+
+
+def _check_matrix(rows: int, columns: int) -> None:
+    if rows * columns > MOST_ELEMENTS:
+        raise UnsupportedNode(f"it would take a matrix of {rows} × {columns} on the channels")
 
 
 def over_channels(
@@ -257,8 +264,10 @@ def _local_response(reader: GraphReader, proto: onnx.NodeProto) -> Value:
     value, size = reader.source(proto), int(attributes["size"])
     if size < 1:
         raise UnsupportedNode(f"size={size} must be positive")
+    channels = reader.assembly.channels(value)
+    _check_matrix(channels, channels)
     squares = joined(reader, proto, Arithmetic("mul"), [value, value])
-    place = np.arange(reader.assembly.channels(value))
+    place = np.arange(channels)
     beyond = place - place[:, None]
     near = (beyond >= -((size - 1) // 2)) & (beyond <= size // 2)
     share = finite(attributes.get("alpha", 1e-4), "alpha") / size
