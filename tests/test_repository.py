@@ -23,6 +23,12 @@ STAIRS = [
         "report",
         "inspection",
         "verify",
+        "xarray",
+        "overlap",
+        "volume",
+        "coordinates",
+        "graph",
+        "lazy",
         "run",
         "statistics",
         "feeding",
@@ -109,8 +115,8 @@ def test_importing_the_package_loads_no_heavy_library():
 def test_the_door_shows_these_names():
     assert sorted(znni_dask.__all__) == [
         *("Builder", "InputError", "MemoryLimitError", "Network", "NetworkError", "OptionError"),
-        *("OutputError", "RunError", "Summary", "VolumeError", "ZnniError", "geometry"),
-        *("load_network", "run"),
+        *("OutputError", "OverlapKernel", "RunError", "Summary", "VolumeError", "ZnniError"),
+        *("geometry", "infer", "keep_annotations", "load_network", "overlap_kernel", "run"),
     ]
     for name in znni_dask.__all__:
         assert getattr(znni_dask, name).__doc__

@@ -14,7 +14,9 @@ from znni_dask.importers import load_network
 from znni_dask.network.build import Builder
 from znni_dask.network.field_of_view import geometry
 from znni_dask.network.network import Network
+from znni_dask.overlap import OverlapKernel, overlap_kernel
 from znni_dask.run import Summary, run
+from znni_dask.volume import infer, keep_annotations
 
 __all__ = [
     "Builder",
@@ -24,11 +26,15 @@ __all__ = [
     "NetworkError",
     "OptionError",
     "OutputError",
+    "OverlapKernel",
     "RunError",
     "Summary",
     "VolumeError",
     "ZnniError",
     "geometry",
+    "infer",
+    "keep_annotations",
     "load_network",
+    "overlap_kernel",
     "run",
 ]

@@ -14,11 +14,12 @@ from znni_dask.geometry import Size
 from znni_dask.job import Job, Target
 from znni_dask.journal import in_json, journal_of
 from znni_dask.machine import anonymous_bytes
+from znni_dask.plan import Plan
 from znni_dask.recompute import HaloError, halo_error
 from znni_dask.storage import output as store
 from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.output import OutputLayout
-from znni_dask.windows import WindowGrid
+from znni_dask.windows import Laid, WindowGrid
 
 _CHUNKS = (64, 64, 64)
 _CHUNKS_OF_VECTORS = (8, 8, 8)  # of a classifier, whose every voxel is a window computed
@@ -70,12 +71,7 @@ def plan_pass(
         hull=selection.hull(laid),
         selected_bytes=0 if selection.everything else _WANTED_BYTES,
     )
-    if isinstance(laid, WindowGrid):
-        if request.patch is not None:
-            raise OptionError("windows are the patches of patchwise inference: give no patch")
-        plan = window_planner.plan(laid, resources)
-    else:
-        plan = planner.plan(planner.Request(**vars(resources), layout=laid, patch=request.patch))
+    plan = plan_for(laid, resources, request.patch)
     job = Job(laid, source, selection, application.nan, plan)
     return PlannedPass(names, stored, job, resources)
 
@@ -125,6 +121,15 @@ def places(names: Iterable[str], root: Path) -> dict[str, Path]:
     if len(outputs) == 1:
         return {outputs[0]: root}
     return {name: root / group for name, group in store.group_names(outputs).items()}
+
+
+def plan_for(laid: Laid, resources: planner.Resources, patch: Size | None) -> Plan:
+    """The plan of an answer, in patches or in windows; raises `MemoryLimitError`."""
+    if isinstance(laid, WindowGrid):
+        if patch is not None:
+            raise OptionError("windows are the patches of patchwise inference: give no patch")
+        return window_planner.plan(laid, resources)
+    return planner.plan(planner.Request(**vars(resources), layout=laid, patch=patch))
 
 
 def create_outputs(
