@@ -19,6 +19,7 @@ lint: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/primitives.py
+	$(BIN)/python benchmarks/reading.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

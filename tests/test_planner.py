@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import graphs
+from znni_dask import planner
 from znni_dask.costs import estimated_seconds
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Box, tiles, volume
@@ -26,7 +27,9 @@ from znni_dask.planner import (
     spans,
 )
 from znni_dask.primitives.table import named
+from znni_dask.reading import Reads
 from znni_dask.schedule import ALIGN, Schedules
+from znni_dask.storage.cells import Cells
 
 
 def request(network, size=(200, 200, 200), allowed=8 << 30, **options):
@@ -37,7 +40,7 @@ def request(network, size=(200, 200, 200), allowed=8 << 30, **options):
         unit=(64, 64, 64),
         voxel_bytes=4,
         encoding_bytes=4,
-        read_bytes=lambda box: 2 * volume(box),
+        read_bytes=lambda box, by_cells=False: 2 * volume(box),
         write_bytes=1 << 20,
         baseline_bytes=100 << 20,
         allowed_bytes=allowed,
@@ -89,6 +92,44 @@ def test_one_byte_less_than_the_smallest_plan_is_refused():
 def _smallest(wanted):
     schedules = Schedules(wanted.layout, choose_primitives(wanted.layout))
     return predicted_bytes(wanted, schedules, (64, 64, 64), (16, 16, 16), 1)
+
+
+@pytest.mark.parametrize("gib", [0.4, 0.6, 1, 4])
+def test_what_is_left_of_the_memory_is_for_decoded_chunks(gib):
+    size = (500, 500, 500)
+    wanted = replace(
+        request(graphs.graph("valid_unet", 0), size, int(gib * 2**30)),
+        cells=Cells.of((128, 128, 128), size, 1),
+        read_bytes=lambda box, by_cells=False: 2 * volume(box) + (by_cells << 25),
+    )
+    made = plan(wanted)
+    schedules = Schedules(wanted.layout, choose_primitives(wanted.layout))
+    kept = made.reading.cache_bytes
+    needed = predicted_bytes(
+        wanted, schedules, made.block, made.patch, made.blocks_in_flight, by_cells=kept > 0
+    )
+    assert made.predicted_bytes == needed + kept <= wanted.allowed_bytes
+    if gib >= 1:
+        assert made.reading.amplification == 1
+        assert 0 < kept < volume(size)
+
+
+def test_several_blocks_are_made_where_that_costs_little(monkeypatch):
+    size = (500, 500, 500)
+    b = Builder(1)
+    network = b.network(b.conv(b.relu(b.conv(b.input, 8, 3)), 8, 1))
+    wanted = replace(request(network, size, 64 << 30), cells=Cells.of((128, 128, 128), size, 1))
+    made = plan(wanted)
+    monkeypatch.setattr(planner, "_ABOUT_AS_FAST", 1.0)
+    fastest = plan(wanted)
+    assert volume(Reads(wanted.layout, fastest.block, None).blocks) < 8
+    assert volume(Reads(wanted.layout, made.block, None).blocks) >= 8
+    schedules = Schedules(wanted.layout, choose_primitives(wanted.layout))
+    seconds = [
+        estimated_seconds(schedules.schedule(box).steps, 2) / box.voxels
+        for box in (Box((0, 0, 0), made.patch), Box((0, 0, 0), fastest.patch))
+    ]
+    assert seconds[0] <= 1.1 * seconds[1]
 
 
 def test_a_patch_asked_for_is_the_patch_planned():

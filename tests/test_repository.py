@@ -39,7 +39,8 @@ STAIRS = [
         "job",
         "patchwise",
     ),
-    *("executors", "window_planner", "planner", "costs", "schedule", "primitives", "kernels"),
+    *("executors", "window_planner", "planner", "resources", "reading"),
+    *("costs", "schedule", "primitives", "kernels"),
     *(
         "selection",
         "options",

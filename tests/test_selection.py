@@ -182,7 +182,7 @@ def test_a_small_roi_is_made_of_small_patches():
         "unit": (64, 64, 64),
         "voxel_bytes": 4,
         "encoding_bytes": 4,
-        "read_bytes": lambda size: 8 * size[0] * size[1] * size[2],
+        "read_bytes": lambda size, by_cells=False: 8 * size[0] * size[1] * size[2],
         "write_bytes": 0,
         "baseline_bytes": 0,
         "allowed_bytes": 8 << 30,

@@ -12,9 +12,9 @@ from typing import TypeVar
 import dask
 from distributed import Client, Future, as_completed
 
-from znni_dask import planner
 from znni_dask.geometry import Box
 from znni_dask.job import BlockMaker, Job, Made, make_block
+from znni_dask.resources import MOST_BLOCKS_IN_FLIGHT
 
 T = TypeVar("T")
 _LOOPBACK = "127.0.0.1:0"  # distributed's web servers listen to all the world unless told
@@ -31,7 +31,7 @@ def connected(client: Client | None) -> Iterator[Client]:
         Client(
             processes=False,
             n_workers=1,
-            threads_per_worker=planner.MOST_BLOCKS_IN_FLIGHT,
+            threads_per_worker=MOST_BLOCKS_IN_FLIGHT,
             memory_limit=0,
             dashboard_address=_LOOPBACK,
             worker_dashboard_address=_LOOPBACK,

@@ -19,8 +19,8 @@ from znni_dask.machine import anonymous_bytes
 from znni_dask.options import allowed_bytes, computing_threads
 from znni_dask.passes import plan_for
 from znni_dask.patches import Layout, source_box
-from znni_dask.planner import Resources
 from znni_dask.primitives.base import ITEM_BYTES
+from znni_dask.resources import Resources
 from znni_dask.storage.encoding import Encoding
 from znni_dask.windows import Laid
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +18,15 @@ from distributed import WorkerPlugin, get_worker
 from numpy.typing import NDArray
 
 from znni_dask.executors.patches import PatchBlocks
-from znni_dask.geometry import Box
+from znni_dask.geometry import Box, Size, volume
 from znni_dask.patches import Layout
 from znni_dask.patchwise import WindowBlocks
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import Array
+from znni_dask.reading import Order, Reads
 from znni_dask.selection import Selection
 from znni_dask.storage import output as store
+from znni_dask.storage.chunk_cache import ChunkCache
 from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.volume import Volume
 from znni_dask.windows import Laid
@@ -57,6 +61,36 @@ class Job:
     plan: Plan
     targets: tuple[Target, ...] = ()
 
+    @cached_property
+    def reads(self) -> Reads:
+        """What the blocks read."""
+        hull = self.selection.hull(self.laid)
+        return Reads(self.laid, self.plan.block, self.volume.cells, hull)
+
+    @cached_property
+    def order(self) -> Order:
+        """The order in which the blocks of a time point are made."""
+        return self.reads.order(self.plan.reading)
+
+    def blocks(self) -> Iterator[tuple[int, Box]]:
+        """Every block that may hold something selected, at every time point, in the order in which
+        they are made."""
+        for time in range(self.volume.times):
+            for place in self.order:
+                yield time, self.reads.box(place)
+
+    def turn(self, time: int, place: Size) -> int:
+        """When a block is made, over all time points."""
+        return time * volume(self.order.blocks) + self.order.turn(place)
+
+    def cache(self) -> ChunkCache:
+        """A cache for the blocks that one worker makes."""
+
+        def users(time: int, cell: Size) -> set[int]:
+            return {self.turn(time, place) for place in self.reads.users(cell)}
+
+        return ChunkCache(self.volume, self.plan.reading.cache_bytes, users)
+
 
 def blocks_by(laid: Laid, plan: Plan) -> PatchBlocks | WindowBlocks:
     """What computes the blocks of an answer; it holds threads and memory until it is closed."""
@@ -67,9 +101,15 @@ def blocks_by(laid: Laid, plan: Plan) -> PatchBlocks | WindowBlocks:
 
 @dataclass(frozen=True)
 class Made:
-    """What came of a block: how many of its voxels are selected; of none nothing was done."""
+    """What came of a block: how many of its voxels are selected; of none nothing was done.
+
+    ``decoded_voxels`` of the volume's chunks were decoded for it; ``needed_voxels`` are those that
+    it reads and no block before it, which over all blocks are those needed.
+    """
 
     voxels: int
+    decoded_voxels: int = 0
+    needed_voxels: int = 0
 
 
 class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
@@ -86,6 +126,7 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
         """Prepare what all blocks share."""
         self._computing = threading.Lock()
         self._blocks = blocks_by(self.job.laid, self.job.plan)
+        self._cache = self.job.cache()
 
     def teardown(self, worker: Any) -> None:
         """End the executor's threads."""
@@ -97,8 +138,9 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
         wanted = job.selection.wanted(job.laid, block, time)
         if wanted is not None and not wanted.any():
             return Made(0)
-        region = self._blocks.region(block, wanted)
-        values = job.volume.read_extended(region, job.laid.boundary, job.nan, time)
+        place, region = job.reads.place(block), self._blocks.region(block, wanted)
+        with self._cache.turn(job.turn(time, place)) as reader:
+            values = job.volume.read_extended(region, job.laid.boundary, job.nan, time, reader.read)
         made = [(target, target.empty(block)) for target in job.targets]
 
         def take(box: Box, answer: Array) -> None:
@@ -116,7 +158,11 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
             self._blocks.make(block, values, region.start, take, wanted)
         for target, stored in made:
             store.write(target.array, block, stored, time)
-        return Made(block.voxels if wanted is None else int(wanted.sum()))
+        return Made(
+            block.voxels if wanted is None else int(wanted.sum()),
+            reader.decoded_voxels,
+            job.reads.needed_voxels(place, region),
+        )
 
 
 def make_block(name: str, time: int, block: Box) -> Made:

@@ -16,6 +16,7 @@ from znni_dask.journal import in_json, journal_of
 from znni_dask.machine import anonymous_bytes
 from znni_dask.plan import Plan
 from znni_dask.recompute import HaloError, halo_error
+from znni_dask.resources import Resources
 from znni_dask.storage import output as store
 from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.output import OutputLayout
@@ -46,7 +47,7 @@ class PlannedPass:
     outputs: tuple[str, ...]
     stored: tuple[OutputLayout, ...]
     job: Job
-    resources: planner.Resources
+    resources: Resources
     halo_error: HaloError | None = None
 
 
@@ -58,15 +59,20 @@ def plan_pass(
     selection = application.selection
     stored = tuple(layout_of(application, name, request) for name in names)
     channels = [application.laid(name).network.out_channels for name in names]
-    resources = planner.Resources(
+
+    def read_bytes(size: Size, by_cells: bool = False) -> int:
+        return max(source.read_bytes(size, by_cells), selection.read_bytes(size))
+
+    resources = Resources(
         unit=stored[0].unit,
         voxel_bytes=sum(map(encoding.voxel_bytes, channels)),
         encoding_bytes=sum(map(encoding.encoding_bytes, channels)),
-        read_bytes=lambda size: max(source.read_bytes(size), selection.read_bytes(size)),
+        read_bytes=read_bytes,
         write_bytes=max(s.write_bytes for s in stored),
         baseline_bytes=anonymous_bytes(),
         allowed_bytes=request.allowed_bytes,
         threads=request.threads,
+        cells=source.cells,
         block=block,
         hull=selection.hull(laid),
         selected_bytes=0 if selection.everything else _WANTED_BYTES,
@@ -123,7 +129,7 @@ def places(names: Iterable[str], root: Path) -> dict[str, Path]:
     return {name: root / group for name, group in store.group_names(outputs).items()}
 
 
-def plan_for(laid: Laid, resources: planner.Resources, patch: Size | None) -> Plan:
+def plan_for(laid: Laid, resources: Resources, patch: Size | None) -> Plan:
     """The plan of an answer, in patches or in windows; raises `MemoryLimitError`."""
     if isinstance(laid, WindowGrid):
         if patch is not None:

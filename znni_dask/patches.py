@@ -107,6 +107,13 @@ class Layout:
         """The box of the volume behind a block of the answer."""
         return self.patch(block).input
 
+    def reach(self, axis: int, start: int, stop: int) -> Interval:
+        """The stretch of the volume behind outputs ``[start, stop)``: one axis of `region`."""
+        stretch = self.stretch(axis, (start, stop), self.strided)[self.network.input.name]
+        corner = start if self.geometry.dense else 0
+        first = corner - self.extensions[axis].low
+        return stretch[0] + first, stretch[1] + first
+
     @property
     def translation(self) -> tuple[Fraction, Fraction, Fraction]:
         """Centre of output voxel 0 in voxels of the volume."""

@@ -33,13 +33,29 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How the blocks of a run share what is decoded of the volume.
+
+    Blocks are made column by column, ``column`` blocks (z, y, x) each; columns, and the blocks of
+    each, with the axes of ``axes`` from slowest to fastest. ``cache_bytes`` of decoded chunks are
+    kept meanwhile. ``amplification`` is predicted: voxels decoded over voxels needed.
+    """
+
+    axes: Size
+    column: Size
+    cache_bytes: int
+    amplification: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a network is applied to a volume on one worker.
 
     ``patch`` and ``block`` are sizes of the output (z, y, x); a block is a whole number of
     output chunks or shards. Up to ``blocks_in_flight`` blocks are read, computed and written at
-    the same time, one of them computed, by ``threads`` threads. ``predicted_bytes`` is the peak
-    of the whole process, ``allowed_bytes`` the limit it was planned for.
+    the same time, one of them computed, by ``threads`` threads, in the order that ``reading``
+    says. ``predicted_bytes`` is the peak of the whole process, ``allowed_bytes`` the limit it was
+    planned for.
     """
 
     patch: Size
@@ -47,6 +63,7 @@ class Plan:
     stages: tuple[Stage, ...]
     threads: int
     blocks_in_flight: int
+    reading: Reading
     predicted_bytes: int
     allowed_bytes: int
     flops_per_voxel: float
@@ -84,6 +101,12 @@ class Plan:
             stages=stages,
             threads=int(values["threads"]),
             blocks_in_flight=int(values["blocks_in_flight"]),
+            reading=Reading(
+                axes=triple(values["reading"]["axes"]),
+                column=triple(values["reading"]["column"]),
+                cache_bytes=int(values["reading"]["cache_bytes"]),
+                amplification=float(values["reading"]["amplification"]),
+            ),
             predicted_bytes=int(values["predicted_bytes"]),
             allowed_bytes=int(values["allowed_bytes"]),
             flops_per_voxel=float(values["flops_per_voxel"]),

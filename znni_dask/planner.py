@@ -7,12 +7,11 @@ whole output chunks, computed in one patch, and single chunks, cut into smaller 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
-from math import gcd
-from typing import TypeVar
+from math import gcd, inf
 
 from znni_dask.costs import estimated_seconds
 from znni_dask.errors import MemoryLimitError, NetworkError, OptionError
@@ -32,52 +31,20 @@ from znni_dask.machine import show_bytes
 from znni_dask.network.field_of_view import Interval
 from znni_dask.network.layers import Layer
 from znni_dask.patches import Layout
-from znni_dask.plan import Choice, Plan, Stage
+from znni_dask.plan import Choice, Plan, Reading, Stage
 from znni_dask.primitives.base import ITEM_BYTES, Primitive
 from znni_dask.primitives.table import candidates, named
+from znni_dask.reading import Reads
+from znni_dask.resources import Resources, most_in_flight, shared_reading
 from znni_dask.schedule import ALIGN, Arrangement, Schedules
 
 OVERHEAD_BYTES = 48 << 20  # scheduler, messages and allocator slack beside what is counted
 WEIGHT_COPIES = 4  # the plugin as sent, as kept by the scheduler, as received, as prepared
-MOST_BLOCKS_IN_FLIGHT = 3  # one being read, one computed, one written
-_WORTH_FEWER_IN_FLIGHT = 1.1  # times slower that overlapping reads and writes may make computing
+_ABOUT_AS_FAST = 1.05  # times slower that computing may become
+_SEVERAL_BLOCKS = 8  # so that reading and computing overlap, and little is lost where a run ends
+_LITTLE_READ_AGAIN = 1.2  # amplification not worth a slower plan
 MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16)
 _PARTS = (2, 3, 4, 6, 8, 12, 16)
-
-
-C = TypeVar("C")
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Resources:
-    """What a run has, and what its reading and writing takes.
-
-    ``unit`` is the output's chunk or shard; ``read_bytes`` the memory that reading a box of a
-    size takes, ``write_bytes`` the memory that writing takes beside the values. A voxel as it is
-    stored, with all outputs, takes ``voxel_bytes``, and ``encoding_bytes`` while it is encoded.
-    ``baseline_bytes`` is what the process uses before it computes. ``block`` is that of a run that
-    is resumed. Only the outputs within ``hull`` are made; to tell which of them are selected takes
-    ``selected_bytes`` for each voxel of a block.
-    """
-
-    unit: Size
-    voxel_bytes: int
-    encoding_bytes: int
-    read_bytes: Callable[[Size], int]
-    write_bytes: int
-    baseline_bytes: int
-    allowed_bytes: int
-    threads: int
-    hull: Box
-    block: Size | None = None
-    selected_bytes: int = 0
-
-    def block_bytes(self, size: Size, region: Size) -> int:
-        """Memory that a block of ``size`` takes while it is in flight, its computing not counted;
-        ``region`` is the size of what it reads."""
-        written = self.voxel_bytes * volume(size)
-        most = max(self.read_bytes(region) + written, written + self.write_bytes)
-        return most + self.selected_bytes * volume(size)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -104,64 +71,91 @@ def plan(request: Request) -> Plan:
         (_rate(request, schedules, block, patch) for block, patch in _sizes(request)),
         key=lambda c: (c.seconds_per_voxel, -volume(c.patch), -volume(c.block)),
     )
-    least = cache(partial(_least_bytes, request, schedules))
+    fits = _Fits(request, schedules)
     best = most_in_flight(
-        lambda in_flight: _first_that_fits(request, schedules, ranked, least, in_flight),
-        lambda candidate: candidate.seconds_per_voxel,
+        lambda in_flight: fits.best(ranked, in_flight),
+        lambda fit: fit.candidate.seconds_per_voxel,
     )
     if best is None:
-        smallest = min(ranked, key=lambda c: (least(c.patch), volume(c.block)))
+        smallest = min(ranked, key=lambda c: (fits.least_bytes(c.patch), volume(c.block)))
         raise MemoryLimitError(_refusal(request, schedules, smallest))
-    candidate, in_flight, needed = best
+    fit, in_flight = best
     choices = tuple(Choice(name, primitive.name) for name, primitive in primitives.items())
     return Plan(
-        patch=candidate.patch,
-        block=candidate.block,
+        patch=fit.candidate.patch,
+        block=fit.candidate.block,
         stages=(Stage("cpu", choices),),
         threads=request.threads,
         blocks_in_flight=in_flight,
-        predicted_bytes=needed,
+        reading=fit.reading,
+        predicted_bytes=fit.needed_bytes,
         allowed_bytes=request.allowed_bytes,
-        flops_per_voxel=candidate.flops_per_voxel,
+        flops_per_voxel=fit.candidate.flops_per_voxel,
     )
 
 
-def most_in_flight(
-    find: Callable[[int], tuple[C, int] | None], cost: Callable[[C], float]
-) -> tuple[C, int, int] | None:
-    """The best candidate, the blocks in flight and the bytes it needs.
+@dataclass(frozen=True)
+class _Fit:
+    """A candidate that fits, how its blocks share reading, and its predicted bytes."""
 
-    ``find`` gives the best candidate that fits with so many blocks in flight, and its bytes. More
-    in flight, which hides reading and writing, is given up only for what computes much faster.
-    """
-    best: tuple[C, int, int] | None = None
-    for in_flight in range(MOST_BLOCKS_IN_FLIGHT, 0, -1):
-        found = find(in_flight)
-        if found and (best is None or cost(found[0]) * _WORTH_FEWER_IN_FLIGHT < cost(best[0])):
-            best = (found[0], in_flight, found[1])
-    return best
+    candidate: _Candidate
+    reading: Reading
+    needed_bytes: int
 
 
-def _first_that_fits(
-    request: Request,
-    schedules: Schedules,
-    ranked: list[_Candidate],
-    least: Callable[[Size], int],
-    in_flight: int,
-) -> tuple[_Candidate, int] | None:
-    """The best candidate within the memory allowed, and its predicted bytes.
+@dataclass(frozen=True, eq=False)
+class _Fits:
+    """What fits within the memory allowed, and the best of it."""
 
-    What one patch inside the volume needs is a lower bound that is cheap to have, so the exact
-    figure, over all patches of the run, is computed only for those that pass it.
-    """
-    for candidate in ranked:
-        if least(candidate.patch) <= request.allowed_bytes:
-            needed = predicted_bytes(
-                request, schedules, candidate.block, candidate.patch, in_flight
-            )
-            if needed <= request.allowed_bytes:
-                return candidate, needed
-    return None
+    request: Request
+    schedules: Schedules
+    _least: dict[Size, int] = field(default_factory=dict)
+    _reads: dict[Size, Reads] = field(default_factory=dict)
+
+    def best(self, ranked: list[_Candidate], in_flight: int) -> _Fit | None:
+        """Of the candidates that compute about as fast as the fastest that fits, the one that
+        makes several blocks, and decodes little twice."""
+        found: dict[Size, _Candidate] = {}
+        limit = inf
+        for candidate in ranked:
+            if candidate.seconds_per_voxel > limit:
+                break
+            if candidate.block not in found and self._fits(candidate, in_flight):
+                found[candidate.block] = candidate
+                limit = min(limit, _ABOUT_AS_FAST * candidate.seconds_per_voxel)
+        fits = [self._with_reading(candidate, in_flight) for candidate in found.values()]
+        return min(fits, key=self._worse, default=None)
+
+    def _worse(self, fit: _Fit) -> tuple[bool, float]:
+        blocks = volume(self._reads[fit.candidate.block].blocks)
+        return blocks < _SEVERAL_BLOCKS, max(fit.reading.amplification, _LITTLE_READ_AGAIN)
+
+    def _fits(self, candidate: _Candidate, in_flight: int) -> bool:
+        """What one patch inside the volume needs is a lower bound that is cheap to have, so the
+        exact figure, over all patches of the run, is computed only for those that pass it."""
+        allowed = self.request.allowed_bytes
+        if self.least_bytes(candidate.patch) > allowed:
+            return False
+        return self._needed_bytes(candidate, in_flight, by_cells=False) <= allowed
+
+    def least_bytes(self, patch: Size) -> int:
+        """Memory of the process that one patch inside the volume takes, blocks not counted."""
+        if patch not in self._least:
+            sizes = self.schedules.sizes(_largest_box(self.request.layout, patch))
+            self._least[patch] = _computing_bytes(self.request, self.schedules, sizes, patch)
+        return self._least[patch]
+
+    def _needed_bytes(self, candidate: _Candidate, in_flight: int, by_cells: bool) -> int:
+        block, patch = candidate.block, candidate.patch
+        return predicted_bytes(self.request, self.schedules, block, patch, in_flight, by_cells)
+
+    def _with_reading(self, candidate: _Candidate, in_flight: int) -> _Fit:
+        block = candidate.block
+        if block not in self._reads:
+            request = self.request
+            self._reads[block] = Reads(request.layout, block, request.cells, request.hull)
+        needed = partial(self._needed_bytes, candidate, in_flight)
+        return _Fit(candidate, *shared_reading(self.request, self._reads[block], needed))
 
 
 def choose_primitives(layout: Arrangement, fragments: bool = True) -> dict[str, Primitive]:
@@ -203,21 +197,20 @@ def chosen_primitives(layout: Arrangement, plan: Plan) -> dict[str, Primitive]:
 
 
 def predicted_bytes(
-    request: Request, schedules: Schedules, block: Size, patch: Size, in_flight: int
+    request: Request,
+    schedules: Schedules,
+    block: Size,
+    patch: Size,
+    in_flight: int,
+    by_cells: bool = False,
 ) -> int:
-    """Peak memory of the whole process for this block and patch."""
+    """Peak memory of the whole process for this block and patch, cells that are kept apart."""
     sizes = schedules.envelope(spans(request.layout, block, patch))
     largest = _largest_box(request.layout, block)
     region = region_of(request.layout, largest, patch)
-    per_block = request.block_bytes(largest.size, region.size)
+    per_block = request.block_bytes(largest.size, region.size, by_cells)
     encoded = request.encoding_bytes * volume(patch)
     return _computing_bytes(request, schedules, sizes, patch) + encoded + in_flight * per_block
-
-
-def _least_bytes(request: Request, schedules: Schedules, patch: Size) -> int:
-    """Memory of the process that one patch inside the volume takes, blocks not counted."""
-    sizes = schedules.sizes(_largest_box(request.layout, patch))
-    return _computing_bytes(request, schedules, sizes, patch)
 
 
 def _computing_bytes(

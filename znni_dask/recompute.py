@@ -18,6 +18,7 @@ from znni_dask.patches import Layout
 from znni_dask.patchwise import WindowBlocks
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import Array
+from znni_dask.resources import Resources
 from znni_dask.schedule import Schedules
 from znni_dask.storage.volume import Volume
 from znni_dask.windows import Laid
@@ -67,7 +68,7 @@ class HaloError:
 
 
 def halo_error(
-    application: Application, outputs: tuple[str, ...], resources: planner.Resources, plan: Plan
+    application: Application, outputs: tuple[str, ...], resources: Resources, plan: Plan
 ) -> HaloError:
     """Measure what a halo of one's own costs in the patches of a plan, before the run.
 
@@ -127,7 +128,7 @@ def _patches_over(box: Box, plan: Plan, size: Size) -> Iterator[Box]:
                 yield patch
 
 
-def _fits(layout: Layout, resources: planner.Resources, length: int) -> bool:
+def _fits(layout: Layout, resources: Resources, length: int) -> bool:
     """Whether a box of this length can be computed exactly within the memory allowed."""
     size = triple(min(length, n) for n in layout.output_size)
     schedules = Schedules(layout, planner.choose_primitives(layout))

@@ -128,6 +128,11 @@ def run_lines(summary: Summary) -> list[str]:
                 f"the mask selects nothing in {one.unselected} of "
                 f"{one.blocks + one.unselected} blocks: they hold 0"
             )
+        lines.append(
+            f"reading: voxels needed were decoded {one.read_amplification:.2f} times (at most "
+            f"{plan.reading.amplification:.2f} predicted), with up to "
+            f"{show_bytes(plan.reading.cache_bytes)} of decoded chunks kept"
+        )
         if one.halo_error is not None:
             error = one.halo_error
             lines.append(

@@ -9,7 +9,7 @@ box of their block and return its number of voxels.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,8 @@ class Pass:
     """One pass over the volume: the network's outputs made in it, and how.
 
     ``voxels`` and ``blocks`` were made by this run; of ``unselected`` blocks it found that they
-    hold nothing that the mask selects.
+    hold nothing that the mask selects. ``decoded_voxels`` of the volume's chunks were decoded;
+    ``needed_voxels`` lie behind the blocks that were made, each counted once.
     """
 
     outputs: tuple[str, ...]
@@ -55,8 +56,15 @@ class Pass:
     voxels: int
     blocks: int
     unselected: int
+    decoded_voxels: int
+    needed_voxels: int
     plan: Plan
     halo_error: HaloError | None = None
+
+    @property
+    def read_amplification(self) -> float:
+        """How often a voxel that is needed was decoded on average; 0 where nothing was made."""
+        return self.decoded_voxels / self.needed_voxels if self.needed_voxels else 0.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,12 @@ class Summary:
     def blocks(self) -> int:
         """Blocks made in all."""
         return sum(one.blocks for one in self.passes)
+
+    @property
+    def read_amplification(self) -> float:
+        """How often a voxel that is needed was decoded on average; 0 where nothing was made."""
+        needed = sum(one.needed_voxels for one in self.passes)
+        return sum(one.decoded_voxels for one in self.passes) / needed if needed else 0.0
 
     @property
     def voxels_per_second(self) -> float:
@@ -292,6 +306,25 @@ def _begun(
     return place, journal
 
 
+@dataclass
+class _Tally:
+    """What the blocks of a pass tell, added up."""
+
+    voxels: int = 0
+    blocks: int = 0
+    unselected: int = 0
+    decoded_voxels: int = 0
+    needed_voxels: int = 0
+
+    def add(self, made: Made) -> None:
+        """Count one block."""
+        self.voxels += made.voxels
+        self.blocks += made.voxels > 0
+        self.unselected += made.voxels == 0
+        self.decoded_voxels += made.decoded_voxels
+        self.needed_voxels += made.needed_voxels
+
+
 def _make_all(
     client: Client, passes: list[PlannedPass], journal: Journal, progress: Progress | None
 ) -> tuple[Pass, ...]:
@@ -302,10 +335,10 @@ def _make_all(
     failures: list[tuple[Box, BaseException]] = []
     for number, one in enumerate(passes):
         held = partial(journal.holds, number)
-        within, laid, plan = _hull(one.job), one.job.laid, one.job.plan
+        within, laid = _hull(one.job), one.job.laid
         done += sum(_voxels(block, within) for block in journal.blocks_of(number, laid.output_size))
-        missing = ((t, b) for t, b in _all_blocks(one.job) if not held(t, b))
-        came: list[Made] = []
+        missing = ((t, b) for t, b in one.job.blocks() if not held(t, b))
+        tally = _Tally()
 
         def finished(
             moment: int,
@@ -313,12 +346,12 @@ def _make_all(
             outcome: Made | BaseException,
             number: int = number,
             within: Box = within,
-            came: list[Made] = came,
+            tally: _Tally = tally,
         ) -> None:
             nonlocal done
             if isinstance(outcome, Made):
                 journal.add(number, moment, block)
-                came.append(outcome)
+                tally.add(outcome)
             else:
                 failures.append((block, outcome))
             done += _voxels(block, within)
@@ -328,14 +361,12 @@ def _make_all(
         make_blocks(client, one.job, missing, finished)
         made.append(
             Pass(
-                one.outputs,
-                laid.output_size,
-                laid.network.out_channels,
-                sum(block.voxels for block in came),
-                sum(block.voxels > 0 for block in came),
-                sum(block.voxels == 0 for block in came),
-                plan,
-                one.halo_error,
+                outputs=one.outputs,
+                size=laid.output_size,
+                channels=laid.network.out_channels,
+                **vars(tally),
+                plan=one.job.plan,
+                halo_error=one.halo_error,
             )
         )
         if any(is_full(error) for _, error in failures):
@@ -343,14 +374,6 @@ def _make_all(
     if failures:
         raise RunError(_failed(failures, sum(one.blocks for one in made)))
     return tuple(made)
-
-
-def _all_blocks(job: Job) -> Iterator[tuple[int, Box]]:
-    """Every block of a pass that may hold something selected, at every time point."""
-    within = _hull(job)
-    for moment in range(job.volume.times):
-        for block in job.laid.blocks(job.plan.block, within):
-            yield moment, block
 
 
 def _hull(job: Job) -> Box:

@@ -7,20 +7,17 @@ blocks are computed once for each, so the largest block that fits is best.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 from znni_dask.errors import MemoryLimitError
 from znni_dask.geometry import Size, text, triple, volume
 from znni_dask.machine import show_bytes
-from znni_dask.plan import Choice, Plan, Stage
-from znni_dask.planner import (
-    MULTIPLES,
-    Resources,
-    choose_primitives,
-    computing_bytes,
-    most_in_flight,
-)
+from znni_dask.plan import Choice, Plan, Reading, Stage
+from znni_dask.planner import MULTIPLES, choose_primitives, computing_bytes
 from znni_dask.primitives.base import ITEM_BYTES
+from znni_dask.reading import Reads
+from znni_dask.resources import Resources, most_in_flight, shared_reading
 from znni_dask.schedule import Schedules
 from znni_dask.windows import WindowGrid
 
@@ -29,6 +26,13 @@ from znni_dask.windows import WindowGrid
 class _Candidate:
     block: Size
     windows: int
+
+
+@dataclass(frozen=True)
+class _Fit:
+    candidate: _Candidate
+    reading: Reading
+    needed_bytes: int
 
 
 def plan(grid: WindowGrid, resources: Resources) -> Plan:
@@ -44,17 +48,19 @@ def plan(grid: WindowGrid, resources: Resources) -> Plan:
         key=lambda c: (c.windows, volume(c.block)),
     )
 
-    def first_that_fits(in_flight: int) -> tuple[_Candidate, int] | None:
+    def first_that_fits(in_flight: int) -> _Fit | None:
         for candidate in ranked:
-            needed = _predicted_bytes(grid, schedules, resources, candidate.block, in_flight)
-            if needed <= resources.allowed_bytes:
-                return candidate, needed
+            block = candidate.block
+            needed = partial(_predicted_bytes, grid, schedules, resources, block, in_flight)
+            if needed(by_cells=False) <= resources.allowed_bytes:
+                reads = Reads(grid, block, resources.cells, resources.hull)
+                return _Fit(candidate, *shared_reading(resources, reads, needed))
         return None
 
-    best = most_in_flight(first_that_fits, lambda c: c.windows)
+    best = most_in_flight(first_that_fits, lambda fit: fit.candidate.windows)
     if best is None:
         smallest = min(ranked, key=lambda c: volume(c.block))
-        needed = _predicted_bytes(grid, schedules, resources, smallest.block, 1)
+        needed = _predicted_bytes(grid, schedules, resources, smallest.block, 1, False)
         layer = schedules.largest_layer(grid.layout.sizes)
         raise MemoryLimitError(
             f"windows of {text(grid.window)} need {show_bytes(needed)}, "
@@ -63,16 +69,17 @@ def plan(grid: WindowGrid, resources: Resources) -> Plan:
             f"{text(_largest_region(grid, smallest.block))} voxels. To go on, allow at least "
             f"{show_bytes(needed)}, or choose smaller windows or chunks"
         )
-    candidate, in_flight, needed = best
+    fit, in_flight = best
     steps = schedules.steps(grid.layout.sizes)
-    flops = candidate.windows * sum(s.primitive.flops(s.problem) for s in steps)
+    flops = fit.candidate.windows * sum(s.primitive.flops(s.problem) for s in steps)
     return Plan(
         patch=grid.layout.output_size,
-        block=candidate.block,
+        block=fit.candidate.block,
         stages=(Stage("cpu", tuple(Choice(n, p.name) for n, p in primitives.items())),),
         threads=resources.threads,
         blocks_in_flight=in_flight,
-        predicted_bytes=needed,
+        reading=fit.reading,
+        predicted_bytes=fit.needed_bytes,
         allowed_bytes=resources.allowed_bytes,
         flops_per_voxel=flops / volume(grid.output_size),
     )
@@ -99,12 +106,17 @@ def _blocks(grid: WindowGrid, resources: Resources, axis: int) -> list[tuple[int
 
 
 def _predicted_bytes(
-    grid: WindowGrid, schedules: Schedules, resources: Resources, block: Size, in_flight: int
+    grid: WindowGrid,
+    schedules: Schedules,
+    resources: Resources,
+    block: Size,
+    in_flight: int,
+    by_cells: bool,
 ) -> int:
-    """Peak memory of the whole process for this block."""
+    """Peak memory of the whole process for this block, cells that are kept apart."""
     channels = grid.network.out_channels
     largest = triple(min(b, n) for b, n in zip(block, grid.output_size, strict=True))
-    per_block = resources.block_bytes(largest, _largest_region(grid, block))
+    per_block = resources.block_bytes(largest, _largest_region(grid, block), by_cells)
     # the sums and the weights of a block, and what it becomes when it is stored
     blending = (ITEM_BYTES * (channels + 1) + resources.encoding_bytes) * volume(largest)
     window = ITEM_BYTES * (channels + 2) * volume(grid.layout.output_size)

@@ -116,8 +116,13 @@ class Stored:
             min(ceil_divide(n, c) + 1, ceil_divide(whole, c))
             for n, c, whole in zip(lengths, told.chunks, self.shape, strict=True)
         )
+        return self.chunks_bytes(touched)
+
+    def chunks_bytes(self, touched: int) -> int:
+        """Memory beside the result that reading so many chunks takes at most."""
+        told = self.decoding
         alive = told.copies * min(touched, told.at_once) + 2 * min(touched, told.held)
-        return told.fixed + alive * math.prod(told.chunks) * self.dtype.itemsize
+        return told.fixed + alive * math.prod(told.chunks or ()) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)

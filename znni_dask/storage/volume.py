@@ -6,7 +6,7 @@ levels, TIFF stacks (one file, or a folder of them), HDF5 datasets, `.npy`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.errors import RunError, VolumeError
-from znni_dask.geometry import Box, Size, triple, volume
+from znni_dask.geometry import Box, Size, ceil_divide, round_up, triple, volume
 from znni_dask.normalization import Statistics
 from znni_dask.patches import source_box, source_index
 from znni_dask.storage import opening
+from znni_dask.storage.cells import Cells
 from znni_dask.storage.stored import Stored, Three, Units, reason, unreadable
 
 Values = NDArray[np.generic]
@@ -100,6 +101,21 @@ class Volume:
             return None
         return triple(grid[self.axes.index(a)] if a in self.axes else 1 for a in "zyx")
 
+    @property
+    def cells(self) -> Cells | None:
+        """The cells in which chunks are kept that were decoded; None where there are no chunks."""
+        if self.chunks is None:
+            return None
+        return Cells.of(self.chunks, self.size, self.channels * self.dtype.itemsize)
+
+    def decoded_box(self, box: Box) -> Box:
+        """The voxels that are decoded where a box is read: those of whole chunks."""
+        if self.chunks is None:
+            return box
+        start = (a // c * c for a, c in zip(box.start, self.chunks, strict=True))
+        stop = (round_up(b, c) for b, c in zip(box.stop, self.chunks, strict=True))
+        return Box(triple(start), triple(stop)).clipped(self.size)
+
     def read(self, box: Box, time: int = 0) -> Values:
         """The values within ``box`` at one time point, (channel, z, y, x), in the stored type; an
         array of the caller's own."""
@@ -158,17 +174,23 @@ class Volume:
         return box, error
 
     def read_extended(
-        self, box: Box, boundary: str, nan: float | None = None, time: int = 0
+        self,
+        box: Box,
+        boundary: str,
+        nan: float | None = None,
+        time: int = 0,
+        read: Callable[[Box, int], Values] | None = None,
     ) -> Values:
         """The values within ``box``, which may reach beyond the volume: there it is extended.
 
         NaN and infinity are replaced by ``nan``; without it they raise `RunError` with a place.
         Where there are `statistics`, what is extended is the normalised volume, in float32.
+        ``read`` is what reads the volume in the place of its own `read`.
         """
         stored = source_box(box, self.size, boundary)
         if stored is None:  # all of it is the constant
             return np.zeros((self.channels, *box.size), self.dtype)
-        values = self._finite(self.read(stored, time), stored, nan)
+        values = self._finite((read or self.read)(stored, time), stored, nan)
         if self.statistics is not None:
             values = self.statistics.applied(values, time)
         spans = zip(box.start, box.stop, self.size, stored.start, strict=True)
@@ -183,15 +205,30 @@ class Volume:
             outside[index < 0] = 0
         return values
 
-    def read_bytes(self, size: Size) -> int:
+    def read_bytes(self, size: Size, by_cells: bool = False) -> int:
         """Memory that `read_extended` takes at most for a box of ``size``, its result included.
 
         An extended box is copied once more, and so is what becomes float32; floats take a byte
-        each for finding NaN. What decodes holds some chunks beside the result.
+        each for finding NaN. What decodes holds some chunks beside the result. ``by_cells`` that
+        are kept, a group of them is decoded at a time: it is held as it was read and as it was
+        taken from those kept, and one cell of it is copied.
         """
-        result = self.channels * max(self.dtype.itemsize, 4) * volume(size)
+        result = 2 * self.channels * max(self.dtype.itemsize, 4) * volume(size)
+        if by_cells and (cells := self.cells):
+            chunks = cells.fetched * cells.chunks_each * self._channel_chunks
+            group = (2 * cells.fetched + 1) * cells.bytes
+            return result + group + self.array.chunks_bytes(chunks)
         lengths = dict(zip("zyx", size, strict=True)) | {"c": self.channels, "t": 1}
-        return 2 * result + self.array.decoding_bytes([lengths[a] for a in self.axes])
+        return result + self.array.decoding_bytes([lengths[a] for a in self.axes])
+
+    @property
+    def _channel_chunks(self) -> int:
+        """The chunks along the channels that a read touches at most."""
+        grid = self.array.decoding.chunks
+        if grid is None or "c" not in self.axes:
+            return 1
+        chunk = grid[self.axes.index("c")]
+        return min(ceil_divide(self.channels, chunk) + 1, ceil_divide(self._length("c"), chunk))
 
     def _length(self, axis: str) -> int:
         return self.array.shape[self.axes.index(axis)] if axis in self.axes else 1
