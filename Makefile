@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench train clean
+.PHONY: demo test lint bench bench-full train clean
 
 demo: $(VENV)/installed-core
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,11 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/primitives.py
 	$(BIN)/python benchmarks/reading.py
+	$(BIN)/python benchmarks/convolution.py --quick
+
+bench-full: bench
+	$(BIN)/python benchmarks/convolution.py --threads 1
+	$(BIN)/python benchmarks/convolution.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

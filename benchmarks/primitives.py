@@ -9,18 +9,15 @@ machine's fingerprint; `znni_dask/costs.py` ranks plans by figures like these.
 
 from __future__ import annotations
 
-import json
-import platform
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import numpy as np
+from machine import keep
 
-import znni_dask
+from znni_dask.geometry import triple
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.team import Team
 from znni_dask.machine import cores
@@ -29,7 +26,6 @@ from znni_dask.primitives.base import Array, Problem
 from znni_dask.primitives.table import named
 
 ROUNDS = 7
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -70,9 +66,10 @@ def prepared(case: Case, team: Team) -> tuple[Callable[[], None], Problem]:
     z, y, x = (case.layer.window(axis).size(case.shape[2 + axis]) for axis in range(3))
     fragments = int(np.prod(primitive.fragments_of(case.layer)))
     channels = case.layer.channels([case.shape[1]])
-    padding = tuple(-case.layer.window(axis).low for axis in range(3))
+    offset = triple(-case.layer.window(axis).low for axis in range(3))
+    size = triple(case.shape[2:])
     output = (case.shape[0] * fragments, channels, z, y, x)
-    problem = Problem(case.layer, (case.shape,), output, ((padding[0], padding[1], padding[2]),))
+    problem = Problem(case.layer, (case.shape,), output, (offset,), (0, 0, 0), size)
     volume, out = with_slack(case.shape), with_slack(output)
     volume[...] = random.standard_normal(case.shape, np.float32)
     weights = {
@@ -126,21 +123,6 @@ def measure(threads: int) -> list[dict[str, object]]:
     return rows
 
 
-def machine() -> dict[str, object]:
-    """What the figures belong to."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    vectors = sorted(set(re.findall(r"\b(avx2|avx512f|amx_bf16)\b", text)))
-    return {
-        "processor": model[1] if model else platform.processor(),
-        "vectors": vectors,
-        "cores": cores(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "znni_dask": znni_dask.__name__,
-    }
-
-
 def main() -> None:
     rows = [row for threads in sorted({1, cores()}) for row in measure(threads)]
     print(f"{'case':36} {'threads':>7} {'GFLOP/s':>8} {'GB/s':>6}")
@@ -151,12 +133,7 @@ def main() -> None:
             f"{row['case']:36} {row.get('threads', ''):>7} {shown} "
             f"{row['gigabytes_per_second']:6.1f}"
         )
-    RESULTS.mkdir(exist_ok=True)
-    found = machine()
-    name = re.sub(r"\W+", "-", str(found["processor"])).strip("-").lower()
-    path = RESULTS / f"primitives-{name}-{found['cores']}-cores.json"
-    path.write_text(json.dumps({"machine": found, "rows": rows}, indent=1) + "\n")
-    print(f"kept in {path}")
+    print(f"kept in {keep('primitives', {'rows': rows})}")
 
 
 if __name__ == "__main__":

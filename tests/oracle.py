@@ -161,7 +161,8 @@ def _convolve(layer, x, weights):
                 "oi,izyx->ozyx", kernels[(slice(None), slice(None), *tap)], values
             )
         out.append(total)
-    return np.concatenate(out) + bias[:, None, None, None]
+    made = np.concatenate(out) + bias[:, None, None, None]
+    return np.where(made < 0, 0, made) if layer.relu else made
 
 
 def _transpose(layer, x, weights):

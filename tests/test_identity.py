@@ -9,14 +9,16 @@ import pytest
 
 import graphs
 import oracle
+from znni_dask.choices import choose_primitives
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, tiles
 from znni_dask.network import window
 from znni_dask.network.build import Builder
 from znni_dask.network.field_of_view import geometry
 from znni_dask.network.layers import Activation
+from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout, source_index
-from znni_dask.planner import choose_primitives
+from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.table import candidates
 from znni_dask.schedule import Schedules
 
@@ -140,6 +142,24 @@ def test_thin_volumes_equal_the_oracle(family, seed, size):
     volume = np.random.default_rng(1).standard_normal((network.in_channels, *size), np.float32)
     got = in_patches(network, volume, "reflect", (4, 16, 16))
     assert_same(got, at_once(network, volume, "reflect"))
+
+
+@pytest.mark.parametrize(("family", "seed"), graphs.ALL[::5])
+def test_tiles_of_fourier_transforms_equal_the_oracle(family, seed):
+    network = simplify(graphs.graph(family, seed))
+    volume = volume_for(network)
+    chosen = choose_primitives(Layout(network, volume.shape[1:], "reflect"))
+    sizes = ((6, 10, 12), (1, 10, 12), (7, 14, 16))
+    changed = 0
+    for node in network:
+        fitting = [p for p in map(ConvTiledFFT, sizes) if p.refusal(node.layer) is None]
+        if fitting and node.inputs:
+            chosen[node.name] = fitting[0]
+            changed += 1
+    assert changed
+    want = at_once(network, volume, "reflect")
+    for patch in ((7, 16, 9), (20, 11, 32)):
+        assert_same(in_patches(network, volume, "reflect", patch, chosen), want)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -10,6 +10,7 @@ import pytest
 
 import graphs
 from znni_dask import planner
+from znni_dask.choices import choose_primitives, chosen_primitives
 from znni_dask.costs import estimated_seconds
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Box, tiles, volume
@@ -19,16 +20,15 @@ from znni_dask.patches import Layout
 from znni_dask.plan import Plan
 from znni_dask.planner import (
     Request,
-    choose_primitives,
-    chosen_primitives,
     patches_of,
     plan,
     predicted_bytes,
     spans,
 )
+from znni_dask.primitives.base import Form
 from znni_dask.primitives.table import named
 from znni_dask.reading import Reads
-from znni_dask.schedule import ALIGN, Schedules
+from znni_dask.schedule import ALIGN, Schedules, Stored
 from znni_dask.storage.cells import Cells
 
 
@@ -56,7 +56,7 @@ def test_what_is_predicted_is_within_what_is_allowed(family, seed, gib):
     made = plan(wanted)
     assert made.predicted_bytes <= wanted.allowed_bytes
     assert all(b % u == 0 for b, u in zip(made.block, wanted.unit, strict=True))
-    schedules = Schedules(wanted.layout, choose_primitives(wanted.layout))
+    schedules = Schedules(wanted.layout, chosen_primitives(wanted.layout, made))
     assert made.predicted_bytes == predicted_bytes(
         wanted, schedules, made.block, made.patch, made.blocks_in_flight
     )
@@ -68,7 +68,7 @@ def test_more_memory_never_makes_the_plan_slower():
     for gib in (1, 2, 4, 8, 16):
         wanted = request(network, allowed=gib << 30)
         made = plan(wanted)
-        schedules = Schedules(wanted.layout, choose_primitives(wanted.layout))
+        schedules = Schedules(wanted.layout, chosen_primitives(wanted.layout, made))
         box = Box((0, 0, 0), made.patch)
         rates.append(box.voxels / estimated_seconds(schedules.schedule(box).steps, 2))
     assert all(b >= 0.9 * a for a, b in pairwise(rates))
@@ -147,18 +147,16 @@ def test_no_two_arrays_that_live_at_once_share_memory(family, seed):
     sizes = schedules.envelope(spans(layout, (16, 20, 24), (16, 20, 24)))
     arena = schedules.arena(sizes)
     todo = schedules.schedule(boxes[0])
-    source = layout.network.input.name
+    source = Stored(layout.network.input.name, Form.PLAIN)
     bytes_of = {source: (arena.places[source], 4 * int(np.prod(todo.input_shape)))}
     last = {source: 0}
     for step, todo_step in enumerate(todo.steps, start=1):
-        bytes_of[todo_step.node.name] = (
-            arena.places[todo_step.node.name],
-            todo_step.problem.output_bytes,
-        )
-        for name in todo_step.node.inputs:
-            last[name] = step
-    last[layout.network.output] = len(todo.steps) + 1
-    written = {source: 0} | {s.node.name: i for i, s in enumerate(todo.steps, start=1)}
+        made = todo_step.operation.output
+        bytes_of[made] = (arena.places[made], made.form.nbytes(todo_step.problem.output))
+        for array in todo_step.operation.inputs:
+            last[array] = step
+    last[Stored(layout.network.output, Form.PLAIN)] = len(todo.steps) + 1
+    written = {source: 0} | {s.operation.output: i for i, s in enumerate(todo.steps, start=1)}
     for a, (start_a, bytes_a) in bytes_of.items():
         assert start_a % ALIGN == 0
         assert start_a + bytes_a <= arena.bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from itertools import product
 from typing import get_args
 
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 
 import oracle
 from znni_dask.geometry import Box, tiles
+from znni_dask.kernels.code import LANES
 from znni_dask.kernels.direct import SLACK_BYTES
+from znni_dask.kernels.memory import allocate
 from znni_dask.kernels.team import Team
 from znni_dask.network import layers
 from znni_dask.network.layers import NO_PADDING
-from znni_dask.primitives.base import Problem
+from znni_dask.primitives.base import Form, Problem
+from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.table import TABLE, candidates, named, table
 
 SIZE = (9, 14, 37)
@@ -35,6 +39,8 @@ LAYERS = {
     "conv grouped": (layers.Conv(6, 9, (1, 3, 3), groups=3), 1),
     "conv depthwise": (layers.Conv(4, 4, (3, 3, 1), groups=4, padding=ODD), 1),
     "conv 1": (layers.Conv(7, 11, (1, 1, 1)), 1),
+    "conv blocks": (layers.Conv(17, 33, (3, 2, 3), padding=ODD, relu=True), 1),
+    "conv strided relu": (layers.Conv(2, 5, (3, 3, 3), (1, 2, 2), padding=ODD, relu=True), 1),
     "conv 5 wide": (layers.Conv(1, 1, (1, 1, 5)), 1),
     "transposed": (layers.ConvTranspose(3, 4, (2, 2, 2), stride=(2, 2, 2)), 1),
     "transposed overlapping": (
@@ -120,19 +126,58 @@ LAYERS = {
     ),
 }
 POSITIVE = ("log", "sqrt", "pow", "reciprocal", "div")
+TILES = (ConvTiledFFT((5, 8, 12)), ConvTiledFFT((10, 15, 28)), ConvTiledFFT((1, 6, 8)))
+
+
+def rows(layer):
+    """All primitives that take a layer; of those that come in sizes a few."""
+    return candidates(layer) + [tiled for tiled in TILES if tiled.refusal(layer) is None]
+
+
 CASES = [
-    (label, primitive.name)
-    for label, (layer, _) in LAYERS.items()
-    for primitive in candidates(layer)
+    (label, primitive.name) for label, (layer, _) in LAYERS.items() for primitive in rows(layer)
 ]
+
+
+def forms_of(primitive, layer, channels):
+    """The forms of input and output in which a primitive can be asked: one pair, or both."""
+    takes, makes = primitive.forms(layer, channels)
+    if takes is not None:
+        return [(takes, makes)]
+    assert makes is None
+    return [(form, form) for form in Form]
 
 
 def slack(array):
     """A copy that may be read a little beyond its end, as arrays in an arena may."""
-    memory = np.empty(array.nbytes + SLACK_BYTES, np.uint8)
+    memory = allocate(array.nbytes + SLACK_BYTES)
     copy = memory[: array.nbytes].view(np.float32).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def formed(forms, arrays, out):
+    """Inputs in the form that a primitive takes, beyond their channels NaN; and what takes the
+    output."""
+    takes, makes = forms
+    given = []
+    for array in arrays:
+        stored = np.full(takes.stored(array.shape), np.nan, np.float32)
+        if takes is Form.PLAIN:
+            stored[...] = array
+        else:
+            for c in range(array.shape[1]):
+                stored[:, c // LANES, ..., c % LANES] = array[:, c]
+        given.append(slack(stored))
+    return given, slack(np.full(makes.stored(out), np.nan, np.float32))
+
+
+def plain(stored, shape):
+    """What a primitive made, as a plain array."""
+    if stored.ndim == 5:
+        return stored
+    channels = [stored[:, c // LANES, ..., c % LANES] for c in range(shape[1])]
+    return np.stack(channels, axis=1)
 
 
 def cut(array, parts):
@@ -211,17 +256,19 @@ def test_any_box_of_the_output_equals_the_oracle(label, name, threads):
     with Team(threads) as team:
         whole = [layer.window(axis).whole for axis in range(3)]  # not to be had in parts
         part = tuple(int(n) if w else t for n, w, t in zip(size, whole, (3, 5, 20), strict=True))
-        for box in tiles(tuple(int(n) for n in size), part):
+        boxes = tiles(tuple(int(n) for n in size), part)
+        for box, forms in product(boxes, forms_of(primitive, layer, channels)):
             problem, parts = problem_of(layer, primitive, 2, channels, SIZE, box)
-            given = [slack(cut(a, parts)) for a in arrays]
+            given, out = formed(forms, [cut(a, parts) for a in arrays], problem.output)
             before = [g.copy() for g in given]
-            out = slack(np.full(problem.output, np.nan, np.float32))
             primitive.apply(prepared, problem, given, out, team)
-            got = out.reshape(len(offsets), 2, *problem.output[1:])
+            got = plain(out, problem.output)
+            got = got.reshape(len(offsets), 2, *problem.output[1:])
             for part, want in zip(got, wants, strict=True):
                 whole = want[(slice(None), slice(None), *box.slices)]
                 np.testing.assert_allclose(part, whole, rtol=1e-5, atol=2e-5 * max(1, want.std()))
-            assert all(np.array_equal(a, b) for a, b in zip(given, before, strict=True))
+            for a, b in zip(given, before, strict=True):
+                np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(
@@ -259,24 +306,27 @@ def test_memory_measured_stays_within_memory_predicted(label, name, threads):
     if primitive.fragments:
         n = [k - 1 for k in n]
     problem, parts = problem_of(layer, primitive, 1, channels, size, Box((0, 0, 0), tuple(n)))
-    given = [slack(cut(a, parts)) for a in arrays]
+    forms = forms_of(primitive, layer, channels)[-1]
+    given, out = formed(forms, [cut(a, parts) for a in arrays], problem.output)
     prepared = primitive.prepare(layer, weights_of(layer, random))
-    out = slack(np.empty(problem.output, np.float32))
     with Team(threads) as team:
         primitive.apply(prepared, problem, given, out, team)
         tracemalloc.start()
         primitive.apply(prepared, problem, given, out, team)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
+        scratch = team.scratch_bytes
     objects = 64 << 10  # python's own: views, closures, futures
-    assert peak <= primitive.workspace_bytes(problem, threads) + objects
+    assert peak + scratch <= primitive.workspace_bytes(problem, threads) + objects
     assert primitive.memory_bytes(problem, threads) == (
-        problem.output_bytes + primitive.workspace_bytes(problem, threads)
+        out.nbytes + primitive.workspace_bytes(problem, threads)
     )
     assert primitive.flops(problem) > 0
 
 
-@pytest.mark.parametrize("primitive", TABLE, ids=lambda p: f"{p.layer.__name__}-{p.name}")
+@pytest.mark.parametrize(
+    "primitive", [*TABLE, TILES[0]], ids=lambda p: f"{p.layer.__name__}-{p.name}"
+)
 def test_a_layer_of_another_kind_is_refused_with_a_reason(primitive):
     other = layers.Softmax() if primitive.layer is not layers.Softmax else layers.Concat()
     reason = primitive.refusal(other)
@@ -292,7 +342,7 @@ def test_fragments_refuse_padding():
 
 def test_every_kind_of_layer_has_a_primitive_and_every_primitive_a_case():
     covered = {primitive for label, name in CASES for primitive in [named(name, LAYERS[label][0])]}
-    assert covered == set(table())
+    assert covered == {*table(), *TILES}
 
 
 @pytest.mark.parametrize(
@@ -306,15 +356,31 @@ def test_planes_to_keep_are_those_that_later_outputs_read_again(kernel, stride, 
     assert candidates(layer)[0].planes_to_keep(layer, 0) == max(0, read - first)
 
 
-def test_max_pooling_passes_nan_on():
+@pytest.mark.parametrize("form", Form)
+def test_max_pooling_passes_nan_on(form):
     layer = layers.MaxPool((1, 1, 3), (1, 1, 1))
     x = np.zeros((1, 1, 1, 1, 6), np.float32)
     x[..., 2] = np.nan
     problem = Problem(layer, (x.shape,), (1, 1, 1, 1, 4), ((0, 0, 0),), (0, 0, 0), (1, 1, 6))
-    out = np.empty(problem.output, np.float32)
+    given, out = formed((form, form), [x], problem.output)
     with Team(1) as team:
-        named("pooling", layer).apply(None, problem, [slack(x)], out, team)
-    assert np.array_equal(np.isnan(out).ravel(), [True, True, True, False])
+        named("pooling", layer).apply(None, problem, given, out, team)
+    found = plain(out, problem.output)
+    assert np.array_equal(np.isnan(found).ravel(), [True, True, True, False])
+
+
+def test_whole_blocks_of_channels_are_joined_as_they_are():
+    layer, random = layers.Concat(), np.random.default_rng(6)
+    primitive = named("copy", layer)
+    arrays = [random.standard_normal((2, c, *SIZE)).astype(np.float32) for c in (32, 16, 5)]
+    shapes = tuple(a.shape for a in arrays)
+    problem = Problem(layer, shapes, (2, 53, *SIZE), ((0, 0, 0),) * 3, (0, 0, 0), SIZE)
+    assert forms_of(primitive, layer, (32, 16, 5)) == [(form, form) for form in Form]
+    assert forms_of(primitive, layer, (5, 16)) == [(Form.PLAIN, Form.PLAIN)]
+    given, out = formed((Form.BLOCKED, Form.BLOCKED), arrays, problem.output)
+    with Team(2) as team:
+        primitive.apply(None, problem, given, out, team)
+    np.testing.assert_array_equal(plain(out, problem.output), np.concatenate(arrays, axis=1))
 
 
 def test_a_team_runs_every_item_once_and_passes_errors_on():

@@ -39,7 +39,7 @@ STAIRS = [
         "job",
         "patchwise",
     ),
-    *("executors", "window_planner", "planner", "resources", "reading"),
+    *("executors", "window_planner", "planner", "resources", "reading", "choices"),
     *("costs", "schedule", "primitives", "kernels"),
     *(
         "selection",

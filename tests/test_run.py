@@ -20,7 +20,7 @@ from distributed import Client
 import graphs
 import znni_dask
 from test_identity import assert_same, at_once
-from znni_dask import machine
+from znni_dask import Builder, costs, machine
 from znni_dask.errors import (
     InputError,
     MemoryLimitError,
@@ -432,3 +432,22 @@ def test_a_read_only_folder_is_refused(small, tmp_path):
         pytest.skip("this user may write anywhere")
     with pytest.raises(OutputError, match="cannot write"):
         znni_dask.run(**{**small, "output": locked / "o.zarr"})
+
+
+def test_a_run_by_fourier_transforms_is_right_and_keeps_its_promise(tmp_path, monkeypatch):
+    b = Builder(1, seed=2)
+    x = b.relu(b.conv(b.input, 18, 3, padding="same"))
+    x = b.relu(b.conv(x, 20, (1, 5, 5), padding="same"))
+    network = b.network(b.conv(x, 2, 3, padding="same"))
+    volume = np.random.default_rng(0).standard_normal((70, 66, 75)).astype(np.float32)
+    np.save(tmp_path / "in.npy", volume)
+    how = {"memory": "4GiB", "patch": (32, 40, 48), "chunks": 32, "threads": 2}
+    plain = znni_dask.run(network, tmp_path / "in.npy", tmp_path / "plain.zarr", **how)
+    assert not any("fft" in name for name in plain.plan.primitives.values())
+    monkeypatch.setattr(costs, "COMPILE_SECONDS", 0.0)  # else not worth it for so little
+    made = znni_dask.run(network, tmp_path / "in.npy", tmp_path / "made.zarr", **how)
+    assert sum("tiled fft" in name for name in made.plan.primitives.values()) >= 2
+    assert made.peak_bytes <= made.plan.predicted_bytes
+    stored = zarr.open_array(str(tmp_path / "made.zarr/0"))[:]
+    assert_same(stored, at_once(network, volume[None], "reflect"))
+    assert verify(network, tmp_path / "in.npy", tmp_path / "made.zarr", places=2).holds

@@ -1,27 +1,54 @@
 """Estimated seconds of a schedule, before anything was measured.
 
-The figures are those of the plain CPU primitives on one core with 512-bit vectors (`make bench`).
-They rank plans; they promise nothing about another machine.
+The figures are those of two cores with 512-bit vectors (`make bench`). They rank plans; they
+promise nothing about another machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from znni_dask.network.layers import Layer
+from znni_dask.primitives.base import Primitive, Problem
+from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
+from znni_dask.primitives.forms import FormChange
 from znni_dask.schedule import Step
 
-FLOPS_PER_SECOND = 1.6e10  # one core
+FLOPS_PER_SECOND = 1.6e10  # of plain loops on one core
+TRANSFORMS_PER_SECOND = 8e10  # operations of transforms, on one core
+PRODUCTS_PER_SECOND = 2.6e11  # operations of their products, on one core
+BYTES_PER_SECOND = 2e10  # to and from memory, on one core
+FORM_BYTES_PER_SECOND = 2e9  # of changes of form, on one core
 RUN_OVERHEAD = 64  # voxels: what starting a plane costs, in voxels of that plane
 STEP_SECONDS = 5e-5  # calling a primitive
+COMPILE_SECONDS = 2.0  # of a size of tile that was never used on a machine
 
 
 def estimated_seconds(steps: Iterable[Step], threads: int) -> float:
     """Seconds to compute these steps once."""
-    return sum(_step_seconds(step, threads) for step in steps)
+    return sum(step_seconds(step.primitive, step.problem, threads) for step in steps)
 
 
-def _step_seconds(step: Step, threads: int) -> float:
-    *_, y, x = step.problem.output
-    slowdown = 1 + RUN_OVERHEAD / (y * x)
-    flops = step.primitive.flops(step.problem)
-    return STEP_SECONDS + slowdown * flops / (FLOPS_PER_SECOND * threads)
+def setup_seconds(primitive: Primitive, layer: Layer) -> float:
+    """Seconds before a layer can be computed for the first time."""
+    if not isinstance(primitive, ConvTiledFFT):
+        return 0.0
+    return COMPILE_SECONDS + primitive.prepared_bytes(layer) / BYTES_PER_SECOND
+
+
+def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
+    """Seconds of one step."""
+    if isinstance(primitive, ConvTiledFFT):
+        work = primitive.work(problem)
+        seconds = (
+            work.transforms / TRANSFORMS_PER_SECOND
+            + work.products / PRODUCTS_PER_SECOND
+            + work.traffic_bytes / BYTES_PER_SECOND
+        )
+    elif isinstance(primitive, FormChange):
+        seconds = primitive.into.nbytes(problem.output) / FORM_BYTES_PER_SECOND
+    else:
+        *_, y, x = problem.output
+        slowdown = 1 + RUN_OVERHEAD / (y * x)
+        seconds = slowdown * primitive.flops(problem) / FLOPS_PER_SECOND
+    return STEP_SECONDS + seconds / threads

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 
+from znni_dask.choices import choose_primitives
 from znni_dask.geometry import Box, Size, round_up, triple, volume
 from znni_dask.network.field_of_view import NetworkGeometry, geometry, nonlocal_text, sizes_of
 from znni_dask.network.network import Network
 from znni_dask.network.rewrites import simplify
 from znni_dask.network.window import SAME
 from znni_dask.patches import Layout
-from znni_dask.planner import choose_primitives, computing_bytes
+from znni_dask.planner import computing_bytes
 from znni_dask.schedule import Schedules
 from znni_dask.windows import WholeWindow
 

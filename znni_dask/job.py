@@ -17,6 +17,7 @@ import numpy as np
 from distributed import WorkerPlugin, get_worker
 from numpy.typing import NDArray
 
+from znni_dask.choices import chosen_primitives
 from znni_dask.executors.patches import PatchBlocks
 from znni_dask.geometry import Box, Size, volume
 from znni_dask.patches import Layout
@@ -96,7 +97,7 @@ def blocks_by(laid: Laid, plan: Plan) -> PatchBlocks | WindowBlocks:
     """What computes the blocks of an answer; it holds threads and memory until it is closed."""
     if isinstance(laid, Layout):
         return PatchBlocks(laid, plan)
-    return WindowBlocks(laid, plan.threads)
+    return WindowBlocks(laid, chosen_primitives(laid.layout, plan), plan.threads)
 
 
 @dataclass(frozen=True)

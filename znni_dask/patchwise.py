@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from znni_dask import planner
+from znni_dask.choices import choose_primitives
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, Size, hull, triple
 from znni_dask.network.network import Network
-from znni_dask.primitives.base import Array
+from znni_dask.primitives.base import Array, Primitive
 from znni_dask.schedule import Schedules
 from znni_dask.selection import Wanted
 from znni_dask.windows import WholeWindow, WindowGrid
@@ -22,10 +22,11 @@ from znni_dask.windows import WholeWindow, WindowGrid
 class WindowExecutor:
     """Applies a network to arrays of one size. Use it as a context manager, or `close` it."""
 
-    def __init__(self, layout: WholeWindow, threads: int) -> None:
-        primitives = planner.choose_primitives(layout)
-        schedules = Schedules(layout, primitives)
+    def __init__(
+        self, layout: WholeWindow, primitives: Mapping[str, Primitive], threads: int
+    ) -> None:
         whole = Box((0, 0, 0), layout.output_size)
+        schedules = Schedules(layout, primitives)
         self._todo = schedules.schedule(whole)
         arena = schedules.arena(layout.sizes)
         self._executor = SerialExecutor(layout.network, primitives, arena, threads)
@@ -61,16 +62,16 @@ def apply(network: Network, x: NDArray[np.generic], threads: int = 1) -> Array:
     where the array's size does not pass through it.
     """
     layout = WholeWindow(network, triple(x.shape[1:]))
-    with WindowExecutor(layout, threads) as executor:
+    with WindowExecutor(layout, choose_primitives(layout), threads) as executor:
         return executor.apply(x)
 
 
 class WindowBlocks:
     """Makes blocks of the answer out of all the windows that touch them."""
 
-    def __init__(self, grid: WindowGrid, threads: int) -> None:
+    def __init__(self, grid: WindowGrid, primitives: Mapping[str, Primitive], threads: int) -> None:
         self._grid = grid
-        self._executor = WindowExecutor(grid.layout, threads)
+        self._executor = WindowExecutor(grid.layout, primitives, threads)
 
     def region(self, block: Box, wanted: Wanted | None = None) -> Box:
         """The box of the volume behind the windows of a block that touch something wanted."""

@@ -13,8 +13,9 @@ from functools import partial
 from itertools import product
 from math import gcd, inf
 
+from znni_dask.choices import choose_primitives, fastest_primitives
 from znni_dask.costs import estimated_seconds
-from znni_dask.errors import MemoryLimitError, NetworkError, OptionError
+from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import (
     Box,
     Size,
@@ -27,24 +28,25 @@ from znni_dask.geometry import (
     triple,
     volume,
 )
+from znni_dask.kernels.memory import allocated_bytes
 from znni_dask.machine import show_bytes
 from znni_dask.network.field_of_view import Interval
-from znni_dask.network.layers import Layer
 from znni_dask.patches import Layout
 from znni_dask.plan import Choice, Plan, Reading, Stage
 from znni_dask.primitives.base import ITEM_BYTES, Primitive
-from znni_dask.primitives.table import candidates, named
 from znni_dask.reading import Reads
 from znni_dask.resources import Resources, most_in_flight, shared_reading
-from znni_dask.schedule import ALIGN, Arrangement, Schedules
+from znni_dask.schedule import Schedules
 
 OVERHEAD_BYTES = 48 << 20  # scheduler, messages and allocator slack beside what is counted
-WEIGHT_COPIES = 4  # the plugin as sent, as kept by the scheduler, as received, as prepared
+WEIGHT_COPIES = 3  # the plugin as sent, as kept by the scheduler, as received
 _ABOUT_AS_FAST = 1.05  # times slower that computing may become
 _SEVERAL_BLOCKS = 8  # so that reading and computing overlap, and little is lost where a run ends
 _LITTLE_READ_AGAIN = 1.2  # amplification not worth a slower plan
 MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16)
 _PARTS = (2, 3, 4, 6, 8, 12, 16)
+_EDGES = (16, 32, 64, 128, 256, 512)  # of patches for which primitives are chosen
+_NEAR = 8**0.5  # times as many voxels
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,23 +66,27 @@ class _Candidate:
 
 
 def plan(request: Request) -> Plan:
-    """The fastest plan that fits; raises `MemoryLimitError` where none does."""
-    primitives = choose_primitives(request.layout)
-    schedules = Schedules(request.layout, primitives)
-    ranked = sorted(
-        (_rate(request, schedules, block, patch) for block, patch in _sizes(request)),
-        key=lambda c: (c.seconds_per_voxel, -volume(c.patch), -volume(c.block)),
-    )
-    fits = _Fits(request, schedules)
-    best = most_in_flight(
-        lambda in_flight: fits.best(ranked, in_flight),
-        lambda fit: fit.candidate.seconds_per_voxel,
-    )
-    if best is None:
-        smallest = min(ranked, key=lambda c: (fits.least_bytes(c.patch), volume(c.block)))
-        raise MemoryLimitError(_refusal(request, schedules, smallest))
-    fit, in_flight = best
-    choices = tuple(Choice(name, primitive.name) for name, primitive in primitives.items())
+    """The fastest plan that fits; raises `MemoryLimitError` where none does.
+
+    The plain primitives, which need least memory, are tried with every patch; those that are
+    fastest for patches of some size with the patches near that.
+    """
+    sizes = _sizes(request)
+    plain = choose_primitives(request.layout)
+    tried = [(Schedules(request.layout, plain), sizes)]
+    for edge in _EDGES:
+        near = [s for s in sizes if edge**3 / _NEAR <= volume(s[1]) < edge**3 * _NEAR]
+        if near and (primitives := _fastest(request, near)) != plain:
+            tried.append((Schedules(request.layout, primitives), near))
+    found = [
+        (schedules, *best)
+        for schedules, some in tried
+        if (best := _best(request, schedules, some)) is not None
+    ]
+    if not found:
+        raise MemoryLimitError(_refusal(request, sizes))
+    schedules, fit, in_flight = min(found, key=lambda f: f[1].candidate.seconds_per_voxel)
+    choices = tuple(Choice(name, p.name) for name, p in schedules.primitives.items())
     return Plan(
         patch=fit.candidate.patch,
         block=fit.candidate.block,
@@ -91,6 +97,29 @@ def plan(request: Request) -> Plan:
         predicted_bytes=fit.needed_bytes,
         allowed_bytes=request.allowed_bytes,
         flops_per_voxel=fit.candidate.flops_per_voxel,
+    )
+
+
+def _fastest(request: Request, sizes: list[tuple[Size, Size]]) -> dict[str, Primitive]:
+    """The primitives that are fastest for a patch of the middle of some sizes."""
+    patches = sorted({patch for _, patch in sizes}, key=lambda p: (volume(p), max(p), p))
+    patch = _largest_box(request.layout, patches[len(patches) // 2])
+    count = request.hull.voxels / patch.voxels
+    return fastest_primitives(request.layout, patch, count, request.threads)
+
+
+def _best(
+    request: Request, schedules: Schedules, sizes: list[tuple[Size, Size]]
+) -> tuple[_Fit, int] | None:
+    """The best block and patch with these primitives, and the blocks in flight."""
+    ranked = sorted(
+        (_rate(request, schedules, block, patch) for block, patch in sizes),
+        key=lambda c: (c.seconds_per_voxel, -volume(c.patch), -volume(c.block)),
+    )
+    fits = _Fits(request, schedules)
+    return most_in_flight(
+        lambda in_flight: fits.best(ranked, in_flight),
+        lambda fit: fit.candidate.seconds_per_voxel,
     )
 
 
@@ -158,44 +187,6 @@ class _Fits:
         return _Fit(candidate, *shared_reading(self.request, self._reads[block], needed))
 
 
-def choose_primitives(layout: Arrangement, fragments: bool = True) -> dict[str, Primitive]:
-    """For every layer the first primitive of the table that takes it.
-
-    Fragments are for dense networks alone, and only where all branches that meet bring the same
-    ones; the other strided layers of a dense network run once per offset (all of them where
-    ``fragments`` is false).
-    """
-    chosen = {
-        node.name: _first(node.layer, fragments and node.name in layout.strided)
-        for node in layout.network
-        if node.inputs
-    }
-    if fragments and not Schedules(layout, chosen).joins_agree:
-        return choose_primitives(layout, fragments=False)
-    return chosen
-
-
-def chosen_primitives(layout: Arrangement, plan: Plan) -> dict[str, Primitive]:
-    """The primitives that a plan names; raises `OptionError` where it does not fit the network."""
-    names = plan.primitives
-    layers = {node.name: node.layer for node in layout.network if node.inputs}
-    if set(names) != set(layers):
-        odd = sorted(set(names) ^ set(layers))[0]
-        raise OptionError(f"the plan is for another network: they differ in layer {odd!r}")
-    unknown = [n for n in layers if all(p.name != names[n] for p in candidates(layers[n]))]
-    if unknown:
-        raise OptionError(f"the plan's primitive {names[unknown[0]]!r} cannot take {unknown[0]!r}")
-    chosen = {name: named(names[name], layer) for name, layer in layers.items()}
-    for name, primitive in chosen.items():
-        if primitive.fragments and name not in layout.strided:
-            raise OptionError(
-                f"the plan makes fragments in {name!r}, which is not of a dense network"
-            )
-    if not Schedules(layout, chosen).joins_agree:
-        raise OptionError("the plan's fragments do not fit where branches of the network meet")
-    return chosen
-
-
 def predicted_bytes(
     request: Request,
     schedules: Schedules,
@@ -228,9 +219,9 @@ def computing_bytes(
     return (
         OVERHEAD_BYTES
         + WEIGHT_COPIES * ITEM_BYTES * network.parameters
-        + schedules.arena(sizes).bytes
-        + ALIGN
-        + schedules.workspace_bytes(sizes, threads)
+        + schedules.prepared_bytes
+        + allocated_bytes(schedules.arena(sizes).bytes)
+        + allocated_bytes(schedules.workspace_bytes(sizes, threads))
         + ITEM_BYTES * network.out_channels * volume(patch)
     )
 
@@ -358,10 +349,12 @@ def _made(start: int, stop: int, block: int, patch: int) -> int:
     return (number(stop - 1) - number(start) + 1) * patch
 
 
-def _refusal(request: Request, schedules: Schedules, smallest: _Candidate) -> str:
-    sizes = schedules.sizes(_largest_box(request.layout, smallest.patch))
-    layer = schedules.largest_layer(sizes)
-    needed = predicted_bytes(request, schedules, smallest.block, smallest.patch, 1)
+def _refusal(request: Request, sizes: list[tuple[Size, Size]]) -> str:
+    schedules = Schedules(request.layout, choose_primitives(request.layout))
+    fits = _Fits(request, schedules)
+    block, patch = min(sizes, key=lambda s: (fits.least_bytes(s[1]), volume(s[0])))
+    layer = schedules.largest_layer(schedules.sizes(_largest_box(request.layout, patch)))
+    needed = predicted_bytes(request, schedules, block, patch, 1)
     remedy = f"allow at least {show_bytes(needed)}"
     if request.patch is not None:
         remedy += ", or a smaller patch"
@@ -369,16 +362,8 @@ def _refusal(request: Request, schedules: Schedules, smallest: _Candidate) -> st
         remedy += ", or choose smaller chunks for the output"
     return (
         f"no plan fits {show_bytes(request.allowed_bytes)}: the smallest patch "
-        f"(output {text(smallest.patch)}, in blocks of {text(smallest.block)}) needs "
+        f"(output {text(patch)}, in blocks of {text(block)}) needs "
         f"{show_bytes(needed)}, of which {show_bytes(request.baseline_bytes)} the process already "
         f"uses; its largest layer is {layer!r} ({request.layout.network[layer].layer.kind}). "
         f"To go on, {remedy}"
     )
-
-
-def _first(layer: Layer, fragment: bool) -> Primitive:
-    found = candidates(layer)
-    if not found:
-        raise NetworkError(f"no primitive computes {layer.kind} ({layer.summary})")
-    fitting = [p for p in found if p.fragments == fragment] or [p for p in found if not p.fragments]
-    return fitting[0]

@@ -10,6 +10,7 @@ import numpy as np
 
 from znni_dask import planner
 from znni_dask.application import Application
+from znni_dask.choices import choose_primitives
 from znni_dask.errors import MemoryLimitError, RunError, VolumeError
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, Size, add, text, tiles, triple
@@ -41,12 +42,12 @@ def recompute(
     region = laid.region(box)
     values = source.read_extended(region, laid.boundary, nan, time)
     if not isinstance(laid, Layout):
-        blocks = WindowBlocks(laid, threads)
+        blocks = WindowBlocks(laid, choose_primitives(laid.layout), threads)
         try:
             return blocks.blended(box, values, region.start)
         finally:
             blocks.close()
-    primitives = planner.choose_primitives(laid, fragments)
+    primitives = choose_primitives(laid, fragments)
     schedules = Schedules(laid, primitives)
     arena = schedules.arena(schedules.sizes(box))
     answer = np.empty((laid.network.out_channels, *box.size), np.float32)
@@ -131,7 +132,7 @@ def _patches_over(box: Box, plan: Plan, size: Size) -> Iterator[Box]:
 def _fits(layout: Layout, resources: Resources, length: int) -> bool:
     """Whether a box of this length can be computed exactly within the memory allowed."""
     size = triple(min(length, n) for n in layout.output_size)
-    schedules = Schedules(layout, planner.choose_primitives(layout))
+    schedules = Schedules(layout, choose_primitives(layout))
     box = Box((0, 0, 0), size)
     needed = (
         resources.baseline_bytes

@@ -1,43 +1,68 @@
 """A plan spelt out for its patches: problems in order, and where every array lies in memory.
 
 Arithmetic on shapes only. The planner reads memory and operations from it and the executor runs
-it, so that what is predicted is what is done. All arrays share one arena whose layout is made
-once for the largest patch: an array's place is free again after the step that reads it last, and
-a layer that can work in place takes the place of an input that nobody else reads.
+it, so that what is predicted is what is done. Where a primitive takes an array in another form
+than the one it was made in, a step of its own brings it into that form. All arrays share one
+arena whose layout is made once for the largest patch: an array's place is free again after the
+step that reads it last, and a layer that can work in place takes the place of an input that
+nobody else reads.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from math import prod
 from typing import Protocol
 
 from znni_dask.geometry import Box, Size, add, round_up, triple
 from znni_dask.network.field_of_view import Interval
 from znni_dask.network.network import Network, Node
 from znni_dask.patches import Patch
-from znni_dask.primitives.base import ITEM_BYTES, Primitive, Problem, Shape
+from znni_dask.primitives.base import Form, Primitive, Problem, Shape
+from znni_dask.primitives.forms import FormChange
 
 ALIGN = 64  # bytes: a cache line, and the widest vector
 
 
 @dataclass(frozen=True)
-class Step:
-    """One layer to compute."""
+class Stored:
+    """A layer's output in one form."""
+
+    name: str
+    form: Form
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A layer computed, or its output brought into another form, whatever the patch."""
 
     node: Node
     primitive: Primitive
+    inputs: tuple[Stored, ...]
+    output: Stored
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation to compute for a patch."""
+
+    operation: Operation
     problem: Problem
+
+    @property
+    def primitive(self) -> Primitive:
+        """What computes it."""
+        return self.operation.primitive
 
 
 @dataclass(frozen=True)
 class Arena:
-    """The byte at which each layer's output lies, and the bytes of all together."""
+    """The byte at which each array lies, and the bytes of all together."""
 
-    places: Mapping[str, int]
+    places: Mapping[Stored, int]
     bytes: int
 
 
@@ -138,10 +163,10 @@ class Schedules:
         Places go to the largest arrays first, each at the lowest byte that no array alive at
         the same time covers (Pisarchyk and Lee 2020, "greedy by size").
         """
-        nbytes = {name: self._bytes(name, sizes[name]) for name in self._lives}
-        places: dict[str, int] = {}
-        for name in sorted(nbytes, key=lambda n: (-nbytes[n], self._lives[n])):
-            born, dies = self._lives[name]
+        nbytes = {array: self._bytes(array, sizes[array.name]) for array in self._lives}
+        places: dict[Stored, int] = {}
+        for array in sorted(nbytes, key=lambda n: (-nbytes[n], self._lives[n])):
+            born, dies = self._lives[array]
             taken = sorted(
                 (places[other], places[other] + nbytes[other])
                 for other in places
@@ -149,12 +174,21 @@ class Schedules:
             )
             place = 0
             for start, stop in taken:
-                if place + nbytes[name] <= start:
+                if place + nbytes[array] <= start:
                     break
                 place = max(place, stop)
-            places[name] = place
-        total = max(places[name] + nbytes[name] for name in places)
-        return Arena({name: places[owner] for name, owner in self._owners.items()}, total)
+            places[array] = place
+        total = max(places[array] + nbytes[array] for array in places)
+        return Arena({array: places[owner] for array, owner in self._owners.items()}, total)
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Memory of what all primitives prepare of the weights."""
+        return sum(
+            self.primitives[node.name].prepared_bytes(node.layer)
+            for node in self.layout.network
+            if node.inputs
+        )
 
     def workspace_bytes(self, sizes: Mapping[str, Size], threads: int) -> int:
         """The largest workspace of any primitive on boxes of ``sizes``."""
@@ -176,14 +210,15 @@ class Schedules:
         return max(
             (node for node in network if node.inputs),
             key=lambda node: sum(
-                self._bytes(name, sizes[name]) for name in {*node.inputs, node.name}
+                self._bytes(array, sizes[array.name])
+                for array in self._lives
+                if array.name in {*node.inputs, node.name}
             ),
             default=network.input,
         ).name
 
-    def _bytes(self, name: str, size: Size) -> int:
-        batch = len(self._positions[name])
-        return round_up(ITEM_BYTES * batch * self.layout.network.channels[name] * prod(size), ALIGN)
+    def _bytes(self, array: Stored, size: Size) -> int:
+        return round_up(array.form.nbytes(self._shape(array.name, size)), ALIGN)
 
     @cached_property
     def _fragmented(self) -> frozenset[str]:
@@ -235,46 +270,83 @@ class Schedules:
         return tuple(moves)
 
     @cached_property
-    def _owners(self) -> dict[str, str]:
-        """The layer whose place each layer's output takes: its own, or its first input's."""
+    def operations(self) -> tuple[Operation, ...]:
+        """What is computed, in order: every layer, and where the next one takes another form of
+        an array the change into that."""
         network = self.layout.network
-        owners: dict[str, str] = {}
+        forms = {network.input.name: Form.PLAIN}
+        made = {Stored(network.input.name, Form.PLAIN)}
+        found: list[Operation] = []
+
+        def bring(name: str, form: Form) -> Stored:
+            wanted = Stored(name, form)
+            if wanted not in made:
+                made.add(wanted)
+                there = Stored(name, forms[name])
+                found.append(Operation(network[name], FormChange(form), (there,), wanted))
+            return wanted
+
         for node in network:
-            owners[node.name] = node.name
-            if node.inputs and self.primitives[node.name].in_place:
-                first = node.inputs[0]
-                alone = len(network.readers[first]) == 1 and node.inputs.count(first) == 1
-                alike = (network.channels[first], network.reduced[first]) == (
-                    network.channels[node.name],
-                    network.reduced[node.name],
-                )
-                if alone and alike and first != network.output:
-                    owners[node.name] = owners[first]
+            if not node.inputs:
+                continue
+            primitive = self.primitives[node.name]
+            takes, makes = primitive.forms(node.layer, [network.channels[i] for i in node.inputs])
+            if takes is None:
+                takes = forms[node.inputs[0]]
+            inputs = tuple(bring(name, takes) for name in node.inputs)
+            forms[node.name] = makes or takes
+            output = Stored(node.name, forms[node.name])
+            made.add(output)
+            found.append(Operation(node, primitive, inputs, output))
+        bring(network.output, Form.PLAIN)
+        return tuple(found)
+
+    @cached_property
+    def _owners(self) -> dict[Stored, Stored]:
+        """The array whose place each array takes: its own, or its operation's first input's."""
+        network = self.layout.network
+        source = Stored(network.input.name, Form.PLAIN)
+        readers = Counter(array for operation in self.operations for array in operation.inputs)
+        owners = {source: source}
+        for operation in self.operations:
+            first, output = operation.inputs[0], operation.output
+            owners[output] = output
+            alike = (network.channels[first.name], network.reduced[first.name], first.form) == (
+                network.channels[output.name],
+                network.reduced[output.name],
+                output.form,
+            )
+            asked = first == Stored(network.output, Form.PLAIN)
+            if operation.primitive.in_place and readers[first] == 1 and alike and not asked:
+                owners[output] = owners[first]
         return owners
 
     @cached_property
-    def _lives(self) -> dict[str, tuple[int, int]]:
+    def _lives(self) -> dict[Stored, tuple[int, int]]:
         """For every place's owner the steps at which it is written first and read last."""
         network = self.layout.network
-        lives: dict[str, tuple[int, int]] = {}
-        for step, node in enumerate(network):
-            owner = self._owners[node.name]
+        lives = {Stored(network.input.name, Form.PLAIN): (0, 0)}
+        for step, operation in enumerate(self.operations, start=1):
+            owner = self._owners[operation.output]
             lives[owner] = (lives.get(owner, (step, step))[0], step)
-            for name in node.inputs:
-                read = self._owners[name]
+            for array in operation.inputs:
+                read = self._owners[array]
                 lives[read] = (lives[read][0], step)
-        last = self._owners[network.output]
-        lives[last] = (lives[last][0], len(network.nodes))
+        last = self._owners[Stored(network.output, Form.PLAIN)]
+        lives[last] = (lives[last][0], len(self.operations) + 1)
         return lives
 
     def _steps(self, boxes: Mapping[str, Box]) -> tuple[Step, ...]:
         return tuple(
-            Step(node, self.primitives[node.name], self._problem(node, boxes))
-            for node in self.layout.network
-            if node.inputs
+            Step(operation, self._problem(operation, boxes)) for operation in self.operations
         )
 
-    def _problem(self, node: Node, boxes: Mapping[str, Box]) -> Problem:
+    def _problem(self, operation: Operation, boxes: Mapping[str, Box]) -> Problem:
+        node = operation.node
+        if isinstance(operation.primitive, FormChange):
+            shape = self._shape(node.name, boxes[node.name].size)
+            here = boxes[node.name]
+            return Problem(node.layer, (shape,), shape, ((0, 0, 0),), here.start, here.size)
         windows = [node.layer.window(axis) for axis in range(3)]
         start = boxes[node.name].start
         return Problem(

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from math import prod
 
+from znni_dask.choices import fastest_primitives
 from znni_dask.errors import MemoryLimitError
-from znni_dask.geometry import Size, text, triple, volume
+from znni_dask.geometry import Box, Size, text, triple, volume
 from znni_dask.machine import show_bytes
 from znni_dask.plan import Choice, Plan, Reading, Stage
-from znni_dask.planner import MULTIPLES, choose_primitives, computing_bytes
+from znni_dask.planner import MULTIPLES, computing_bytes
 from znni_dask.primitives.base import ITEM_BYTES
 from znni_dask.reading import Reads
 from znni_dask.resources import Resources, most_in_flight, shared_reading
@@ -37,7 +39,9 @@ class _Fit:
 
 def plan(grid: WindowGrid, resources: Resources) -> Plan:
     """The plan that computes fewest windows and fits; raises `MemoryLimitError` where none does."""
-    primitives = choose_primitives(grid.layout)
+    window = Box((0, 0, 0), grid.layout.output_size)
+    windows = prod(grid.count(axis, 0, n) for axis, n in enumerate(grid.output_size))
+    primitives = fastest_primitives(grid.layout, window, windows, threads=1)  # whatever there are
     schedules = Schedules(grid.layout, primitives)
     per_axis = [_blocks(grid, resources, axis) for axis in range(3)]
     ranked = sorted(

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask import planner
+from znni_dask.choices import chosen_primitives
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, Size, hull
 from znni_dask.patches import Layout
@@ -22,7 +23,7 @@ class PatchBlocks:
 
     def __init__(self, layout: Layout, plan: Plan) -> None:
         self._layout, self._plan = layout, plan
-        primitives = planner.chosen_primitives(layout, plan)
+        primitives = chosen_primitives(layout, plan)
         self._schedules = Schedules(layout, primitives)
         sizes = self._schedules.envelope(planner.spans(layout, plan.block, plan.patch))
         arena = self._schedules.arena(sizes)

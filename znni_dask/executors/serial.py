@@ -7,7 +7,6 @@ arena holds all activations; it is allocated once and serves every patch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from types import TracebackType
 
 import numpy as np
@@ -15,10 +14,11 @@ from numpy.typing import NDArray
 
 from znni_dask.geometry import Size, ceil_divide
 from znni_dask.kernels.direct import SLACK_BYTES
+from znni_dask.kernels.memory import allocate
 from znni_dask.kernels.team import Team
 from znni_dask.network.network import Network
-from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Shape
-from znni_dask.schedule import ALIGN, Arena, Schedule
+from znni_dask.primitives.base import Array, Form, Primitive, Shape
+from znni_dask.schedule import Arena, Schedule, Stored
 
 
 class SerialExecutor:
@@ -38,8 +38,7 @@ class SerialExecutor:
             if node.inputs
         }
         self._places = arena.places
-        memory = np.empty(arena.bytes + ALIGN + SLACK_BYTES, np.uint8)
-        self._arena = memory[-memory.ctypes.data % ALIGN :]
+        self._arena = allocate(arena.bytes + SLACK_BYTES)
 
     def run(self, todo: Schedule, volume: NDArray[np.generic], out: Array) -> None:
         """Compute one patch.
@@ -47,22 +46,22 @@ class SerialExecutor:
         ``volume`` is the extended volume within ``todo.input``, (channel, z, y, x), of any real
         dtype; ``out`` takes the answer, (channel, z, y, x) of size ``todo.output.size``.
         """
-        source = self.network.input.name
+        source = Stored(self.network.input.name, Form.PLAIN)
         for offset in todo.offsets:
             z, y, x = (slice(o, o + n) for o, n in zip(offset, todo.input_shape[2:], strict=True))
             arrays = {source: self._view(source, todo.input_shape)}
             arrays[source][0] = volume[:, z, y, x]
             for step in todo.steps:
-                name = step.node.name
-                arrays[name] = self._view(name, step.problem.output)
+                output = step.operation.output
+                arrays[output] = self._view(output, step.problem.output)
                 step.primitive.apply(
-                    self._prepared[name],
+                    self._prepared.get(output.name),
                     step.problem,
-                    [arrays[i] for i in step.node.inputs],
-                    arrays[name],
+                    [arrays[i] for i in step.operation.inputs],
+                    arrays[output],
                     self._team,
                 )
-            _recombine(todo, arrays[self.network.output], offset, out)
+            _recombine(todo, arrays[Stored(self.network.output, Form.PLAIN)], offset, out)
 
     def close(self) -> None:
         """End the threads and free the arena."""
@@ -80,10 +79,10 @@ class SerialExecutor:
     ) -> None:
         self.close()
 
-    def _view(self, name: str, shape: Shape) -> Array:
-        first = self._places[name]
-        part = self._arena[first : first + ITEM_BYTES * prod(shape)]
-        return part.view(np.float32).reshape(shape)
+    def _view(self, array: Stored, shape: Shape) -> Array:
+        first = self._places[array]
+        part = self._arena[first : first + array.form.nbytes(shape)]
+        return part.view(np.float32).reshape(array.form.stored(shape))
 
 
 def _recombine(todo: Schedule, fragments: Array, offset: Size, out: Array) -> None:

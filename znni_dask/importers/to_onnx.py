@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     graph = _Graph(dict(network.alike))
     for node in network:
         if node.inputs:
-            graph.add(node, network)
+            graph.add(node, network.weights.get(node.name, {}))
     dimensions = ["batch", None, "z", "y", "x"]
     values = [
         helper.make_tensor_value_info(
@@ -114,10 +115,13 @@ class _Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
-    def add(self, node: Node, network: Network) -> None:
+    def add(self, node: Node, weights: Weights) -> None:
         """Write one layer; its output is named after it."""
-        name, weights = node.name, network.weights.get(node.name, {})
+        name = node.name
         match node.layer:
+            case layers.Conv(relu=True) as layer:
+                self.add(Node(f"{name}.sum", replace(layer, relu=False), node.inputs), weights)
+                self._emit("Relu", [f"{name}.sum"], name)
             case layers.Conv() as layer if layer.whole:
                 self._linear(layer, node, weights)
             case layers.Conv() | layers.ConvTranspose() as layer:

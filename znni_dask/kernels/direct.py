@@ -31,12 +31,12 @@ OPTIONS = {
 
 
 @njit(**OPTIONS)
-def convolve(x, weight, bias, out, offset, stride, dilation, first, last):
+def convolve(x, weight, bias, out, offset, stride, dilation, least, first, last):
     """Convolution with stride 1 in y and x.
 
     Items are (batch, group, block of `CHANNELS` output channels, z). ``weight`` is (groups,
     blocks, in / groups, z, y, x, CHANNELS), ``bias`` (groups, blocks, CHANNELS), both padded with
-    zeros to whole blocks.
+    zeros to whole blocks. Results below ``least`` become that.
     """
     groups, blocks, fan_in, kz, ky, kx = weight.shape[:6]
     _, channels, size_z, size_y, size_x = x.shape
@@ -78,11 +78,11 @@ def convolve(x, weight, bias, out, offset, stride, dilation, first, last):
                         taps = weight[group, block, f, tz, ty]
                         row = start + ty * dilation[1] * pitch
                         _add_taps(runs, source, row, taps, dilation[2], count)
-            _store(out, runs, batch, group, groups, block, z, 0, begin, count, pitch)
+            _store(out, runs, batch, group, groups, block, z, 0, begin, count, pitch, least)
 
 
 @njit(**OPTIONS)
-def convolve_strided(x, weight, bias, out, offset, stride, dilation, first, last):
+def convolve_strided(x, weight, bias, out, offset, stride, dilation, least, first, last):
     """Convolution with any stride, row by row; arguments as of `convolve`."""
     groups, blocks, fan_in, kz, ky, kx = weight.shape[:6]
     _, _, size_z, size_y, _ = x.shape
@@ -113,7 +113,7 @@ def convolve_strided(x, weight, bias, out, offset, stride, dilation, first, last
                                 _gather(line, row, first_x, stride[2], count)
                                 tap = weight[group, block, f, tz, ty, tx]
                                 _add_tap(runs, line, 0, tap, count)
-                _store(out, runs, batch, group, groups, block, z, y, begin, count, out_x)
+                _store(out, runs, batch, group, groups, block, z, y, begin, count, out_x, least)
 
 
 @njit(**OPTIONS)
@@ -124,9 +124,9 @@ def _start(runs, bias):
 
 
 @njit(**OPTIONS)
-def _store(out, runs, batch, group, groups, block, z, y, begin, count, pitch):
+def _store(out, runs, batch, group, groups, block, z, y, begin, count, pitch, least):
     """Write a run that begins ``begin`` voxels after row ``y``, rows ``pitch`` voxels apart,
-    leaving out what lies between rows."""
+    leaving out what lies between rows; nothing below ``least``."""
     _, channels, _, _, out_x = out.shape
     per_group = channels // groups
     for c in range(min(CHANNELS, per_group - block * CHANNELS)):
@@ -136,7 +136,8 @@ def _store(out, runs, batch, group, groups, block, z, y, begin, count, pitch):
             row, column = divmod(begin + at, pitch)
             width = min(out_x - column, count - at)
             for i in range(width):
-                plane[y + row, column + i] = runs[c * RUN + at + i]
+                value = runs[c * RUN + at + i]
+                plane[y + row, column + i] = least if value < least else value
             at += pitch - column
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from znni_dask.kernels.code import LANES
 from znni_dask.kernels.direct import OPTIONS
 
 
@@ -28,6 +29,25 @@ def gather(x, out, index_z, index_y, index_x, value, first, last):
             source = x[batch, c, index_z[z], index_y[y]]
             for i in range(out_x):
                 target[i] = source[index_x[i]] if index_x[i] >= 0 else value
+
+
+@njit(**OPTIONS)
+def gather_blocked(x, out, index_z, index_y, index_x, value, first, last):
+    """The same of blocks of channels; items are (batch, block, z)."""
+    _, blocks, out_z, out_y, out_x, _ = out.shape
+    for item in range(first, last):
+        z = item % out_z
+        block = item // out_z % blocks
+        batch = item // (out_z * blocks)
+        for y in range(out_y):
+            for i in range(out_x):
+                target = out[batch, block, z, y, i]
+                if index_z[z] < 0 or index_y[y] < 0 or index_x[i] < 0:
+                    target[:] = value
+                else:
+                    source = x[batch, block, index_z[z], index_y[y], index_x[i]]
+                    for lane in range(LANES):
+                        target[lane] = source[lane]
 
 
 @njit(**OPTIONS)

@@ -7,13 +7,16 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from types import TracebackType
 
+from znni_dask.kernels.memory import Bytes, allocate
+
 _PIECES_PER_THREAD = 4
 
 
 class Team:
     """``threads`` threads, the caller being one of them.
 
-    Kernels must release the interpreter lock. Use it as a context manager, or `close` it.
+    What they compute in is theirs, too: `scratch` memory, kept from one piece of work to the
+    next. Kernels must release the interpreter lock. Use it as a context manager, or `close` it.
 
     >>> import numpy as np
     >>> out = np.zeros(10)
@@ -30,6 +33,20 @@ class Team:
         self._pool = (
             ThreadPoolExecutor(threads - 1, thread_name_prefix="znni-team") if threads > 1 else None
         )
+        self._scratch = allocate(0)
+
+    def scratch(self, nbytes: int) -> Bytes:
+        """``nbytes`` of memory for one piece of work, aligned to 64 bytes, holding anything; the
+        next call hands out the same memory again."""
+        if nbytes > self._scratch.size:
+            self._scratch = allocate(0)  # so that never both are there
+            self._scratch = allocate(nbytes)
+        return self._scratch[:nbytes]
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Scratch memory held now."""
+        return int(self._scratch.size)
 
     def share(self, work: Callable[[int, int], object], items: int) -> None:
         """Run ``work(first, last)`` over all of ``range(items)``, in pieces, on all threads."""
@@ -56,6 +73,7 @@ class Team:
         """End the threads."""
         if self._pool is not None:
             self._pool.shutdown()
+        self._scratch = allocate(0)
 
     def __enter__(self) -> Team:
         return self

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from znni_dask.kernels import direct, pooling, resampling, special, statistics
+from znni_dask.kernels import blocks, direct, pooling, resampling, special, statistics
+from znni_dask.kernels.code import LANES
 
 
 def compile_kernels() -> None:
@@ -17,13 +18,20 @@ def compile_kernels() -> None:
     zeros, ones = np.zeros(3, np.int64), np.ones(3, np.int64)
     weight = np.zeros((1, 1, 1, 1, 1, 1, direct.CHANNELS), np.float32)
     bias = np.zeros((1, 1, direct.CHANNELS), np.float32)
-    direct.convolve(x, weight, bias, out, zeros, ones, ones, 0, 1)
-    direct.convolve_strided(x, weight, bias, out, zeros, ones, ones, 0, 1)
+    least = np.float32(0)
+    direct.convolve(x, weight, bias, out, zeros, ones, ones, least, 0, 1)
+    direct.convolve_strided(x, weight, bias, out, zeros, ones, ones, least, 0, 1)
     direct.convolve_transposed(x, x, np.zeros(1, np.float32), out, zeros, ones, ones, 0, 1)
+    blocked = np.zeros((1, 1, 1, 1, 1, LANES), np.float32)
+    blocks.block(x, blocked, 0, 1)
+    blocks.unblock(blocked, out, 0, 1)
     one, place = np.ones(1, np.float32), np.zeros(1, np.int64)
     pooling.max_pool(x, out, zeros, ones, ones, ones, 0, 1)
+    pooling.max_pool_blocked(blocked, blocked, zeros, ones, ones, ones, 0, 1)
+    pooling.average_pool_blocked(blocked, blocked, zeros, ones, ones, ones, one, one, one, 0, 1)
     pooling.average_pool(x, out, zeros, ones, ones, ones, one, one, one, 0, 1)
     resampling.gather(x, out, place, place, place, np.float32(0), 0, 1)
+    resampling.gather_blocked(blocked, blocked, place, place, place, np.float32(0), 0, 1)
     resampling.interpolate(x, out, (place,) * 3, (place,) * 3, (one,) * 3, 0, 1)
     resampling.depth_to_space(x, out, zeros, ones, 0, 1)
     double = np.zeros(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from znni_dask.geometry import AXES, Size, triple
 from znni_dask.network.field_of_view import sizes_of
 from znni_dask.network.layers import (
     ONES,
+    Activation,
     Affine,
     AveragePool,
     Conv,
@@ -22,17 +24,21 @@ from znni_dask.network.network import Network, Node, Weights
 
 
 def simplify(network: Network) -> Network:
-    """Fold every affine map (batch normalisation) into the convolution or affine map before it,
-    where that has no other reader."""
+    """Fold every affine map (batch normalisation) and every ReLU into the convolution before it,
+    and affine maps into one another, where there is no other reader."""
     nodes: list[Node] = []
     weights: dict[str, Weights] = dict(network.weights)
     renamed: dict[str, str] = {}
     for node in network:
         source = node.inputs[0] if node.inputs else ""
-        if isinstance(node.layer, Affine) and _folds(network, source):
-            target = renamed.get(source, source)
-            index = next(i for i, n in enumerate(nodes) if n.name == target)
-            layer = nodes[index].layer
+        target = renamed.get(source, source)
+        index = next((i for i, n in enumerate(nodes) if n.name == target), 0)
+        layer = nodes[index].layer if nodes else node.layer
+        if _folds(network, node, layer):
+            renamed[node.name] = target
+            if isinstance(node.layer, Activation):
+                nodes[index] = replace(nodes[index], layer=replace(cast("Conv", layer), relu=True))
+                continue
             affine = weights.pop(node.name)
             if isinstance(layer, Conv | ConvTranspose):
                 layer = replace(layer, bias=True)
@@ -40,7 +46,6 @@ def simplify(network: Network) -> Network:
             else:
                 weights[target] = _chained(weights[target], affine)
             nodes[index] = replace(nodes[index], layer=layer)
-            renamed[node.name] = target
             continue
         inputs = tuple(renamed.get(i, i) for i in node.inputs)
         nodes.append(Node(node.name, node.layer, inputs))
@@ -92,12 +97,18 @@ def _sliding(layer: Layer, kernel: Size) -> Layer | None:
     return None
 
 
-def _folds(network: Network, source: str) -> bool:
-    return (
-        isinstance(network[source].layer, Conv | ConvTranspose | Affine)
-        and len(network.readers[source]) == 1
-        and source not in network.outputs.values()
-    )
+def _folds(network: Network, node: Node, before: Layer) -> bool:
+    """Whether a layer becomes part of the one before it."""
+    if not node.inputs:
+        return False
+    source = node.inputs[0]
+    if len(network.readers[source]) > 1 or source in network.outputs.values():
+        return False
+    if isinstance(before, Conv) and before.relu:
+        return False
+    if isinstance(node.layer, Activation):
+        return node.layer.function == "relu" and isinstance(before, Conv)
+    return isinstance(node.layer, Affine) and isinstance(before, Conv | ConvTranspose | Affine)
 
 
 def _chained(first: Weights, second: Weights) -> Weights:

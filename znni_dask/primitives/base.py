@@ -11,13 +11,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from znni_dask.geometry import Size
+from znni_dask.geometry import Size, ceil_divide
+from znni_dask.kernels.code import LANES
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import ONES, Layer
 from znni_dask.network.network import Weights
@@ -25,6 +27,25 @@ from znni_dask.network.network import Weights
 Array = NDArray[np.float32]
 Shape = tuple[int, int, int, int, int]
 ITEM_BYTES = 4
+
+
+class Form(Enum):
+    """How an array lies in memory: (batch, channel, z, y, x), or (batch, channels / 16, z, y, x,
+    16). What a blocked array holds beyond the last channel means nothing."""
+
+    PLAIN = "plain"
+    BLOCKED = "blocked"
+
+    def stored(self, shape: Shape) -> tuple[int, ...]:
+        """The shape in memory of an array of a shape."""
+        if self is Form.PLAIN:
+            return shape
+        batch, channels, *size = shape
+        return (batch, ceil_divide(channels, LANES), *size, LANES)
+
+    def nbytes(self, shape: Shape) -> int:
+        """Memory of an array of a shape."""
+        return ITEM_BYTES * prod(self.stored(shape))
 
 
 @dataclass(frozen=True)
@@ -43,11 +64,6 @@ class Problem:
     offsets: tuple[Size, ...]
     start: Size
     whole: Size
-
-    @property
-    def output_bytes(self) -> int:
-        """Size of the output."""
-        return ITEM_BYTES * prod(self.output)
 
 
 class Primitive(ABC):
@@ -72,13 +88,24 @@ class Primitive(ABC):
         """Arithmetic operations, a multiply-add counting as two."""
         return prod(problem.output)
 
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        """In which form inputs of so many channels are taken, and the output is made; None: in
+        either form, all inputs in the same, and in that one."""
+        return Form.PLAIN, Form.PLAIN
+
+    def prepared_bytes(self, layer: Layer) -> int:
+        """Memory of what `prepare` makes."""
+        return ITEM_BYTES * sum(prod(shape) for shape in layer.weight_shapes().values())
+
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        """Peak memory beyond inputs and output while `apply` runs."""
+        """Peak memory beyond inputs and output while `apply` runs, scratch memory included."""
         return 0
 
     def memory_bytes(self, problem: Problem, threads: int) -> int:
         """Peak memory beyond the inputs: output and workspace."""
-        return problem.output_bytes + self.workspace_bytes(problem, threads)
+        channels = [shape[1] for shape in problem.inputs]
+        made = self.forms(problem.layer, channels)[1] or Form.BLOCKED  # the larger
+        return made.nbytes(problem.output) + self.workspace_bytes(problem, threads)
 
     def planes_to_keep(self, layer: Layer, axis: int) -> int:
         """Planes of its input that later outputs read again, when ``axis`` is streamed."""
@@ -99,7 +126,8 @@ class Primitive(ABC):
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        """Compute the problem into ``out``; inputs and ``out`` are C-contiguous."""
+        """Compute the problem into ``out``; inputs and ``out`` are C-contiguous, in the
+        primitive's forms."""
 
 
 def indices(*values: int) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from typing import ClassVar, cast, final
 
 import numpy as np
 
-from znni_dask.geometry import ceil_divide
+from znni_dask.geometry import ceil_divide, round_up, volume
 from znni_dask.kernels import direct
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv, Layer
@@ -37,6 +37,12 @@ class ConvDirect(Primitive):
         y, x = (problem.layer.window(axis).extent - 1 for axis in (1, 2))
         stretch = direct.RUN + y * (problem.output[-1] + x) + x + direct.LANES
         return threads * (direct.CHANNELS * direct.RUN + stretch) * ITEM_BYTES
+
+    def prepared_bytes(self, layer: Layer) -> int:
+        conv = cast("Conv", layer)
+        wide = round_up(conv.out_channels // conv.groups, direct.CHANNELS)
+        taps = conv.in_channels // conv.groups * volume(conv.kernel)
+        return ITEM_BYTES * conv.groups * wide * (taps + 1)
 
     def prepare(self, layer: Layer, weights: Weights) -> tuple[Array, Array]:
         """Output channels in blocks, the channels of a block side by side."""
@@ -68,10 +74,11 @@ class ConvDirect(Primitive):
         conv = cast("Conv", problem.layer)
         offset = indices(*problem.offsets[0])
         stride, dilation = indices(*conv.stride), indices(*conv.dilation)
+        least = np.float32(0 if conv.relu else -np.inf)
         strided = max(conv.stride[1:]) > 1
         kernel = direct.convolve_strided if strided else direct.convolve
 
         def work(first: int, last: int) -> None:
-            kernel(inputs[0], weight, bias, out, offset, stride, dilation, first, last)
+            kernel(inputs[0], weight, bias, out, offset, stride, dilation, least, first, last)
 
         team.share(work, out.shape[0] * prod(weight.shape[:2]) * out.shape[2])

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, cast, final
 import numpy as np
 
 from znni_dask.geometry import Size, triple
+from znni_dask.kernels.code import LANES
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Arithmetic, Broadcast, Concat, Layer
-from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, Shape
+from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem
 from znni_dask.primitives.pointwise import copy_channels, crop
 
 _BUFFER = 1 << 13  # elements that numpy casts at a time
@@ -29,12 +30,11 @@ _UFUNCS: dict[str, np.ufunc] = {
 }
 
 
-def _spread(x: Array, offset: Size, shape: Shape | tuple[int, ...]) -> Array:
+def _spread(x: Array, offset: Size, shape: tuple[int, ...]) -> Array:
     """The part of an input behind ``shape``, as a view; axes of one voxel are repeated."""
-    reach = triple(min(n, have) for n, have in zip(shape[2:], x.shape[2:], strict=True))
-    part = crop(
-        x, triple(o if n > 1 else 0 for o, n in zip(offset, x.shape[2:], strict=True)), reach
-    )
+    have = triple(x.shape[2:5])
+    reach = triple(map(min, shape[2:5], have))
+    part = crop(x, triple(o if n > 1 else 0 for o, n in zip(offset, have, strict=True)), reach)
     return np.broadcast_to(part, shape)
 
 
@@ -45,6 +45,11 @@ class ArithmeticOfInputs(Primitive):
     name: ClassVar[str] = "pointwise"
     layer: ClassVar[type[Layer]] = Arithmetic
     in_place: ClassVar[bool] = True
+
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        if len(set(channels)) > 1 or cast("Arithmetic", layer).function == "where":
+            return Form.PLAIN, Form.PLAIN
+        return None, None
 
     def flops(self, problem: Problem) -> int:
         return (len(problem.inputs) - 1) * prod(problem.output)
@@ -89,6 +94,11 @@ class Concatenation(Primitive):
 
     name: ClassVar[str] = "copy"
     layer: ClassVar[type[Layer]] = Concat
+
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        if any(n % LANES for n in channels[:-1]):
+            return Form.PLAIN, Form.PLAIN  # blocks would have to be put together anew
+        return None, None
 
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team

@@ -17,14 +17,14 @@ from znni_dask.kernels import special
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Activation, Affine, Layer
 from znni_dask.network.network import Weights
-from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem
+from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem
 
 PIECE = 1 << 16
 
 
 def crop(x: Array, offset: Size, size: Sequence[int]) -> Array:
-    """The part of ``x`` that begins at ``offset`` (z, y, x), as a view."""
-    z, y, x_axis = (slice(o, o + n) for o, n in zip(offset, size, strict=True))
+    """The part of ``x`` that begins at ``offset`` (z, y, x), as a view; ``x`` in either form."""
+    z, y, x_axis = (slice(o, o + n) for o, n in zip(offset, size[:3], strict=True))
     return x[:, :, z, y, x_axis]
 
 
@@ -54,6 +54,11 @@ class ActivationFunction(Primitive):
     name: ClassVar[str] = "pointwise"
     layer: ClassVar[type[Layer]] = Activation
     in_place: ClassVar[bool] = True
+
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        if cast("Activation", layer).function == "prelu":
+            return Form.PLAIN, Form.PLAIN
+        return None, None
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
         return 2 * threads * PIECE * ITEM_BYTES

@@ -18,9 +18,16 @@ from znni_dask.geometry import Size, add, triple
 from znni_dask.kernels import pooling
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import AveragePool, Layer, MaxPool
-from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, indices
+from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, indices
 
 _PADDED = "fragments cannot pad: a padded pooling keeps its own grid"
+
+_KERNELS = {
+    (False, Form.PLAIN): pooling.max_pool,
+    (False, Form.BLOCKED): pooling.max_pool_blocked,
+    (True, Form.PLAIN): pooling.average_pool,
+    (True, Form.BLOCKED): pooling.average_pool_blocked,
+}
 
 
 def _flops(problem: Problem) -> int:
@@ -35,7 +42,7 @@ def _pool(problem: Problem, x: Array, out: Array, offset: Size, team: Team) -> N
     taps = [indices(*v) for v in (offset, layer.kernel, layer.stride, layer.dilation)]
     mean = isinstance(layer, AveragePool)
     shares = [_shares(problem, axis) for axis in range(3)] if mean else []
-    pool = pooling.average_pool if mean else pooling.max_pool
+    pool = _KERNELS[mean, Form.PLAIN if x.ndim == 5 else Form.BLOCKED]
 
     def work(first: int, last: int) -> None:
         pool(x, out, *taps, *shares, first, last)
@@ -68,6 +75,9 @@ class MaxPooling(Primitive):
     name: ClassVar[str] = "pooling"
     layer: ClassVar[type[Layer]] = MaxPool
 
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        return None, None
+
     def flops(self, problem: Problem) -> int:
         return _flops(problem)
 
@@ -83,6 +93,9 @@ class AveragePooling(Primitive):
 
     name: ClassVar[str] = "pooling"
     layer: ClassVar[type[Layer]] = AveragePool
+
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        return None, None
 
     def flops(self, problem: Problem) -> int:
         return _flops(problem)
@@ -113,6 +126,9 @@ class _Fragments(Primitive):
         if reason := super().refusal(layer):
             return reason
         return _PADDED if any(layer.window(axis).pads for axis in range(3)) else None
+
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        return None, None
 
     def flops(self, problem: Problem) -> int:
         return _flops(problem)

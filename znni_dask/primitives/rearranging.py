@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from znni_dask.kernels import resampling
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Crop, DepthToSpace, Layer, Pad, Resize, Select
-from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, indices
+from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, indices
 from znni_dask.primitives.pointwise import copy_channels, crop
 
 _INDEX_BYTES = 8
@@ -23,6 +23,9 @@ class Cropping(Primitive):
 
     name: ClassVar[str] = "copy"
     layer: ClassVar[type[Layer]] = Crop
+
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        return None, None
 
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
@@ -56,8 +59,10 @@ def _gather(
 ) -> None:
     """Take of ``x`` what ``index`` names for every output along each axis; ``value`` for -1."""
 
+    gather = resampling.gather if x.ndim == 5 else resampling.gather_blocked
+
     def work(first: int, last: int) -> None:
-        resampling.gather(x, out, *index, np.float32(value), first, last)
+        gather(x, out, *index, np.float32(value), first, last)
 
     team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
 
@@ -74,6 +79,9 @@ class Padding(Primitive):
 
     name: ClassVar[str] = "gather"
     layer: ClassVar[type[Layer]] = Pad
+
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        return None, None
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
         return _index_bytes(problem)
@@ -109,6 +117,9 @@ class NearestResizing(Primitive):
     name: ClassVar[str] = "gather"
     layer: ClassVar[type[Layer]] = Resize
 
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        return None, None
+
     def refusal(self, layer: Layer) -> str | None:
         if reason := super().refusal(layer):
             return reason
@@ -125,7 +136,7 @@ class NearestResizing(Primitive):
         factor = cast("Resize", problem.layer).factor
         index = [
             (np.arange(n) + offset) // f
-            for n, offset, f in zip(out.shape[2:], problem.offsets[0], factor, strict=True)
+            for n, offset, f in zip(problem.output[2:], problem.offsets[0], factor, strict=True)
         ]
         _gather(inputs[0], out, index, team)
 

@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from znni_dask.network.layers import Layer
 from znni_dask.primitives.base import Primitive
 from znni_dask.primitives.conv_direct import ConvDirect
+from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
 from znni_dask.primitives.joining import ArithmeticOfInputs, Broadcasting, Concatenation
 from znni_dask.primitives.pointwise import ActivationFunction, AffineMap
@@ -69,7 +70,9 @@ def candidates(layer: Layer) -> list[Primitive]:
 
 def named(name: str, layer: Layer) -> Primitive:
     """The primitive of this name that takes ``layer``; raises `KeyError` where there is none."""
-    for primitive in candidates(layer):
-        if primitive.name == name:
-            return primitive
+    found = [p for p in candidates(layer) if p.name == name]
+    if (tiled := ConvTiledFFT.of(name)) and tiled.refusal(layer) is None:
+        found.append(tiled)
+    if found:
+        return found[0]
     raise KeyError(f"no primitive {name!r} takes a {layer.kind} layer")

@@ -76,10 +76,12 @@ class Conv(_Convolution):
     ``whole``: the axes of space along which the kernel is as large as the input of one window of
     the network (a flattening followed by a matrix), so outputs exist for that alone. ``same``:
     the padding is that of sizes with an output for every ``stride`` voxels; others are not taken.
+    ``relu``: what is negative becomes zero.
     """
 
     whole: str = ""
     same: bool = False
+    relu: bool = False
 
     def channels(self, inputs: Sequence[int]) -> int:
         if self.whole not in ("", *AXES_OF_SPACE):
@@ -104,6 +106,10 @@ class Conv(_Convolution):
 
     def multiply_adds(self) -> Fraction:
         return Fraction(self.out_channels * self.in_channels // self.groups * volume(self.kernel))
+
+    @property
+    def summary(self) -> str:
+        return super().summary + (", relu" if self.relu else "")
 
 
 @final

@@ -1,0 +1,165 @@
+"""Transforms, products and their compilation, against numpy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from llvmlite import binding as llvm
+from llvmlite import ir
+
+from znni_dask.kernels import compiled, tiles
+from znni_dask.kernels.code import LANES, Function
+from znni_dask.kernels.codelets import LONGEST, refusal
+from znni_dask.kernels.complex_product import Product
+from znni_dask.kernels.lines import complex_line, real_line, restored_line
+from znni_dask.kernels.memory import allocate
+from znni_dask.kernels.tiles import Tile
+
+LENGTHS = [n for n in range(1, LONGEST + 1) if refusal(n) is None]
+PAIR, VECTOR = 8 * LANES, 4 * LANES
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """A cache of compiled code of their own: what these tests compile is not wanted later."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZNNI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def aligned(shape):
+    array = allocate(4 * int(np.prod(shape))).view(np.float32).reshape(shape)
+    array[...] = np.nan
+    return array
+
+
+def exposed(module, function, name):
+    """A function that others of its module would call, to be called from here."""
+    addresses, numbers = len(function.addresses), len(function.numbers)
+    code = Function(module, name, "abc"[:addresses], "xyz"[:numbers])
+    code.call(function, *code.addresses, *code.numbers)
+    code.finish()
+
+
+def complexes(array):
+    """Lines of pairs as complex numbers."""
+    return array[..., 0, :].astype(complex) + 1j * array[..., 1, :]
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_transforms_are_those_of_numpy(n):
+    taken, made = max(1, n // 2), max(1, n - 2)
+    module = ir.Module()
+    exposed(module, complex_line(module, n, n, n), "whole")
+    exposed(module, complex_line(module, n, taken, made, inverse=True, streamed=True), "pruned")
+    exposed(module, complex_line(module, n, n, n, sums=True), "summed")
+    exposed(module, real_line(module, n, taken), "real")
+    exposed(module, real_line(module, n, n, inverse=True), "conjugate")
+    run = compiled.compiled_library(module)
+    random = np.random.default_rng(n)
+    x, out = aligned((n, 2, LANES)), aligned((n, 2, LANES))
+    x[...] = random.standard_normal(x.shape)
+    values = complexes(x)
+    run["whole"](x.ctypes.data, out.ctypes.data, PAIR, PAIR)
+    close(complexes(out), np.fft.fft(values, axis=0))
+    out[...] = np.nan
+    run["pruned"](x.ctypes.data, out.ctypes.data, PAIR, PAIR)
+    close(complexes(out[:made]), n * np.fft.ifft(values[:taken], n, axis=0)[:made])
+    assert np.isnan(out[made:]).all()
+    triples = aligned((n, 3, LANES))
+    run["summed"](x.ctypes.data, triples.ctypes.data, PAIR, 3 * VECTOR)
+    np.testing.assert_array_equal(triples[:, 2], triples[:, 0] + triples[:, 1])
+    spread = aligned((n, 3, LANES))  # every third vector counts
+    spread[:, 0] = random.standard_normal((n, LANES))
+    run["real"](spread.ctypes.data, out.ctypes.data, 3 * VECTOR, PAIR)
+    half = n // 2 + 1
+    close(complexes(out[:half]), np.fft.rfft(spread[:taken, 0], n, axis=0))
+    run["conjugate"](spread.ctypes.data, out.ctypes.data, 3 * VECTOR, PAIR)
+    close(complexes(out[:half]), np.fft.rfft(spread[:, 0], axis=0).conj())
+
+
+@pytest.mark.parametrize("n", [n for n in LENGTHS if n % 2 == 0])
+@pytest.mark.parametrize("relu", [False, True])
+def test_rows_come_back_with_bias_and_activation(n, relu):
+    made = max(1, n - 3)
+    module = ir.Module()
+    exposed(module, restored_line(module, n, made, relu=relu, streamed=True), "restored")
+    run = compiled.compiled_library(module)
+    random = np.random.default_rng(n)
+    values, bias = random.standard_normal((n, LANES)), aligned(LANES)
+    bias[:] = random.standard_normal(LANES)
+    spectrum = np.fft.rfft(values, axis=0)
+    half, out = aligned((n // 2 + 1, 2, LANES)), aligned((n, LANES))
+    half[:, 0], half[:, 1] = spectrum.real, spectrum.imag
+    run["restored"](half.ctypes.data, out.ctypes.data, bias.ctypes.data, VECTOR)
+    want = n * values[:made] + bias
+    close(out[:made], np.maximum(want, 0) if relu else want)
+    assert np.isnan(out[made:]).all()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(("rows", "channels"), [(1, 1), (8, 16), (13, 40), (27, 5)])
+def test_products_are_those_of_complex_matrices(rows, channels, wide):
+    module = ir.Module()
+    product = Product(module, wide)
+    code = Function(module, "multiply", ("a", "b", "c"), ("rows", "a_stride", "c_stride", "n"))
+    count, a_stride, c_stride, n = code.numbers
+    product.write(code, tuple(code.addresses), count, (a_stride, c_stride), n, ())
+    code.finish()
+    random, blocks = np.random.default_rng(0), -(-channels // LANES)
+    a, b = aligned((rows, blocks, 3, LANES)), aligned((channels, 2, LANES))
+    a[:, :, :2] = random.standard_normal((rows, blocks, 2, LANES))
+    a[:, :, 2] = a[:, :, 0] + a[:, :, 1]
+    b[...] = random.standard_normal(b.shape)
+    c = aligned((rows, 2, LANES))
+    strides = (3 * VECTOR * blocks, PAIR)
+    places = (array.ctypes.data for array in (a, b, c))
+    compiled.compiled_library(module)["multiply"](*places, rows, *strides, channels)
+    left = complexes(a[:, :, :2].swapaxes(1, 2).reshape(rows, 2, -1))[:, :channels]
+    close(complexes(c), left @ complexes(b))
+
+
+@pytest.mark.parametrize(
+    ("triple", "cpu", "machine"),
+    [("aarch64-unknown-linux-gnu", "generic", 183), ("x86_64-unknown-linux-gnu", "x86-64-v3", 62)],
+)
+def test_other_processors_can_be_compiled_for(triple, cpu, machine):
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = compiled.Target(triple, cpu)
+    assert not target.wide
+    module = tiles.stages_module(Tile((4, 6, 8), (3, 3, 3)), relu=True, wide=False)
+    code = compiled.object_code(str(module), target)
+    assert code[:4] == b"\x7fELF"
+    assert int.from_bytes(code[18:20], "little") == machine
+
+
+def test_code_is_compiled_once_and_kept(tmp_path, monkeypatch):
+    def module():
+        made = ir.Module()
+        exposed(made, complex_line(made, 2, 2, 2), "line")
+        return made
+
+    monkeypatch.setenv("ZNNI_CACHE", str(tmp_path / "kept"))
+    compiled.compiled_library(module())
+    (kept,) = (tmp_path / "kept").iterdir()
+    written = kept.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "object_code", None)  # would be called, and fail
+        compiled.compiled_library(module())
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "kept").iterdir()] == [written]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ZNNI_CACHE", str(tmp_path / "file"))  # nothing can be kept there
+    assert compiled.compiled_library(module())["line"]
+
+
+def test_lengths_that_cannot_be_transformed_are_refused():
+    assert "11" in refusal(11)
+    assert refusal(LONGEST + 6) is not None
+    assert "even" in Tile((4, 4, 5), (3, 3, 3)).refusal()
+    assert "smaller than the kernel" in Tile((4, 2, 6), (3, 3, 3)).refusal()
+    assert Tile((4, 9, 6), (3, 3, 3)).refusal() is None
+
+
+def close(got, want):
+    assert np.abs(got - want).max() <= 1e-6 * max(1.0, np.abs(want).max())

@@ -1,0 +1,126 @@
+"""Compiling what `code` wrote, once per machine: machine code is kept on disk.
+
+The cache lies in ``$ZNNI_CACHE``, by default ``$XDG_CACHE_HOME/znni_dask`` or
+``~/.cache/znni_dask``; where it cannot be written, code is compiled anew by every process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from llvmlite import binding as llvm
+from llvmlite import ir
+
+
+@dataclass(frozen=True)
+class Target:
+    """A processor to compile for: LLVM's names of its kind, model and features."""
+
+    triple: str
+    cpu: str
+    features: str = ""
+
+    @property
+    def wide(self) -> bool:
+        """Whether it has 32 registers of sixteen floats."""
+        return "+avx512f" in self.features.split(",")
+
+    @property
+    def machine(self) -> llvm.TargetMachine:
+        """LLVM's compiler for it."""
+        found = llvm.Target.from_triple(self.triple)
+        return found.create_target_machine(cpu=self.cpu, features=self.features, opt=3)
+
+
+@cache
+def host() -> Target:
+    """This machine."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return Target(
+        llvm.get_process_triple(),
+        llvm.get_host_cpu_name(),
+        llvm.get_host_cpu_features().flatten(),
+    )
+
+
+class Library:
+    """Functions as machine code of this process. Calling one releases the interpreter lock; it
+    is given addresses and numbers as they were declared."""
+
+    def __init__(self, code: bytes, parameters: Mapping[str, Sequence[ir.Type]]) -> None:
+        owner = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host().machine)
+        owner.add_object_file(llvm.ObjectFileRef.from_data(code))
+        owner.finalize_object()
+        self._functions: dict[str, Callable[..., None]] = {}
+        for name, types in parameters.items():
+            kinds = [
+                ctypes.c_void_p if isinstance(t, ir.PointerType) else ctypes.c_int64 for t in types
+            ]
+            function = ctypes.CFUNCTYPE(None, *kinds)(owner.get_function_address(name))
+            function.owner = owner  # type: ignore[attr-defined]  # its code lives as long as it
+            self._functions[name] = function
+
+    def __getitem__(self, name: str) -> Callable[..., None]:
+        """A function by its name."""
+        return self._functions[name]
+
+
+def compiled_library(module: ir.Module) -> Library:
+    """A module's functions, compiled for this machine or taken from the cache on disk."""
+    text, target = str(module), host()
+    parameters = {
+        f.name: list(f.function_type.args)
+        for f in module.functions
+        if f.blocks and f.linkage != "internal"
+    }
+    key = hashlib.sha256(repr((text, target, llvm.llvm_version_info)).encode()).hexdigest()
+    place = cache_folder() / f"{key}.o"
+    try:
+        return Library(place.read_bytes(), parameters)
+    except OSError:  # not there yet, or not for us to read
+        code = object_code(text, target)
+    with contextlib.suppress(OSError):  # where nothing can be kept, every process compiles
+        _keep(place, code)
+    return Library(code, parameters)
+
+
+def object_code(text: str, target: Target) -> bytes:
+    """Machine code of a module's text for any target that LLVM knows."""
+    module = llvm.parse_assembly(text)
+    module.verify()
+    machine = target.machine
+    module.triple, module.data_layout = target.triple, str(machine.target_data)
+    tuning = llvm.create_pipeline_tuning_options(speed_level=2)
+    tuning.loop_vectorization = tuning.slp_vectorization = False  # all is vectors already
+    passes = llvm.create_pass_builder(machine, tuning)
+    passes.getModulePassManager().run(module, passes)
+    return bytes(machine.emit_object(module))
+
+
+def cache_folder() -> Path:
+    """Where machine code is kept."""
+    if chosen := os.environ.get("ZNNI_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "znni_dask"
+
+
+def _keep(place: Path, code: bytes) -> None:
+    """Write whole or not at all: other processes read it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=place.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(code)
+        Path(name).replace(place)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise

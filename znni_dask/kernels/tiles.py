@@ -1,0 +1,321 @@
+"""Convolution of tiles by Fourier transforms: the compiled stages for one size of tile.
+
+Overlap-save: a tile of (nz, ny, nx) voxels gives (nz - kz + 1, ny - ky + 1, nx - kx + 1) outputs.
+Tiles stand in *stacks* along z; those of a stack share their planes. The stages go over ranges of
+items that any thread may take, with a buffer of its own:
+
+0. `KERNELS`, once: the spectra of the kernels.
+1. `PLANES`: the transforms of planes, along x and y.
+2. `COLUMNS`: frequency by frequency of the plane: transforms along z, products with the kernels'
+   spectra, transforms back. What it computes stays in the second-level cache.
+3. `RESTORE`: transforms of planes back, with bias and activation.
+
+=========  =======================================================  ==========================
+array      from outside in                                          elements
+=========  =======================================================  ==========================
+blocks     plane (by address), y, x                                 16 channels
+spectra    frequency of the plane, stack, channel block, plane      pairs of 16 channels
+kernels    frequency of the plane and of z, output block, channel   pairs of 16 output channels
+answers    stack, output block, plane, frequency of the plane       pairs of 16 output channels
+=========  =======================================================  ==========================
+
+A pair is 16 real and 16 imaginary parts. Planes are found through tables of addresses, so that
+they may lie anywhere. For every stack five numbers say which rows and columns of the tile lie
+inside the plane (first, end, first, end) and where the tile begins in it, in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+from llvmlite import ir
+
+from znni_dask.geometry import Size, triple
+from znni_dask.kernels import codelets
+from znni_dask.kernels.code import VECTOR_BYTES, Address, Function, Integer, Number
+from znni_dask.kernels.compiled import Library, compiled_library, host
+from znni_dask.kernels.complex_product import PAIR_BYTES, TRIPLE_BYTES, Ahead, Product
+from znni_dask.kernels.lines import complex_line, real_line, restored_line
+
+STACK_NUMBERS = 5
+KERNELS, PLANES, COLUMNS, RESTORE = "kernels", "planes", "columns", "restore"
+_STRIDES = ("block_stride", "row_stride", "stride")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Size of a tile and of the kernel, (z, y, x)."""
+
+    size: Size
+    kernel: Size
+
+    @property
+    def made(self) -> Size:
+        """Outputs of a tile."""
+        return triple(n - k + 1 for n, k in zip(self.size, self.kernel, strict=True))
+
+    @property
+    def half(self) -> int:
+        """Frequencies along x: the others are their conjugates."""
+        return self.size[2] // 2 + 1
+
+    @property
+    def columns(self) -> int:
+        """Frequencies of a plane."""
+        return self.size[1] * self.half
+
+    @property
+    def kernels_buffer_bytes(self) -> int:
+        """Memory that a thread needs for `KERNELS`."""
+        return self.kernel[0] * self.columns * PAIR_BYTES
+
+    @property
+    def plane_buffer_bytes(self) -> int:
+        """Memory that a thread needs for `PLANES` or `RESTORE`: a plane's spectrum and a row."""
+        return self.columns * PAIR_BYTES + self.size[2] * VECTOR_BYTES
+
+    def refusal(self) -> str | None:
+        """Why there are no such tiles; None where there are."""
+        if min(self.made) < 1:
+            return f"tiles of {self.size} are smaller than the kernel, {self.kernel}"
+        if self.size[2] % 2:
+            return f"tiles have an even length along x, not {self.size[2]}"
+        return next((r for n in self.size if (r := codelets.refusal(n))), None)
+
+
+@cache
+def stages(tile: Tile, relu: bool) -> Library:
+    """The compiled stages for a tile, with or without ReLU after them."""
+    return compiled_library(stages_module(tile, relu, host().wide))
+
+
+def stages_module(tile: Tile, relu: bool, wide: bool) -> ir.Module:
+    """The stages as they are written; ``wide`` for processors with 32 long registers."""
+    module = ir.Module(f"tile {tile.size} kernel {tile.kernel} relu {relu}")
+    _write_kernels(module, tile)
+    _write_planes(module, tile)
+    _write_columns(module, tile, Product(module, wide))
+    _write_restore(module, tile, relu)
+    return module
+
+
+def _write_kernels(module: ir.Module, tile: Tile) -> None:
+    """Spectra of kernels, conjugate: a network's convolution is a correlation.
+
+    Items are (output block, channel); ``weights`` holds for each its taps (z, y, x), of 16 output
+    channels, divided by the tile's voxels.
+    """
+    (nz, ny, nx), (kz, ky, kx), half = tile.size, tile.kernel, tile.half
+    along_x = real_line(module, nx, kx, inverse=True)
+    along_y = complex_line(module, ny, ky, ny, inverse=True)
+    along_z = complex_line(module, nz, kz, nz, inverse=True, streamed=True)
+    code = Function(
+        module,
+        KERNELS,
+        ("buffer", "weights", "kernels"),
+        ("channels", "blocks", "first", "last"),
+    )
+    (buffer, weights, kernels), (channels, blocks, first, last) = code.addresses, code.numbers
+    row_bytes, plane_bytes = half * PAIR_BYTES, tile.columns * PAIR_BYTES
+    spread = blocks * channels * PAIR_BYTES
+    with code.loop(first, last) as item:
+        taps = weights + item * (kz * ky * kx * VECTOR_BYTES)
+        with code.loop(0, kz) as z:
+            plane = buffer + z * plane_bytes
+            with code.loop(0, ky) as y:
+                row = taps + (z * ky + y) * (kx * VECTOR_BYTES)
+                code.call(along_x, row, plane + y * row_bytes, VECTOR_BYTES, PAIR_BYTES)
+            with code.loop(0, half) as q:
+                line = plane + q * PAIR_BYTES
+                code.call(along_y, line, line, row_bytes, row_bytes)
+        target = kernels + item * PAIR_BYTES
+        with code.loop(0, tile.columns) as q:
+            line = target + q * nz * spread
+            code.call(along_z, buffer + q * PAIR_BYTES, line, plane_bytes, spread)
+    code.finish()
+
+
+def _write_planes(module: ir.Module, tile: Tile) -> None:
+    """Spectra of planes. Items are (stack, channel block, plane); ``table`` holds for every
+    (stack, plane) its address, 0 where it is all padding."""
+    (_, ny, nx), half, columns = tile.size, tile.half, tile.columns
+    along_x = real_line(module, nx, nx)
+    along_y = complex_line(module, ny, ny, ny, streamed=True)
+    code = Function(
+        module,
+        PLANES,
+        ("buffer", "table", "stacks", "spectra"),
+        ("blocks", "planes", *_STRIDES, "column_stride", "first", "last"),
+    )
+    buffer, table, stacks, spectra = code.addresses
+    blocks, planes, block_stride, row_stride, stride, column_stride, first, last = code.numbers
+    row_bytes, padded = half * PAIR_BYTES, buffer + columns * PAIR_BYTES
+    with code.loop(first, last) as item:
+        target = spectra + item * PAIR_BYTES
+        place = _Place.of(item, table, stacks, blocks, planes)
+        with code.when(place.address.equals(0)), code.loop(0, columns) as q:
+            for shift in (0, VECTOR_BYTES):
+                (target + q * column_stride).store(code.vector(), shift)
+        with code.when(place.address.differs(0)):
+            corner = place.corner + place.block * block_stride
+            for rows in ((0, place.top), (place.bottom, ny)):
+                with code.loop(*rows) as y:
+                    _clear(code, buffer + y * row_bytes, 2 * half)
+            with code.when(place.width.equals(nx)), code.loop(place.top, place.bottom) as y:
+                row, to = corner + y * row_stride, buffer + y * row_bytes
+                code.call(along_x, row, to, stride, PAIR_BYTES)
+            with code.when(place.width < nx):
+                _clear(code, padded, nx)
+                with code.loop(place.top, place.bottom) as y:
+                    row, to = corner + y * row_stride, buffer + y * row_bytes
+                    with code.loop(place.left, place.right) as x:
+                        padded.store((row + x * stride).load(), x * VECTOR_BYTES)
+                    code.call(along_x, padded, to, VECTOR_BYTES, PAIR_BYTES)
+            with code.loop(0, half) as q:
+                line, to = buffer + q * PAIR_BYTES, target + q * column_stride
+                code.call(along_y, line, to, row_bytes, column_stride * half)
+    code.finish()
+
+
+def _write_columns(module: ir.Module, tile: Tile, product: Product) -> None:
+    """From spectra to answers. Items are frequencies of the plane. The thread's buffer holds what
+    goes into the products and, behind that, what comes out: frequency of z, tile (stack by
+    stack), channel block."""
+    nz, made = tile.size[0], tile.made[0]
+    there = complex_line(module, nz, nz, nz, sums=True)
+    back = complex_line(module, nz, nz, made, inverse=True, streamed=True)
+    code = Function(
+        module,
+        COLUMNS,
+        ("buffer", "spectra", "kernels", "answers"),
+        (
+            *("stacks", "tiles", "blocks", "channels", "made_blocks", "planes"),
+            *("column_stride", "before_stride", "after_stride", "answer_stride"),
+            *("first", "last"),
+        ),
+    )
+    before, spectra, kernels, answers = code.addresses
+    stacks, tiles, blocks, channels, made_blocks, planes, *numbers = code.numbers
+    column_stride, before_stride, after_stride, answer_stride, first, last = numbers
+    rows, row_bytes = stacks * tiles, blocks * TRIPLE_BYTES
+    made_row_bytes, after = made_blocks * PAIR_BYTES, before + before_stride * nz
+    with code.loop(first, last) as q:
+        source = spectra + q * column_stride
+        with _each_tile(code, stacks, blocks, tiles) as (line, row, block, t):
+            begin = source + (line * planes + t * made) * PAIR_BYTES
+            to = before + row * row_bytes + block * TRIPLE_BYTES
+            code.call(there, begin, to, PAIR_BYTES, before_stride)
+        kernel_bytes = channels * PAIR_BYTES
+        groups = (rows // product.rows_at_once).at_least(1)
+        calls = groups * made_blocks * nz
+        kernel_lines, column_lines = (
+            n // VECTOR_BYTES + 1 for n in (kernel_bytes // groups, column_stride // calls)
+        )
+        with code.loop(0, nz) as z, code.loop(0, made_blocks) as block:
+            turn = z * made_blocks + block
+            kernel = kernels + (q * made_blocks * nz + turn) * kernel_bytes
+            column = source + column_stride + turn * groups * column_lines * VECTOR_BYTES
+            to = after + z * after_stride + block * PAIR_BYTES
+            product.write(
+                code,
+                (before + z * before_stride, kernel, to),
+                rows,
+                (row_bytes, made_row_bytes),
+                channels,
+                (Ahead(kernel + kernel_bytes * 2, kernel_lines), Ahead(column, column_lines)),
+            )
+        with _each_tile(code, stacks, made_blocks, tiles) as (line, row, block, t):
+            begin = after + row * made_row_bytes + block * PAIR_BYTES
+            to = answers + (line * tiles + t) * made * answer_stride + q * PAIR_BYTES
+            code.call(back, begin, to, after_stride, answer_stride)
+    code.finish()
+
+
+def _write_restore(module: ir.Module, tile: Tile, relu: bool) -> None:
+    """Planes from answers. Items are (stack, output block, plane); ``table`` holds for every
+    (stack, plane) where it goes, 0 where it is not wanted."""
+    (_, ny, nx), (_, my, mx), half = tile.size, tile.made, tile.half
+    along_y = complex_line(module, ny, ny, my, inverse=True)
+    along_x, along_x_aside = (
+        restored_line(module, nx, mx, relu=relu, streamed=streamed) for streamed in (True, False)
+    )
+    code = Function(
+        module,
+        RESTORE,
+        ("buffer", "table", "stacks", "answers", "biases"),
+        ("blocks", "planes", *_STRIDES, "answer_stride", "first", "last"),
+    )
+    buffer, table, stacks, answers, biases = code.addresses
+    blocks, planes, block_stride, row_stride, stride, answer_stride, first, last = code.numbers
+    row_bytes, aside = half * PAIR_BYTES, buffer + tile.columns * PAIR_BYTES
+    with code.loop(first, last) as item:
+        place = _Place.of(item, table, stacks, blocks, planes)
+        with code.when(place.address.differs(0)):
+            corner = place.corner + place.block * block_stride
+            bias = biases + place.block * VECTOR_BYTES
+            source = answers + item * answer_stride
+            with code.loop(0, half) as q:
+                line = q * PAIR_BYTES
+                code.call(along_y, source + line, buffer + line, row_bytes, row_bytes)
+            with code.when(place.width.equals(mx)), code.loop(place.top, place.bottom) as y:
+                row = corner + y * row_stride
+                code.call(along_x, buffer + y * row_bytes, row, bias, stride)
+            with code.when(place.width < mx), code.loop(place.top, place.bottom) as y:
+                row = corner + y * row_stride
+                code.call(along_x_aside, buffer + y * row_bytes, aside, bias, VECTOR_BYTES)
+                with code.loop(place.left, place.right) as x:
+                    (row + x * stride).store(aside.load(x * VECTOR_BYTES))
+    code.finish()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which plane of which stack an item is, and what of it counts."""
+
+    block: Number
+    address: Number
+    corner: Address
+    top: Number
+    bottom: Number
+    left: Number
+    right: Number
+
+    @classmethod
+    def of(
+        cls, item: Number, table: Address, stacks: Address, blocks: Number, planes: Number
+    ) -> _Place:
+        stack, plane = item // (blocks * planes), item % planes
+        entry = (stack * planes + plane) * 8
+        told = stacks + stack * (8 * STACK_NUMBERS)
+        top, bottom, left, right, begin = (told.number(8 * i) for i in range(STACK_NUMBERS))
+        return cls(
+            block=item // planes % blocks,
+            address=table.number(entry),
+            corner=table.address(entry) + begin,
+            top=top,
+            bottom=bottom,
+            left=left,
+            right=right,
+        )
+
+    @property
+    def width(self) -> Number:
+        return self.right - self.left
+
+
+@contextmanager
+def _each_tile(
+    code: Function, stacks: Number, blocks: Number, tiles: Number
+) -> Iterator[tuple[Number, Number, Number, Number]]:
+    """All tiles of all stacks and channel blocks: the line of tiles they are in, their row of a
+    matrix, the block, the tile of its stack."""
+    with code.loop(0, stacks) as stack, code.loop(0, blocks) as block, code.loop(0, tiles) as t:
+        yield stack * blocks + block, stack * tiles + t, block, t
+
+
+def _clear(code: Function, target: Address, vectors: Integer) -> None:
+    with code.loop(0, vectors) as i:
+        target.store(code.vector(), i * VECTOR_BYTES)

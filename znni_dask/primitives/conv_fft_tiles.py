@@ -1,0 +1,250 @@
+"""Convolution by Fourier transforms of small tiles, whose product stays in the caches.
+
+Overlap-save with tiles of some 8 to 48 voxels along each axis (Zlateski et al. 2016, section
+IV.B, have one tile as large as the image). Tiles stand in stacks along z, and stacks are computed
+in batches: as many tiles at once as make the products with the kernels' spectra fast. A dilated
+convolution is one of every `dilation`-th voxel, for each offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log2
+from typing import ClassVar, NamedTuple, cast, final
+
+import numpy as np
+
+from znni_dask.geometry import Size, ceil_divide, round_up, triple, volume
+from znni_dask.kernels import tiles
+from znni_dask.kernels.code import LANES, VECTOR_BYTES
+from znni_dask.kernels.complex_product import PAIR_BYTES, TRIPLE_BYTES
+from znni_dask.kernels.memory import Bytes, allocate, allocated_bytes
+from znni_dask.kernels.team import Team
+from znni_dask.kernels.tiles import Tile
+from znni_dask.network.layers import ONES, Conv, Layer
+from znni_dask.network.network import Weights
+from znni_dask.primitives.base import Array, Form, Primitive, Problem
+from znni_dask.primitives.stacks import Stacks, stacks_of
+
+_NAME = "tiled fft "
+TILES_AT_ONCE = 64  # rows of the matrices that are multiplied
+
+
+class Spectra(NamedTuple):
+    """What is prepared: spectra of the kernels, biases in blocks."""
+
+    kernels: Bytes
+    biases: Array
+
+
+class Work(NamedTuple):
+    """What a problem takes: operations of transforms and of products, bytes to and from memory."""
+
+    transforms: int
+    products: int
+    traffic_bytes: int
+
+
+@final
+@dataclass(frozen=True)
+class ConvTiledFFT(Primitive):
+    """Convolution in tiles of ``tile`` voxels (z, y, x) on the CPU; the tile is part of its name.
+
+    Takes any kernel, dilation and padding; no stride, no groups.
+    """
+
+    tile: Size
+    layer: ClassVar[type[Layer]] = Conv
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Like ``tiled fft 16·24·24``."""
+        return f"{_NAME}{'·'.join(map(str, self.tile))}"
+
+    @classmethod
+    def of(cls, name: str) -> ConvTiledFFT | None:
+        """The primitive of a name; None where it is another's."""
+        lengths = name.removeprefix(_NAME).split("·")
+        if not name.startswith(_NAME) or len(lengths) != 3 or not all(map(str.isdecimal, lengths)):
+            return None
+        return cls(triple(int(length) for length in lengths))
+
+    def refusal(self, layer: Layer) -> str | None:
+        if (reason := super().refusal(layer)) is not None:
+            return reason
+        conv = cast("Conv", layer)
+        if conv.stride != ONES or conv.groups != 1 or conv.whole:
+            return f"{self.name} takes no stride, groups or whole window, not {conv.summary}"
+        return Tile(self.tile, conv.kernel).refusal()
+
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        return Form.BLOCKED, Form.BLOCKED
+
+    def flops(self, problem: Problem) -> int:
+        work = self.work(problem)
+        return work.transforms + work.products
+
+    def work(self, problem: Problem) -> Work:
+        """Operations of transforms (5 n log n of n complex numbers, half of real ones) and of
+        products (8), and what goes to and from memory."""
+        conv, tile, stacks = _conv(problem), self._tile(problem), self._stacks(problem)
+        blocks, made_blocks = _blocks(conv)
+        line = [5 * n * log2(n) if n > 1 else 0.0 for n in tile.size]
+        plane = tile.size[1] * line[2] / 2 + tile.half * line[1]
+        column = tile.columns * line[0]
+        rows = stacks.count * stacks.tiles
+        read, made = stacks.count * blocks * stacks.planes, rows * made_blocks * tile.made[0]
+        transforms = LANES * ((read + made) * plane + rows * (blocks + made_blocks) * column)
+        products = 8 * rows * tile.columns * tile.size[0] * conv.in_channels * LANES * made_blocks
+        spectrum, real = tile.columns * PAIR_BYTES, tile.size[1] * tile.size[2] * VECTOR_BYTES
+        batches = ceil_divide(stacks.count, stacks.batch)
+        traffic = (read + made) * (2 * spectrum + real) + batches * self._kernels_bytes(conv)
+        return Work(int(transforms), products, traffic)
+
+    def prepared_bytes(self, layer: Layer) -> int:
+        conv = cast("Conv", layer)
+        _, made_blocks = _blocks(conv)
+        taps = made_blocks * LANES * conv.in_channels * volume(conv.kernel) * 4
+        return (
+            allocated_bytes(self._kernels_bytes(conv))
+            + made_blocks * VECTOR_BYTES
+            + 2 * allocated_bytes(taps)  # while spectra are made
+        )
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        need = _Workspace.of(_conv(problem), self._stacks(problem), threads)
+        return need.nbytes + need.table_bytes
+
+    def prepare(self, layer: Layer, weights: Weights) -> Spectra:
+        """Spectra of the kernels. One thread writes them as fast as memory takes them."""
+        conv = cast("Conv", layer)
+        tile = Tile(self.tile, conv.kernel)
+        _, made_blocks = _blocks(conv)
+        channels, taps = conv.in_channels, volume(conv.kernel)
+        scaled = np.zeros((made_blocks * LANES, channels, taps), np.float32)
+        scaled[: conv.out_channels] = weights["weight"].reshape(conv.out_channels, channels, taps)
+        scaled /= volume(tile.size)
+        side = allocate(scaled.nbytes).view(np.float32).reshape(made_blocks, channels, taps, LANES)
+        side[...] = np.moveaxis(scaled.reshape(made_blocks, LANES, channels, taps), 1, -1)
+        kernels, buffer = allocate(self._kernels_bytes(conv)), allocate(tile.kernels_buffer_bytes)
+        tiles.stages(tile, conv.relu)[tiles.KERNELS](
+            *(array.ctypes.data for array in (buffer, side, kernels)),
+            *(channels, made_blocks, 0, made_blocks * channels),
+        )
+        biases = allocate(made_blocks * VECTOR_BYTES).view(np.float32)
+        biases[:] = 0
+        if conv.bias:
+            biases[: conv.out_channels] = weights["bias"]
+        return Spectra(kernels, biases)
+
+    def apply(
+        self, prepared: Spectra, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+    ) -> None:
+        conv, tile, stacks = _conv(problem), self._tile(problem), self._stacks(problem)
+        blocks, made_blocks = _blocks(conv)
+        need = _Workspace.of(conv, stacks, team.threads)
+        spectra, answers, *buffers = need.places(team.scratch(need.nbytes).ctypes.data)
+        compiled = tiles.stages(tile, conv.relu)
+
+        def share(stage: str, items: int, *fixed: int) -> None:
+            def work(first: int, last: int) -> None:
+                buffer = buffers.pop()  # there is one for every thread
+                compiled[stage](buffer, *fixed, first, last)
+                buffers.append(buffer)
+
+            team.share(work, items)
+
+        for here, there in zip(stacks.of_input(inputs[0]), stacks.of_output(out), strict=True):
+            share(
+                tiles.PLANES,
+                here.stacked * blocks * stacks.planes,
+                *(*here.addresses, spectra, blocks, stacks.planes),
+                *(*here.strides, need.column_stride),
+            )
+            share(
+                tiles.COLUMNS,
+                tile.columns,
+                *(spectra, prepared.kernels.ctypes.data, answers),
+                *(here.stacked, stacks.tiles, blocks, conv.in_channels, made_blocks, stacks.planes),
+                *(need.column_stride, need.before_stride, need.after_stride, need.answer_stride),
+            )
+            share(
+                tiles.RESTORE,
+                here.stacked * made_blocks * stacks.planes_made,
+                *(*there.addresses, answers, prepared.biases.ctypes.data),
+                *(made_blocks, stacks.planes_made, *there.strides, need.answer_stride),
+            )
+
+    def _tile(self, problem: Problem) -> Tile:
+        return Tile(self.tile, _conv(problem).kernel)
+
+    def _stacks(self, problem: Problem) -> Stacks:
+        conv = _conv(problem)
+        return stacks_of(problem, self._tile(problem), conv.dilation, TILES_AT_ONCE)
+
+    def _kernels_bytes(self, conv: Conv) -> int:
+        _, made_blocks = _blocks(conv)
+        columns = Tile(self.tile, conv.kernel).columns
+        return columns * self.tile[0] * made_blocks * conv.in_channels * PAIR_BYTES
+
+
+@dataclass(frozen=True)
+class _Workspace:
+    """What a batch of stacks is computed in, and the strides there. Strides are odd numbers of
+    cache lines, lest what is read together falls on the same lines of a cache."""
+
+    column_stride: int
+    answer_stride: int
+    before_stride: int
+    after_stride: int
+    spectra_bytes: int
+    answers_bytes: int
+    thread_bytes: int
+    threads: int
+    table_bytes: int
+
+    @classmethod
+    def of(cls, conv: Conv, stacks: Stacks, threads: int) -> _Workspace:
+        tile, (blocks, made_blocks) = stacks.tile, _blocks(conv)
+        rows = stacks.batch * stacks.tiles
+        column_stride = _odd(stacks.batch * blocks * stacks.planes * PAIR_BYTES)
+        answer_stride = _odd(tile.columns * PAIR_BYTES)
+        before, after = _odd(rows * blocks * TRIPLE_BYTES), _odd(rows * made_blocks * PAIR_BYTES)
+        thread_bytes = max(tile.plane_buffer_bytes, tile.size[0] * (before + after))
+        return cls(
+            column_stride=column_stride,
+            answer_stride=answer_stride,
+            before_stride=before,
+            after_stride=after,
+            spectra_bytes=tile.columns * column_stride,
+            answers_bytes=stacks.batch * made_blocks * stacks.planes_made * answer_stride,
+            thread_bytes=round_up(thread_bytes, VECTOR_BYTES),
+            threads=threads,
+            table_bytes=stacks.table_bytes,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Scratch memory."""
+        return self.spectra_bytes + self.answers_bytes + self.threads * self.thread_bytes
+
+    def places(self, start: int) -> list[int]:
+        """Where spectra, answers and every thread's buffer lie, from the address ``start`` on."""
+        buffers = start + self.spectra_bytes + self.answers_bytes
+        own = [buffers + i * self.thread_bytes for i in range(self.threads)]
+        return [start, start + self.spectra_bytes, *own]
+
+
+def _odd(nbytes: int) -> int:
+    """At least so many bytes: an odd number of cache lines."""
+    return (ceil_divide(nbytes, VECTOR_BYTES) | 1) * VECTOR_BYTES
+
+
+def _conv(problem: Problem) -> Conv:
+    return cast("Conv", problem.layer)
+
+
+def _blocks(conv: Conv) -> tuple[int, int]:
+    """Blocks of input and of output channels."""
+    return ceil_divide(conv.in_channels, LANES), ceil_divide(conv.out_channels, LANES)

@@ -1,0 +1,190 @@
+"""How the outputs of a convolution fall into tiles: stacks of them along z, and where each lies
+in memory.
+
+Arithmetic on whole numbers, then tables of addresses for the compiled stages in `kernels.tiles`.
+Tiles of a dilated convolution take every d-th voxel: along each axis there are d *phases*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from znni_dask.geometry import Size, ceil_divide
+from znni_dask.kernels.code import VECTOR_BYTES
+from znni_dask.kernels.tiles import STACK_NUMBERS, Tile
+from znni_dask.primitives.base import Array, Problem
+
+Numbers = NDArray[np.int64]
+
+
+class Batch(NamedTuple):
+    """Stacks that are computed together: tables of the addresses of their planes and of what
+    counts of these, and the strides of blocks of channels, of a tile's rows and its voxels."""
+
+    planes: Numbers
+    stacks: Numbers
+    strides: tuple[int, int, int]
+
+    @property
+    def stacked(self) -> int:
+        """Number of stacks."""
+        return len(self.planes)
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Where the tables lie; they must live on while these are used."""
+        return self.planes.ctypes.data, self.stacks.ctypes.data
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One axis: ``made`` outputs, of each phase in pieces of ``piece``."""
+
+    made: int
+    there: int
+    offset: int
+    dilation: int
+    kernel: int
+    piece: int
+
+    @cached_property
+    def pieces(self) -> list[tuple[int, int]]:
+        """Phase and first output of every piece."""
+        return [
+            (phase, first)
+            for phase in range(min(self.dilation, self.made))
+            for first in range(0, ceil_divide(self.made - phase, self.dilation), self.piece)
+        ]
+
+    @property
+    def count(self) -> int:
+        """Number of pieces."""
+        there, more = divmod(
+            self.made, self.dilation
+        )  # outputs of each phase, and phases of 1 more
+        short = min(self.dilation, self.made) - more
+        pieces = more * ceil_divide(there + 1, self.piece)
+        return pieces + (short * ceil_divide(there, self.piece) if there else 0)
+
+    def outputs(self, length: int) -> Numbers:
+        """Of every piece ``length`` outputs; -1 where there is none."""
+        places = self._places(length)
+        return np.where(places < self.made, places, -1)
+
+    def inputs(self, length: int) -> Numbers:
+        """Of every piece ``length`` inputs; -1 where they are padding, or read by no output."""
+        places = self._places(length)
+        read = self.made + (self.kernel - 1) * self.dilation
+        inside = (places < read) & (places + self.offset >= 0)
+        inside &= places + self.offset < self.there
+        return np.where(inside, places + self.offset, -1)
+
+    def _places(self, length: int) -> Numbers:
+        first = np.array([phase + begin * self.dilation for phase, begin in self.pieces])
+        return first[:, None] + np.arange(length) * self.dilation
+
+    def reach(self, length: int, inputs: bool) -> Numbers:
+        """Of every piece which of ``length`` voxels count, first and end, and where it begins."""
+        there = self.inputs(length) if inputs else self.outputs(length)
+        counts = there >= 0
+        any_there = counts.any(axis=1)
+        first = np.where(any_there, counts.argmax(axis=1), 0)
+        end = np.where(any_there, length - counts[:, ::-1].argmax(axis=1), 0)
+        begin = self._places(1)[:, 0] + (self.offset if inputs else 0)
+        return np.stack([first, end, begin], axis=1)
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """The stacks of a problem: ``count`` of ``tiles`` each, computed ``batch`` at a time."""
+
+    tile: Tile
+    axes: tuple[_Axis, _Axis, _Axis]
+    count: int
+    tiles: int
+    batch: int
+
+    @property
+    def planes(self) -> int:
+        """Planes of the input behind a stack."""
+        return (self.tiles - 1) * self.tile.made[0] + self.tile.size[0]
+
+    @property
+    def planes_made(self) -> int:
+        """Planes that a stack makes."""
+        return self.tiles * self.tile.made[0]
+
+    @property
+    def table_bytes(self) -> int:
+        """Memory of all tables, temporaries included."""
+        return 8 * self.count * (2 * (self.planes + self.planes_made) + 8 * STACK_NUMBERS)
+
+    def of_input(self, array: Array) -> Iterator[Batch]:
+        """Batch by batch where the planes behind stacks lie in a blocked array."""
+        z, y, x = self.axes
+        _, ny, nx = self.tile.size
+        return self._batches(array, z.inputs(self.planes), y.reach(ny, True), x.reach(nx, True))
+
+    def of_output(self, array: Array) -> Iterator[Batch]:
+        """Batch by batch where the planes that stacks make lie in a blocked array."""
+        z, y, x = self.axes
+        _, my, mx = self.tile.made
+        made = z.outputs(self.planes_made)
+        return self._batches(array, made, y.reach(my, False), x.reach(mx, False))
+
+    def _batches(
+        self, array: Array, planes: Numbers, rows: Numbers, columns: Numbers
+    ) -> Iterator[Batch]:
+        table, told = _tables(array, planes, rows, columns)
+        block, _, row, voxel = array.strides[1:5]
+        row, voxel = row * self.axes[1].dilation, voxel * self.axes[2].dilation
+        for first in range(0, self.count, self.batch):
+            part = slice(first, first + self.batch)
+            yield Batch(table[part], told[part], (block, row, voxel))
+
+
+def stacks_of(problem: Problem, tile: Tile, dilation: Size, at_once: int) -> Stacks:
+    """The stacks that make a problem's output in batches of about ``at_once`` tiles."""
+    batch, _, *made = problem.output
+    _, my, mx = tile.made
+    tiles = ceil_divide(ceil_divide(made[0], dilation[0]), tile.made[0])
+    tiles = ceil_divide(tiles, ceil_divide(tiles, at_once))
+    pieces = (tiles * tile.made[0], my, mx)
+    z, y, x = (
+        _Axis(
+            made[axis],
+            problem.inputs[0][2 + axis],
+            problem.offsets[0][axis],
+            dilation[axis],
+            tile.kernel[axis],
+            pieces[axis],
+        )
+        for axis in range(3)
+    )
+    count = batch * z.count * y.count * x.count
+    batches = ceil_divide(count, max(1, at_once // tiles))
+    return Stacks(tile, (z, y, x), count, tiles, ceil_divide(count, batches))
+
+
+def _tables(
+    array: Array, planes: Numbers, rows: Numbers, columns: Numbers
+) -> tuple[Numbers, Numbers]:
+    """``planes`` of every piece along z; of every piece along y and x what counts."""
+    samples = array.shape[0]
+    samples_stride, _, plane_stride, row_stride, *_ = array.strides
+    corner = array.ctypes.data + np.arange(samples) * samples_stride
+    address = corner[:, None, None] + planes * plane_stride
+    address = np.where(planes >= 0, address, 0)[:, :, None, None, :]
+    whole = (samples, len(planes), len(rows), len(columns))
+    table = np.broadcast_to(address, (*whole, planes.shape[1])).reshape(-1, planes.shape[1])
+    told = np.empty((*whole, STACK_NUMBERS), np.int64)
+    told[..., 0:2] = rows[:, None, :2]
+    told[..., 2:4] = columns[:, :2]
+    told[..., 4] = rows[:, None, 2] * row_stride + columns[:, 2] * VECTOR_BYTES
+    return np.ascontiguousarray(table), told.reshape(-1, STACK_NUMBERS)
