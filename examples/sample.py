@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from znni_dask.geometry import Size
 from znni_dask.storage import output
+from znni_dask.storage.encoding import Encoding
 
 Floats = NDArray[np.float32]
 Bits = NDArray[np.uint32]
@@ -101,12 +102,12 @@ def save(raw_path: Path, membranes_path: Path, size: Size, seed: int) -> None:
     stores = [
         output.create(
             path,
-            output.output_layout(1, size, CHUNK, None, dtype="uint8"),
+            output.output_layout(Encoding("uint8"), 1, size, CHUNK),
             scale=VOXEL_NANOMETERS,
             translation=(0.0, 0.0, 0.0),
             units=("nanometer",) * 3,
             attributes={},
-        )
+        ).arrays[0]
         for path in (raw_path, membranes_path)
     ]
     for z in range(0, size[0], CHUNK[0]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from znni_dask.errors import OptionError, OutputError, RunError
 from znni_dask.geometry import Box
 from znni_dask.importers.to_onnx import save
 from znni_dask.journal import Journal, journal_of
+from znni_dask.storage.output import Image
 from znni_dask.storage.volume import open_volume
 
 SIZE = (40, 48, 56)
@@ -150,18 +152,26 @@ def test_another_answer_is_refused_and_says_what_differs(
     assert summary.blocks == BLOCKS
 
 
+def test_an_output_changed_since_is_not_taken_for_finished(files, tmp_path, client, monkeypatch):
+    """Blocks that the journal tells of would be missing."""
+    stopped(tmp_path, client, monkeypatch, after=50)
+    shutil.rmtree(tmp_path / "out.zarr" / "1")
+    with pytest.raises(OutputError, match=r"not as the unfinished run left it.*--overwrite"):
+        znni_dask.run(**options(tmp_path), client=client)
+
+
 def test_a_full_disk_ends_the_run_and_can_be_resumed(files, tmp_path, client, monkeypatch):
     network, values = files
-    honest, written = job.store.write, []
+    honest, written = Image.write, []
 
-    def write(array, box, values, time=0):
+    def write(self, box, values, time=0, **where):
         if len(written) >= 20:
             raise OSError(errno.ENOSPC, "No space left on device")
-        honest(array, box, values, time)
+        honest(self, box, values, time, **where)
         written.append(box)
 
     with monkeypatch.context() as patched:
-        patched.setattr(job.store, "write", write)
+        patched.setattr(Image, "write", write)
         with pytest.raises(RunError, match="once there is space on the disk") as found:
             znni_dask.run(**options(tmp_path), client=client)
     failed = int(str(found.value).split(" of ")[0])

@@ -170,8 +170,11 @@ def test_only_blocks_of_the_roi_are_ever_enumerated(tmp_path, client):
         **options,
     )
     assert summary.blocks == 2
-    assert [total for _, total in seen] == [9 * 12 * 10] * 2
-    assert seen[-1][0] == 9 * 12 * 10 == summary.passes[0].voxels
+    (total,) = {total for _, total in seen}
+    assert 9 * 12 * 10 < total < 1.3 * 9 * 12 * 10  # with the coarser levels of the region
+    assert seen[-1][0] == total
+    assert summary.passes[0].voxels == 9 * 12 * 10
+    assert summary.passes[0].level_blocks <= 2 * len(summary.passes[0].levels)
     assert open_volume(tmp_path / "out.zarr").size == (10_000,) * 3
 
 
@@ -293,8 +296,8 @@ def test_a_run_of_a_selection_is_resumed_and_counts_what_it_did(tmp_path, client
     assert np.array_equal(got, right)
     made = summary.passes[0]
     assert made.blocks + made.unselected == 2 * 3 * 4 - 7
-    assert [total for _, total in seen] == [9 * 22 * 26] * len(seen)
-    assert seen[-1][0] == 9 * 22 * 26
+    (total,) = {total for _, total in seen}
+    assert seen[-1][0] == total > 9 * 22 * 26
     again, _ = run(network, tmp_path, "out", client, **chosen)
     assert again.passes == ()
     with pytest.raises(OutputError, match="exists"):

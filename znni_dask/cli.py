@@ -32,6 +32,7 @@ from znni_dask.normalization import METHODS
 from znni_dask.patches import BOUNDARIES
 from znni_dask.run import run
 from znni_dask.storage.encoding import DTYPES
+from znni_dask.storage.ngff import VERSIONS
 from znni_dask.verify import verify
 from znni_dask.windows import WEIGHTS
 
@@ -96,22 +97,6 @@ def _add_infer(infer: argparse.ArgumentParser) -> None:
     infer.add_argument("--memory", metavar="SIZE", help="bound for the process, like 12GiB")
     infer.add_argument("--patch", type=_size, metavar="Z,Y,X", help="output computed at once")
     infer.add_argument("--threads", type=int, metavar="N")
-    infer.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help="of the output; labels: the number of the channel with the largest value",
-    )
-    infer.add_argument(
-        "--range",
-        type=float,
-        nargs=2,
-        default=(0.0, 1.0),
-        metavar=("LOW", "HIGH"),
-        help="values that uint8 output maps to 0 and 255 (default 0 1)",
-    )
-    infer.add_argument("--chunks", type=_size, metavar="Z,Y,X", help="of the output (default 64³)")
-    infer.add_argument("--shards", type=_size, metavar="Z,Y,X", help="of the output (default none)")
     infer.add_argument("--axes", metavar="LETTERS", help="what the input's axes mean, out of tczyx")
     infer.add_argument(
         "--channels", type=_numbers, metavar="C,…", help="the input's channels to use, from 0"
@@ -137,6 +122,7 @@ def _add_infer(infer: argparse.ArgumentParser) -> None:
         help="replace an existing output, or start an unfinished one anew",
     )
     _add_normalization(infer)
+    _add_form(infer)
     _add_approximate(infer)
     infer.set_defaults(command=_infer)
 
@@ -154,6 +140,36 @@ def _add_normalization(infer: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--stats-level", metavar="N", help="level of the OME-Zarr image they are taken of"
+    )
+
+
+def _add_form(infer: argparse.ArgumentParser) -> None:
+    """Options of how the output is stored."""
+    group = infer.add_argument_group("how the output is stored")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the output; labels: the number of the channel with the largest value",
+    )
+    group.add_argument(
+        "--range",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="values that uint8 output maps to 0 and 255 (default 0 1)",
+    )
+    group.add_argument("--chunks", type=_size, metavar="Z,Y,X", help="of the output (default 64³)")
+    group.add_argument("--shards", type=_size, metavar="Z,Y,X", help="of the output (default none)")
+    group.add_argument(
+        "--ome", choices=VERSIONS, default=VERSIONS[-1], help="version of OME-Zarr (default 0.5)"
+    )
+    group.add_argument(
+        "--no-pyramid",
+        dest="pyramid",
+        action="store_false",
+        help="make no coarser levels beside the output",
     )
 
 
@@ -241,6 +257,8 @@ def _infer(options: argparse.Namespace) -> int:
             value_range=tuple(options.range),
             chunks=options.chunks,
             shards=options.shards,
+            ome=options.ome,
+            pyramid=options.pyramid,
             nan=options.nan,
             axes=options.axes,
             channels=options.channels,

@@ -45,6 +45,11 @@ class Box:
         stop = triple(map(min, self.stop, other.stop))
         return Box(start, stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
 
+    def shared_voxels(self, other: Box) -> int:
+        """How many voxels both boxes hold."""
+        shared = self.shared(other)
+        return shared.voxels if shared else 0
+
     def clipped(self, size: Size) -> Box:
         """The part inside ``[0, size)``; where nothing is left, an empty box inside it."""
         start = triple(min(max(a, 0), n) for a, n in zip(self.start, size, strict=True))

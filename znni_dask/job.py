@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from distributed import WorkerPlugin, get_worker
@@ -26,29 +26,25 @@ from znni_dask.plan import Plan
 from znni_dask.primitives.base import Array
 from znni_dask.reading import Order, Reads
 from znni_dask.selection import Selection
-from znni_dask.storage import output as store
 from znni_dask.storage.chunk_cache import ChunkCache
-from znni_dask.storage.encoding import Encoding
+from znni_dask.storage.output import Image, OutputLayout
 from znni_dask.storage.volume import Volume
 from znni_dask.windows import Laid
-
-if TYPE_CHECKING:
-    import zarr
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A stored array, which takes channels ``first`` to ``last`` of a pass, encoded."""
+    """An image, which takes channels ``first`` to ``last`` of a pass, encoded."""
 
-    array: zarr.Array[Any]
+    image: Image
+    layout: OutputLayout
     first: int
     last: int
-    encoding: Encoding
 
     def empty(self, block: Box) -> NDArray[np.generic]:
         """Room for a block (channel, z, y, x) as it is stored, 0 so far."""
-        channels = self.encoding.stored_channels(self.last - self.first)
-        return np.zeros((channels, *block.size), self.array.dtype)
+        channels = self.layout.encoding.stored_channels(self.layout.channels)
+        return np.zeros((channels, *block.size), self.layout.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,14 +147,14 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
                 np.copyto(answer, 0, where=left_out)  # it may hold what cannot be stored
             for target, stored in made:
                 here = stored[:, z, y, x]
-                here[...] = target.encoding.encode(answer[target.first : target.last])
+                here[...] = target.layout.encoding.encode(answer[target.first : target.last])
                 if left_out is not None:
                     np.copyto(here, 0, where=left_out)
 
         with self._computing:
             self._blocks.make(block, values, region.start, take, wanted)
         for target, stored in made:
-            store.write(target.array, block, stored, time)
+            target.image.write(block, stored, time)
         return Made(
             block.voxels if wanted is None else int(wanted.sum()),
             reader.decoded_voxels,

@@ -45,6 +45,7 @@ class Journal:
     blocks: Sequence[Size]
     statistics: Mapping[str, Any] | None = None
     done: set[Place] = field(default_factory=set)
+    resumed: bool = False  # whether it told of blocks when it was found
     _file: TextIO | None = None
 
     @classmethod
@@ -69,6 +70,7 @@ class Journal:
                 if line.endswith("\n"):  # else it was being written when the run ended
                     number, time, start = json.loads(line)
                     journal.done.add((int(number), int(time), triple(start)))
+            journal.resumed = bool(journal.done)
             return journal
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise OutputError(

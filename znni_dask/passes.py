@@ -7,18 +7,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from znni_dask import planner, window_planner
+from znni_dask import planner, pyramid, window_planner
 from znni_dask.application import Application
-from znni_dask.errors import OptionError
+from znni_dask.errors import OptionError, OutputError
 from znni_dask.geometry import Size
 from znni_dask.job import Job, Target
 from znni_dask.journal import in_json, journal_of
 from znni_dask.machine import anonymous_bytes
 from znni_dask.plan import Plan
+from znni_dask.pyramid import Pyramid
 from znni_dask.recompute import HaloError, halo_error
 from znni_dask.resources import Resources
 from znni_dask.storage import output as store
 from znni_dask.storage.encoding import Encoding
+from znni_dask.storage.levels import spacing
 from znni_dask.storage.output import OutputLayout
 from znni_dask.windows import Laid, WindowGrid
 
@@ -38,6 +40,8 @@ class Request:
     shards: Size | None
     allowed_bytes: int
     threads: int
+    version: str
+    pyramid: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +51,7 @@ class PlannedPass:
     outputs: tuple[str, ...]
     stored: tuple[OutputLayout, ...]
     job: Job
+    pyramid: Pyramid
     resources: Resources
     halo_error: HaloError | None = None
 
@@ -78,8 +83,11 @@ def plan_pass(
         selected_bytes=0 if selection.everything else _WANTED_BYTES,
     )
     plan = plan_for(laid, resources, request.patch)
-    job = Job(laid, source, selection, application.nan, plan)
-    return PlannedPass(names, stored, job, resources)
+    held = planner.OVERHEAD_BYTES + planner.weights_bytes(laid.network)
+    coarser = pyramid.plan(stored, resources.baseline_bytes + held, request.allowed_bytes)
+    needed = max(plan.predicted_bytes, coarser.predicted_bytes)
+    job = Job(laid, source, selection, application.nan, replace(plan, predicted_bytes=needed))
+    return PlannedPass(names, stored, job, coarser, resources)
 
 
 def read_by(application: Application, planned: list[PlannedPass]) -> list[PlannedPass]:
@@ -109,14 +117,16 @@ def layout_of(application: Application, name: str, request: Request) -> OutputLa
             "and choose a threshold later, or choose other outputs with --output NAME"
         )
     vectors = isinstance(laid, WindowGrid) and laid.classifies
+    placed = application.placed(name)
     return store.output_layout(
-        encoding.stored_channels(channels),
+        encoding,
+        channels,
         laid.output_size,
-        request.chunks,
+        request.chunks or (_CHUNKS_OF_VECTORS if vectors else _CHUNKS),
         request.shards,
-        application.volume.times,
-        _CHUNKS_OF_VECTORS if vectors else _CHUNKS,
-        encoding.stored_dtype(channels).name,
+        times=application.volume.times,
+        version=request.version,
+        spacing=spacing(placed["scale"], placed["units"]) if request.pyramid else None,
     )
 
 
@@ -139,13 +149,17 @@ def plan_for(laid: Laid, resources: Resources, patch: Size | None) -> Plan:
 
 
 def create_outputs(
-    application: Application, planned: list[PlannedPass], encoding: Encoding, root: Path
+    application: Application,
+    planned: list[PlannedPass],
+    request: Request,
+    root: Path,
+    resumed: bool,
 ) -> list[PlannedPass]:
     """The passes with the arrays that they write: one image, or a group of one for each output.
-    What is there already, of a run that is resumed, stays."""
+    What is there already stays, and where a run with blocks written is ``resumed``, it must be."""
     images = places((name for one in planned for name in one.outputs), root)
     if len(images) > 1:
-        store.create_root(root, [place.name for place in images.values()])
+        store.create_root(root, [place.name for place in images.values()], request.version)
     ready = []
     found = application.volume.statistics
     statistics = {} if found is None else {"statistics": asdict(found)}
@@ -153,15 +167,19 @@ def create_outputs(
         targets: list[Target] = []
         error = {"halo_error": one.halo_error.largest} if one.halo_error else {}
         for name, layout in zip(one.outputs, one.stored, strict=True):
-            array = store.create(
-                images[name],
-                layout,
-                **application.placed(name),
-                attributes={"znni": application.described(name, encoding) | error | statistics},
+            place = images[name]
+            image = store.existing(place, layout)
+            if image is None and resumed:
+                raise OutputError(
+                    f"{place} is not as the unfinished run left it, some of its arrays are missing "
+                    "or others: start anew with --overwrite"
+                )
+            told = application.described(name, request.encoding) | error | statistics
+            image = image or store.create(
+                place, layout, **application.placed(name), attributes={"znni": told}
             )
             first = targets[-1].last if targets else 0
-            channels = application.laid(name).network.out_channels
-            targets.append(Target(array, first, first + channels, encoding))
+            targets.append(Target(image, layout, first, first + layout.channels))
         ready.append(replace(one, job=replace(one.job, targets=tuple(targets))))
     return ready
 

@@ -31,6 +31,7 @@ from znni_dask.geometry import (
 from znni_dask.kernels.memory import allocated_bytes
 from znni_dask.machine import show_bytes
 from znni_dask.network.field_of_view import Interval
+from znni_dask.network.network import Network
 from znni_dask.patches import Layout
 from znni_dask.plan import Choice, Plan, Reading, Stage
 from znni_dask.primitives.base import ITEM_BYTES, Primitive
@@ -218,12 +219,17 @@ def computing_bytes(
     network = schedules.layout.network
     return (
         OVERHEAD_BYTES
-        + WEIGHT_COPIES * ITEM_BYTES * network.parameters
+        + weights_bytes(network)
         + schedules.prepared_bytes
         + allocated_bytes(schedules.arena(sizes).bytes)
         + allocated_bytes(schedules.workspace_bytes(sizes, threads))
         + ITEM_BYTES * network.out_channels * volume(patch)
     )
+
+
+def weights_bytes(network: Network) -> int:
+    """Memory that the weights of a network take all the time."""
+    return WEIGHT_COPIES * ITEM_BYTES * network.parameters
 
 
 def patches_of(block: Box, patch: Size) -> Iterator[Box]:

@@ -122,6 +122,7 @@ def run_lines(summary: Summary) -> list[str]:
             f"{text(plan.patch)}, "
             f"{plan.flops_per_voxel:,.0f} operations per voxel, {plan.threads} threads, "
             f"{plan.blocks_in_flight} blocks in flight"
+            + (f"; levels of {', '.join(map(text, one.levels))}" if one.levels else "")
         )
         if one.unselected:
             lines.append(

@@ -9,9 +9,8 @@ box of their block and return its number of voxels.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +18,22 @@ from distributed import Client
 
 from znni_dask import options
 from znni_dask.application import Application
-from znni_dask.errors import RunError
-from znni_dask.feeding import connected, is_full, make_blocks
-from znni_dask.geometry import Box, Size
+from znni_dask.feeding import connected
+from znni_dask.geometry import Size
 from znni_dask.importers import load_network
-from znni_dask.job import Job, Made
 from znni_dask.journal import Journal, journal_of
 from znni_dask.kernels.warm import compile_kernels
 from znni_dask.machine import MemoryMeter
+from znni_dask.making import Pass, Progress, make_all
 from znni_dask.network.network import Network
 from znni_dask.passes import PlannedPass, Request, create_outputs, is_complete, plan_pass, read_by
 from znni_dask.plan import Plan
-from znni_dask.recompute import HaloError
 from znni_dask.selection import roi_box
 from znni_dask.statistics import check_alike, measure
 from znni_dask.storage import output as store
 from znni_dask.storage.encoding import Encoding
+from znni_dask.storage.ngff import VERSIONS
 from znni_dask.storage.volume import Volume, open_volume
-
-Progress = Callable[[int, int], None]
-_SHOWN_FAILURES = 3
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass over the volume: the network's outputs made in it, and how.
-
-    ``voxels`` and ``blocks`` were made by this run; of ``unselected`` blocks it found that they
-    hold nothing that the mask selects. ``decoded_voxels`` of the volume's chunks were decoded;
-    ``needed_voxels`` lie behind the blocks that were made, each counted once.
-    """
-
-    outputs: tuple[str, ...]
-    size: Size
-    channels: int
-    voxels: int
-    blocks: int
-    unselected: int
-    decoded_voxels: int
-    needed_voxels: int
-    plan: Plan
-    halo_error: HaloError | None = None
-
-    @property
-    def read_amplification(self) -> float:
-        """How often a voxel that is needed was decoded on average; 0 where nothing was made."""
-        return self.decoded_voxels / self.needed_voxels if self.needed_voxels else 0.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +62,7 @@ class Summary:
 
     @property
     def blocks(self) -> int:
-        """Blocks made in all."""
+        """Blocks made in all, of first levels."""
         return sum(one.blocks for one in self.passes)
 
     @property
@@ -122,6 +91,8 @@ def run(
     value_range: tuple[float, float] = (0.0, 1.0),
     chunks: Size | int | None = None,
     shards: Size | int | None = None,
+    ome: str = VERSIONS[-1],
+    pyramid: bool = True,
     nan: float | None = None,
     axes: str | None = None,
     channels: Sequence[int] | None = None,
@@ -148,7 +119,7 @@ def run(
     network : an ONNX or ``.znni`` file, a `Network`, or the name of a paper's network.
     input : Zarr, OME-Zarr, TIFF stack, HDF5 (``file.h5:/dataset``) or ``.npy``, or the URL of a
         Zarr store; axes out of t, c, z, y, x. Every time point is a volume of its own.
-    output : the OME-Zarr 0.5 store to make; array ``0`` is (z, y, x), with t and c before it where
+    output : the OME-Zarr store to make; array ``0`` is (z, y, x), with t and c before it where
         there are several. Several outputs of the network make a group each.
     boundary : how the volume goes on beyond its faces: ``"reflect"`` (edge not repeated),
         ``"nearest"``, ``"constant"`` (zero), or ``"valid"`` (not at all: the output is smaller).
@@ -160,6 +131,8 @@ def run(
     dtype : ``"float32"``, ``"float16"``, ``"uint8"`` (``value_range`` mapped to 0 … 255), or
         ``"labels"``: the number of each output's channel with the largest value.
     chunks, shards : of the output, (z, y, x).
+    ome : version of OME-Zarr, ``"0.5"`` (in Zarr 3) or ``"0.4"`` (in Zarr 2, which has no shards).
+    pyramid : whether coarser levels are made too, down to one of no more voxels than a chunk.
     nan : replaces NaN and infinity in the volume; without it blocks that meet them fail.
     axes : what the input's axes mean, letters of ``"tczyx"``, whatever its file says.
     channels : the input's channels that the network takes, counted from 0.
@@ -215,6 +188,8 @@ def run(
         shards=options.size("shards", shards),
         allowed_bytes=options.allowed_bytes(memory),
         threads=options.computing_threads(threads),
+        version=ome,
+        pyramid=pyramid,
     )
     groups = application.passes(outputs)
     described = _described(application, groups, request)
@@ -234,9 +209,9 @@ def run(
             store.clear(place)
             journal = _new_journal(place, described, planned)
         with journal:
-            ready = create_outputs(application, planned, request.encoding, place)
+            ready = create_outputs(application, planned, request, place, journal.resumed)
             begin = time.perf_counter()
-            passes = _make_all(found, ready, journal, progress)
+            passes = make_all(found, ready, journal, progress)
             journal.end()
     return Summary(
         output=Path(output),
@@ -257,6 +232,8 @@ def _described(
         **application.defining,
         "chunks": request.chunks,
         "shards": request.shards,
+        "ome": request.version,
+        "pyramid": request.pyramid,
         "outputs": names,
         **{
             f"{key} of {name}" if len(names) > 1 else key: value
@@ -304,97 +281,3 @@ def _begun(
     if journal is not None:
         journal.check(described)
     return place, journal
-
-
-@dataclass
-class _Tally:
-    """What the blocks of a pass tell, added up."""
-
-    voxels: int = 0
-    blocks: int = 0
-    unselected: int = 0
-    decoded_voxels: int = 0
-    needed_voxels: int = 0
-
-    def add(self, made: Made) -> None:
-        """Count one block."""
-        self.voxels += made.voxels
-        self.blocks += made.voxels > 0
-        self.unselected += made.voxels == 0
-        self.decoded_voxels += made.decoded_voxels
-        self.needed_voxels += made.needed_voxels
-
-
-def _make_all(
-    client: Client, passes: list[PlannedPass], journal: Journal, progress: Progress | None
-) -> tuple[Pass, ...]:
-    """Make the blocks of all passes that are missing, one pass after another."""
-    total = sum(_hull(one.job).voxels * one.job.volume.times for one in passes)
-    done = 0
-    made: list[Pass] = []
-    failures: list[tuple[Box, BaseException]] = []
-    for number, one in enumerate(passes):
-        held = partial(journal.holds, number)
-        within, laid = _hull(one.job), one.job.laid
-        done += sum(_voxels(block, within) for block in journal.blocks_of(number, laid.output_size))
-        missing = ((t, b) for t, b in one.job.blocks() if not held(t, b))
-        tally = _Tally()
-
-        def finished(
-            moment: int,
-            block: Box,
-            outcome: Made | BaseException,
-            number: int = number,
-            within: Box = within,
-            tally: _Tally = tally,
-        ) -> None:
-            nonlocal done
-            if isinstance(outcome, Made):
-                journal.add(number, moment, block)
-                tally.add(outcome)
-            else:
-                failures.append((block, outcome))
-            done += _voxels(block, within)
-            if progress:
-                progress(done, total)
-
-        make_blocks(client, one.job, missing, finished)
-        made.append(
-            Pass(
-                outputs=one.outputs,
-                size=laid.output_size,
-                channels=laid.network.out_channels,
-                **vars(tally),
-                plan=one.job.plan,
-                halo_error=one.halo_error,
-            )
-        )
-        if any(is_full(error) for _, error in failures):
-            break
-    if failures:
-        raise RunError(_failed(failures, sum(one.blocks for one in made)))
-    return tuple(made)
-
-
-def _hull(job: Job) -> Box:
-    """The outputs among which those that are selected lie."""
-    return job.selection.hull(job.laid)
-
-
-def _voxels(block: Box, within: Box) -> int:
-    shared = block.shared(within)
-    return shared.voxels if shared else 0
-
-
-def _failed(failures: list[tuple[Box, BaseException]], made: int) -> str:
-    shown = "\n  ".join(
-        f"block z, y, x = {box}: {error}" for box, error in failures[:_SHOWN_FAILURES]
-    )
-    more = len(failures) - _SHOWN_FAILURES
-    return (
-        f"{len(failures)} of {made + len(failures)} blocks failed, the others are written:"
-        f"\n  {shown}"
-        + (f"\n  and {more} more" if more > 0 else "")
-        + "\nThe same command tries again what is missing"
-        + (", once there is space on the disk" if any(is_full(e) for _, e in failures) else "")
-    )

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import zarr
 
 from znni_dask.application import Application, patchwise_of
 from znni_dask.errors import OptionError, OutputError
@@ -27,6 +26,7 @@ from znni_dask.primitives.base import Array
 from znni_dask.recompute import recompute
 from znni_dask.selection import Wanted
 from znni_dask.storage.encoding import Encoding
+from znni_dask.storage.output import description
 from znni_dask.storage.volume import Volume, open_volume
 from znni_dask.windows import Laid, WindowGrid
 
@@ -126,15 +126,12 @@ class _Compared:
 
 def _open_output(path: str | Path) -> tuple[Volume, dict[str, Any]]:
     """An output, and what its metadata tell of how it was made."""
-    made = None
-    if (Path(path) / "zarr.json").is_file():
-        node = zarr.open(str(path), mode="r")
-        made = cast("dict[str, Any] | None", node.attrs.get("znni"))
-    if isinstance(made, dict) and "outputs" in made:
+    made = description(Path(path))
+    if made is not None and "outputs" in made:
         raise OutputError(
             f"{path} holds several outputs: verify one of its groups, " + ", ".join(made["outputs"])
         )
-    if not isinstance(made, dict) or not set(made) >= _TOLD:
+    if made is None or not set(made) >= _TOLD:
         raise OutputError(f"{path} was not made by znni infer: how it was made is not known")
     return open_volume(path), made
 

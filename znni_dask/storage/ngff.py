@@ -1,15 +1,16 @@
-"""OME-NGFF metadata: read from OME-Zarr 0.4 and 0.5, written as 0.5."""
+"""OME-NGFF metadata, read and written: OME-Zarr 0.4 and 0.5."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from znni_dask.errors import VolumeError
 from znni_dask.storage.stored import unreadable
 
-VERSION = "0.5"
+VERSIONS = ("0.4", "0.5")
+ZARR_FORMAT: dict[str, Literal[2, 3]] = {"0.4": 2, "0.5": 3}
 _SPACE = "zyx"
 Three = tuple[float, float, float]
 
@@ -96,34 +97,46 @@ def _three(values: Mapping[str, float], default: float) -> Three:
     return z, y, x
 
 
-def multiscales(
+def image_attributes(
+    version: str,
     name: str,
     axes: str,
-    scale: Three,
-    translation: Three,
+    places: Sequence[tuple[Three, Three]],
     units: tuple[str | None, str | None, str | None],
+    *,
+    labels: bool = False,
 ) -> dict[str, Any]:
-    """The ``ome`` attribute of an image with one resolution, array ``0``."""
+    """The attributes of an image with levels ``0``, ``1``, …, of which ``places`` are scale and
+    translation. Coarser levels are means, or of labels one voxel of each cell."""
     space = dict(zip(_SPACE, units, strict=True))
-    described = [
-        {"name": a, "type": {"c": "channel", "t": "time"}[a]}
-        if a in "ct"
-        else {"name": a, "type": "space"} | ({"unit": space[a]} if space[a] else {})
-        for a in axes
-    ]
-    steps = dict(zip(_SPACE, scale, strict=True))
-    places = dict(zip(_SPACE, translation, strict=True))
-    changes: list[dict[str, Any]] = [
-        {"type": "scale", "scale": [steps.get(a, 1.0) for a in axes]},
-        {"type": "translation", "translation": [places.get(a, 0.0) for a in axes]},
-    ]
-    return {
-        "version": VERSION,
-        "multiscales": [
-            {
-                "name": name,
-                "axes": described,
-                "datasets": [{"path": "0", "coordinateTransformations": changes}],
-            }
+    image: dict[str, Any] = {
+        "name": name,
+        "axes": [
+            {"name": a, "type": {"c": "channel", "t": "time"}[a]}
+            if a in "ct"
+            else {"name": a, "type": "space"} | ({"unit": space[a]} if space[a] else {})
+            for a in axes
+        ],
+        "datasets": [
+            {"path": str(number), "coordinateTransformations": _transformations(axes, *place)}
+            for number, place in enumerate(places)
         ],
     }
+    if len(places) > 1:
+        what = "the first voxel" if labels else "the mean"
+        image["type"] = "nearest" if labels else "mean"
+        image["metadata"] = {
+            "description": f"every voxel is {what} of up to 2 × 2 × 2 voxels of the level before"
+        }
+    if version == "0.4":
+        return {"multiscales": [{"version": version, **image}]}
+    return {"ome": {"version": version, "multiscales": [image]}}
+
+
+def _transformations(axes: str, scale: Three, translation: Three) -> list[dict[str, Any]]:
+    steps = dict(zip(_SPACE, scale, strict=True))
+    moved = dict(zip(_SPACE, translation, strict=True))
+    return [
+        {"type": "scale", "scale": [steps.get(a, 1.0) for a in axes]},
+        {"type": "translation", "translation": [moved.get(a, 0.0) for a in axes]},
+    ]

@@ -1,4 +1,4 @@
-"""OME-Zarr output: an array made once, written block by block, each block whole chunks."""
+"""OME-Zarr output: arrays made once, written block by block, each block whole chunks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import zarr
@@ -16,30 +16,55 @@ from numpy.typing import NDArray
 from znni_dask.errors import OptionError, OutputError
 from znni_dask.geometry import Box, Size, round_up, text, triple, volume
 from znni_dask.storage import ngff
+from znni_dask.storage.encoding import Encoding
+from znni_dask.storage.levels import Level, levels
+from znni_dask.storage.stored import Three, Units
 
-_ENCODED_AT_ONCE = 10  # zarr's default `async.concurrency`
+ENCODED_AT_ONCE = 10  # zarr's default `async.concurrency`
+_MOST_OF_LAST_LEVEL = 256**3
+_BLOSC = {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 1}  # every reader of Zarr 2 has it
 
 
 @dataclass(frozen=True)
 class OutputLayout:
-    """Shape, chunks and type of an output: ``size``, ``chunks`` and ``shards`` in (z, y, x)."""
+    """How an output of so many ``channels`` is stored: type, levels, chunks and shards (z, y, x),
+    in which ``version`` of OME-Zarr."""
 
+    encoding: Encoding
     channels: int
-    size: Size
+    levels: tuple[Level, ...]
     chunks: Size
-    shards: Size | None
+    shards: Size | None = None
     times: int = 1
-    dtype: str = "float32"
+    version: str = ngff.VERSIONS[-1]
+
+    @property
+    def size(self) -> Size:
+        """Voxels of the first level."""
+        return self.levels[0].size
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the stored values."""
+        return self.encoding.stored_dtype(self.channels)
 
     @property
     def axes(self) -> str:
         """The stored axes: times and channels only where there are several."""
-        return ("t" if self.times > 1 else "") + ("c" if self.channels > 1 else "") + "zyx"
+        channels = self.encoding.stored_channels(self.channels)
+        return ("t" if self.times > 1 else "") + ("c" if channels > 1 else "") + "zyx"
 
     @property
     def lead(self) -> tuple[int, ...]:
         """Lengths of the axes before those of space."""
-        return tuple(n for n in (self.times, self.channels) if n > 1)
+        lengths = {"t": self.times, "c": self.encoding.stored_channels(self.channels)}
+        return tuple(lengths[a] for a in self.axes[:-3])
+
+    def chunks_of(self, level: Level) -> Size:
+        """Chunks of a level: clipped to it, but within shards."""
+        if self.shards:
+            return self.chunks
+        return triple(min(c, n) for c, n in zip(self.chunks, level.size, strict=True))
 
     @property
     def unit(self) -> Size:
@@ -49,31 +74,37 @@ class OutputLayout:
     @property
     def write_bytes(self) -> int:
         """Memory that writing takes at most beside the values: chunks copied and compressed."""
-        return 2 * _ENCODED_AT_ONCE * volume(self.unit) * np.dtype(self.dtype).itemsize
+        return 2 * ENCODED_AT_ONCE * volume(self.unit) * self.dtype.itemsize
 
 
 def output_layout(
+    encoding: Encoding,
     channels: int,
     size: Size,
-    chunks: Size | None,
-    shards: Size | None,
+    chunks: Size,
+    shards: Size | None = None,
+    *,
     times: int = 1,
-    default: Size = (64, 64, 64),
-    dtype: str = "float32",
+    version: str = ngff.VERSIONS[-1],
+    spacing: Three | None = None,
 ) -> OutputLayout:
-    """Chunks of ``default`` unless given, clipped to the output; raises `OptionError` on
+    """Chunks are clipped to the output; where the ``spacing`` of voxels is given, it has coarser
+    levels until one has no more voxels than a chunk (or than 256³). Raises `OptionError` on
     contradictions."""
-    wanted = chunks or default
-    if min(wanted) < 1:
-        raise OptionError(f"chunks {text(wanted)} must be positive")
-    if shards is not None:
-        if any(s % c or s < 1 for s, c in zip(shards, wanted, strict=True)):
-            raise OptionError(
-                f"shards {text(shards)} are not whole numbers of chunks {text(wanted)}"
-            )
-        return OutputLayout(channels, size, wanted, shards, times, dtype)
-    clipped = triple(min(c, n) for c, n in zip(wanted, size, strict=True))
-    return OutputLayout(channels, size, clipped, None, times, dtype)
+    if min(chunks) < 1:
+        raise OptionError(f"chunks {text(chunks)} must be positive")
+    if version not in ngff.VERSIONS:
+        raise OptionError(f"OME-Zarr {version!r} is not known: choose {', '.join(ngff.VERSIONS)}")
+    if shards is None:
+        chunks = triple(min(c, n) for c, n in zip(chunks, size, strict=True))
+    elif any(s % c or s < 1 for s, c in zip(shards, chunks, strict=True)):
+        raise OptionError(f"shards {text(shards)} are not whole numbers of chunks {text(chunks)}")
+    elif version == "0.4":
+        raise OptionError(
+            "OME-Zarr 0.4 knows no shards: choose larger chunks instead, or OME-Zarr 0.5"
+        )
+    made = levels(size, spacing, min(volume(chunks), _MOST_OF_LAST_LEVEL)) if spacing else None
+    return OutputLayout(encoding, channels, made or (Level(size),), chunks, shards, times, version)
 
 
 def check_place(
@@ -115,57 +146,112 @@ def clear(place: Path) -> None:
         raise OutputError(f"cannot replace {place}: {error}") from None
 
 
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An output on disk: an array for every level, of ``axes`` out of t, c, z, y, x."""
+
+    arrays: tuple[zarr.Array[Any], ...]
+    axes: str
+
+    def read(self, level: int, box: Box, time: int, channel: int) -> NDArray[np.generic]:
+        """The values (z, y, x) of one channel within ``box``."""
+        return np.asarray(self.arrays[level][self._index(box, time, channel)])
+
+    def write(
+        self,
+        box: Box,
+        values: NDArray[np.generic],
+        time: int = 0,
+        *,
+        level: int = 0,
+        channel: int | None = None,
+    ) -> None:
+        """Write ``values`` (channel, z, y, x), or (z, y, x) of one channel, to ``box``, which must
+        be whole chunks or shards."""
+        array = self.arrays[level]
+        unit = (array.shards or array.chunks)[-3:]
+        size = array.shape[-3:]
+        for start, stop, u, n in zip(box.start, box.stop, unit, size, strict=True):
+            if start % u or stop != min(round_up(stop, u), n):
+                raise ValueError(f"box {box} is not a whole number of chunks or shards {unit}")
+        if channel is None and "c" not in self.axes:
+            values = values[0]
+        array[self._index(box, time, channel)] = values
+
+    def _index(self, box: Box, time: int, channel: int | None) -> tuple[slice | int, ...]:
+        places: dict[str, slice | int] = dict(zip("zyx", box.slices, strict=True))
+        places |= {"t": time, "c": slice(None) if channel is None else channel}
+        return tuple(places[axis] for axis in self.axes)
+
+
 def create(
     place: Path,
     layout: OutputLayout,
     *,
-    scale: ngff.Three,
-    translation: ngff.Three,
-    units: tuple[str | None, str | None, str | None],
+    scale: Three,
+    translation: Three,
+    units: Units,
     attributes: Mapping[str, Any],
-) -> zarr.Array[Any]:
-    """Make an image at ``place`` and return its array ``0``. An image of that form that is there
-    already, of a run that is resumed, stays as it is."""
-    if (found := existing(place, layout)) is not None:
-        return found
-    one = (1,) * len(layout.lead)
+) -> Image:
+    """Make an image at ``place``; what was there is replaced."""
+    told = ngff.image_attributes(
+        layout.version,
+        place.stem,
+        layout.axes,
+        [(m.scaled(scale), m.moved(scale, translation)) for m in layout.levels],
+        units,
+        labels=layout.encoding.labels,
+    )
     try:
         group = zarr.create_group(
             str(place),
-            zarr_format=3,
+            zarr_format=ngff.ZARR_FORMAT[layout.version],
             overwrite=True,
-            attributes={
-                "ome": ngff.multiscales(place.stem, layout.axes, scale, translation, units),
-                **attributes,
-            },
+            attributes={**told, **attributes},
         )
-        return group.create_array(
-            "0",
-            shape=layout.lead + layout.size,
-            chunks=one + layout.chunks,
-            shards=one + layout.shards if layout.shards else None,
-            dtype=layout.dtype,
-            dimension_names=list(layout.axes),
+        arrays = tuple(
+            group.create_array(str(number), **_form(layout, level))
+            for number, level in enumerate(layout.levels)
         )
     except (OSError, ValueError) as error:  # what zarr itself raises is a ValueError
         raise OutputError(f"cannot write {place}: {error}") from None
+    return Image(arrays, layout.axes)
 
 
-def existing(place: Path, layout: OutputLayout) -> zarr.Array[Any] | None:
-    """The array of an image that was made before; None where it is missing or of another form."""
-    try:
-        array = zarr.open_array(str(place / "0"), mode="r+")
-    except (OSError, ValueError, KeyError):
-        return None
+def _form(layout: OutputLayout, level: Level) -> dict[str, Any]:
+    """What zarr is told of the array of a level."""
     one = (1,) * len(layout.lead)
-    found = (array.shape, array.dtype, array.chunks, array.shards)
-    asked = (
-        layout.lead + layout.size,
-        np.dtype(layout.dtype),
-        one + layout.chunks,
-        one + layout.shards if layout.shards else None,
-    )
-    return array if found == asked else None
+    form = {
+        "shape": layout.lead + level.size,
+        "chunks": one + layout.chunks_of(level),
+        "shards": one + layout.shards if layout.shards else None,
+        "dtype": layout.dtype,
+        "fill_value": 0,
+    }
+    if layout.version == "0.4":
+        return form | {
+            "chunk_key_encoding": {"name": "v2", "separator": "/"},
+            "compressors": _BLOSC,
+            "attributes": {"_ARRAY_DIMENSIONS": list(layout.axes)},  # as xarray names them
+        }
+    return form | {"dimension_names": list(layout.axes)}
+
+
+def existing(place: Path, layout: OutputLayout) -> Image | None:
+    """An image that was made before; None where it is missing or of another form."""
+    arrays: list[zarr.Array[Any]] = []
+    for number, level in enumerate(layout.levels):
+        try:
+            array = zarr.open_array(str(place / str(number)), mode="r+")
+        except (OSError, ValueError, KeyError):
+            return None
+        asked = _form(layout, level)
+        if array.metadata.zarr_format != ngff.ZARR_FORMAT[layout.version] or any(
+            getattr(array, key) != asked[key] for key in ("shape", "chunks", "shards", "dtype")
+        ):
+            return None
+        arrays.append(array)
+    return Image(tuple(arrays), layout.axes)
 
 
 def description(place: Path) -> dict[str, Any] | None:
@@ -191,26 +277,13 @@ def group_names(outputs: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def create_root(place: Path, outputs: Sequence[str]) -> None:
+def create_root(place: Path, outputs: Sequence[str], version: str) -> None:
     """Make the group that holds an image for each of several outputs."""
     attributes = {"znni": {"outputs": [*outputs]}}
     try:
-        if not (place / "zarr.json").exists():
-            zarr.create_group(str(place), zarr_format=3, attributes=attributes)
+        if description(place) is None:
+            zarr.create_group(
+                str(place), zarr_format=ngff.ZARR_FORMAT[version], attributes=attributes
+            )
     except OSError as error:
         raise OutputError(f"cannot write {place}: {error}") from None
-
-
-def write(array: zarr.Array[Any], box: Box, values: NDArray[np.generic], time: int = 0) -> None:
-    """Write ``values`` (channel, z, y, x) at one time point to ``box``, which must be whole
-    chunks or shards."""
-    unit = (array.shards or array.chunks)[-3:]
-    size = array.shape[-3:]
-    for start, stop, u, n in zip(box.start, box.stop, unit, size, strict=True):
-        if start % u or stop != min(round_up(stop, u), n):
-            raise ValueError(f"box {box} is not a whole number of chunks or shards {unit}")
-    names = cast("Any", array.metadata).dimension_names or ()
-    lead: tuple[slice | int, ...] = ((time,) if "t" in names else ()) + (
-        (slice(None),) if "c" in names else ()
-    )
-    array[(*lead, *box.slices)] = values if "c" in names else values[0]
