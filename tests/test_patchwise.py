@@ -11,7 +11,7 @@ import zarr
 import oracle
 import znni_dask
 from znni_dask import window_planner
-from znni_dask.choices import choose_primitives
+from znni_dask.choices import chosen_primitives
 from znni_dask.cli import main
 from znni_dask.errors import MemoryLimitError, NetworkError, OptionError, VolumeError
 from znni_dask.geometry import Box, tiles
@@ -137,7 +137,7 @@ def test_the_answer_does_not_depend_on_blocks_memory_or_threads(tmp_path, client
         blocks.append(summary.plan.block)
     assert len(set(blocks)) > 1
     grid = WindowGrid(network, values.shape[1:], "constant", Patchwise(WINDOW, 0.5, "gaussian"))
-    maker = WindowBlocks(grid, choose_primitives(grid.layout), 2)
+    maker = WindowBlocks(grid, chosen_primitives(grid.layout, summary.plan), 2)
     pieces = np.full(answers[0].shape, np.nan, np.float32)
     for box in tiles(grid.output_size, (7, 11, 13)):
         region = grid.region(box)

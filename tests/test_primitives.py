@@ -144,8 +144,7 @@ def forms_of(primitive, layer, channels):
     takes, makes = primitive.forms(layer, channels)
     if takes is not None:
         return [(takes, makes)]
-    assert makes is None
-    return [(form, form) for form in Form]
+    return [(form, makes or form) for form in Form]
 
 
 def slack(array):

@@ -326,7 +326,7 @@ def test_nothing_of_a_run_stays_on_the_cluster(small, client):
 
 
 def test_a_run_without_a_client_makes_and_ends_its_own(small):
-    listening = set()
+    listening, before = set(), set(threading.enumerate())
 
     def look(done, total):
         for connection in machine.psutil.Process().net_connections():
@@ -336,7 +336,8 @@ def test_a_run_without_a_client_makes_and_ends_its_own(small):
     summary = znni_dask.run(**small, memory="2GiB", progress=look)
     assert listening <= {"127.0.0.1", "::1"}
     assert summary.peak_bytes <= summary.plan.predicted_bytes <= 2 << 30
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("znni")]
+    begun = set(threading.enumerate()) - before
+    assert not [t.name for t in begun if t.name.startswith("znni")]
 
 
 def test_workers_in_processes_of_their_own_write_the_same(small, tmp_path, client):

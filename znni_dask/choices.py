@@ -57,7 +57,8 @@ def fastest_primitives(
             continue
         node, problem = step.operation.node, step.problem
         there = forms[node.inputs[0]]
-        options = [step.primitive, *tiled(problem)]
+        others = [p for p in candidates(node.layer) if p.fragments == step.primitive.fragments]
+        options = [step.primitive, *others, *tiled(problem)]
         best = min(
             options,
             key=lambda p: (

@@ -7,14 +7,17 @@ promise nothing about another machine.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 from znni_dask.network.layers import Layer
-from znni_dask.primitives.base import Primitive, Problem
+from znni_dask.primitives.base import Form, Primitive, Problem
+from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.forms import FormChange
 from znni_dask.schedule import Step
 
 FLOPS_PER_SECOND = 1.6e10  # of plain loops on one core
+BLOCKED_FLOPS_PER_SECOND = 1.5e11  # of direct convolution into blocks, on one core
 TRANSFORMS_PER_SECOND = 8e10  # operations of transforms, on one core
 PRODUCTS_PER_SECOND = 2.6e11  # operations of their products, on one core
 BYTES_PER_SECOND = 2e10  # to and from memory, on one core
@@ -44,6 +47,12 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
             work.transforms / TRANSFORMS_PER_SECOND
             + work.products / PRODUCTS_PER_SECOND
             + work.traffic_bytes / BYTES_PER_SECOND
+        )
+    elif isinstance(primitive, ConvDirectBlocked):
+        made = Form.BLOCKED.nbytes(problem.output)
+        lanes = prod(Form.BLOCKED.stored(problem.output)) / prod(problem.output)
+        seconds = (
+            lanes * primitive.flops(problem) / BLOCKED_FLOPS_PER_SECOND + made / BYTES_PER_SECOND
         )
     elif isinstance(primitive, FormChange):
         seconds = primitive.into.nbytes(problem.output) / FORM_BYTES_PER_SECOND

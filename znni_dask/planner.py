@@ -80,14 +80,16 @@ def plan(request: Request) -> Plan:
         if near and (primitives := _fastest(request, near)) != plain:
             tried.append((Schedules(request.layout, primitives), near))
     found = [
-        (schedules, *best)
+        best
         for schedules, some in tried
-        if (best := _best(request, schedules, some)) is not None
+        if (best := _best(_Fits(request, schedules), some)) is not None
     ]
     if not found:
         raise MemoryLimitError(_refusal(request, sizes))
-    schedules, fit, in_flight = min(found, key=lambda f: f[1].candidate.seconds_per_voxel)
-    choices = tuple(Choice(name, p.name) for name, p in schedules.primitives.items())
+    limit = _ABOUT_AS_FAST * min(fit.candidate.seconds_per_voxel for _, fit, _ in found)
+    about_as_fast = [f for f in found if f[1].candidate.seconds_per_voxel <= limit]
+    fits, fit, in_flight = min(about_as_fast, key=lambda f: f[0].worse(f[1]))
+    choices = tuple(Choice(name, p.name) for name, p in fits.schedules.primitives.items())
     return Plan(
         patch=fit.candidate.patch,
         block=fit.candidate.block,
@@ -109,19 +111,17 @@ def _fastest(request: Request, sizes: list[tuple[Size, Size]]) -> dict[str, Prim
     return fastest_primitives(request.layout, patch, count, request.threads)
 
 
-def _best(
-    request: Request, schedules: Schedules, sizes: list[tuple[Size, Size]]
-) -> tuple[_Fit, int] | None:
-    """The best block and patch with these primitives, and the blocks in flight."""
+def _best(fits: _Fits, sizes: list[tuple[Size, Size]]) -> tuple[_Fits, _Fit, int] | None:
+    """The best block and patch with some primitives, and the blocks in flight."""
     ranked = sorted(
-        (_rate(request, schedules, block, patch) for block, patch in sizes),
+        (_rate(fits.request, fits.schedules, block, patch) for block, patch in sizes),
         key=lambda c: (c.seconds_per_voxel, -volume(c.patch), -volume(c.block)),
     )
-    fits = _Fits(request, schedules)
-    return most_in_flight(
+    best = most_in_flight(
         lambda in_flight: fits.best(ranked, in_flight),
         lambda fit: fit.candidate.seconds_per_voxel,
     )
+    return None if best is None else (fits, *best)
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,10 @@ class _Fits:
                 found[candidate.block] = candidate
                 limit = min(limit, _ABOUT_AS_FAST * candidate.seconds_per_voxel)
         fits = [self._with_reading(candidate, in_flight) for candidate in found.values()]
-        return min(fits, key=self._worse, default=None)
+        return min(fits, key=self.worse, default=None)
 
-    def _worse(self, fit: _Fit) -> tuple[bool, float]:
+    def worse(self, fit: _Fit) -> tuple[bool, float]:
+        """What makes one of two plans that are about as fast the worse."""
         blocks = volume(self._reads[fit.candidate.block].blocks)
         return blocks < _SEVERAL_BLOCKS, max(fit.reading.amplification, _LITTLE_READ_AGAIN)
 

@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from znni_dask.network.layers import Layer
 from znni_dask.primitives.base import Primitive
 from znni_dask.primitives.conv_direct import ConvDirect
+from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
 from znni_dask.primitives.joining import ArithmeticOfInputs, Broadcasting, Concatenation
@@ -34,6 +35,7 @@ from znni_dask.primitives.reducing import Normalization, Reducing, SoftmaxOverAx
 
 TABLE: tuple[Primitive, ...] = (
     ConvDirect(),
+    ConvDirectBlocked(),
     ConvTransposeDirect(),
     MaxPoolingFragments(),
     MaxPooling(),
