@@ -205,14 +205,18 @@ def test_levels_of_a_region_are_made_where_it_lies(volume, tmp_path, client, mon
     assert len({start for level, moment, start in begun if (level, moment) == (1, 0)}) == 8
 
 
-def test_each_of_several_outputs_has_levels_of_its_own(volume, tmp_path, client):
-    target = tmp_path / "out.zarr"
-    summary = znni_dask.run(two_headed(), volume, target, client=client, **HOW)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_of_several_outputs_has_levels_of_its_own(version, volume, tmp_path, client):
+    target, network = tmp_path / "out.zarr", two_headed()
+    summary = znni_dask.run(network, volume, target, ome=version, client=client, **HOW)
     assert [one.outputs for one in summary.passes] == [("mask", "flows/0"), ("deep",)]
     for group, steps in (("mask", STEPS), ("flows_0", STEPS), ("deep", STEPS[:2])):
         assert_levels(target / group, steps)
         yaozarrs.validate_zarr_store(str(target / group))
+        assert verify(network, volume, target / group, places=2, size=(8, 8, 8)).holds
     assert open_volume(target / "deep", level="1").scale == (60, 40, 40)
+    with pytest.raises(OutputError, match="several outputs: verify one of its groups, mask"):
+        verify(network, volume, target)
 
 
 def test_no_pyramid_is_made_where_none_is_wanted(volume, tmp_path, client):

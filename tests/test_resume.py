@@ -27,14 +27,14 @@ SIZE = (40, 48, 56)
 BLOCKS = 5 * 6 * 7
 SLOW = """
 import sys, time
-LOG = sys.argv.pop(1)
+LOG, PAUSE = sys.argv.pop(1), float(sys.argv.pop(1))
 from znni_dask import cli, job
 honest = job.BlockMaker.make
 def slow(self, moment, block):
     made = honest(self, moment, block)
     with open(LOG, "a") as log:
         log.write(f"{block.start}\\n")
-    time.sleep(0.02)
+    time.sleep(PAUSE)
     return made
 job.BlockMaker.make = slow
 sys.exit(cli.main(sys.argv[1:]))
@@ -61,13 +61,13 @@ def options(folder):
     }
 
 
-def slow_command(folder):
+def slow_command(folder, pause=0.02):
     """`znni infer` in a process of its own, every block taking a moment and noted in a log."""
     script = folder / "slow.py"
     script.write_text(SLOW)
     files = [str(options(folder)[key]) for key in ("network", "input", "output")]
     sizes = ["--chunks", "8,8,8", "--patch", "8,8,8", "--memory", "4GiB"]
-    return [sys.executable, str(script), str(folder / "log"), "infer", *files, *sizes]
+    return [sys.executable, str(script), str(folder / "log"), str(pause), "infer", *files, *sizes]
 
 
 def lines_of(log):
@@ -114,7 +114,10 @@ def test_the_same_command_makes_what_is_missing_and_no_more(files, tmp_path, cli
     assert_same(stored(tmp_path / "out.zarr"), at_once(network, values, "reflect"))
     assert not journal_of(tmp_path / "out.zarr").exists()
     again = znni_dask.run(**options(tmp_path), client=client)
-    assert again.blocks == 0
+    assert again.passes == ()
+    for other in ({"dtype": "float16"}, {"chunks": 16}, {"ome": "0.4"}, {"boundary": "nearest"}):
+        with pytest.raises(OutputError, match="exists"):
+            znni_dask.run(**options(tmp_path) | other, client=client)
 
 
 def test_the_plan_may_change_when_a_run_is_resumed_but_not_the_blocks(
@@ -210,7 +213,10 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_same_command(kills, files
 def test_an_interrupted_command_says_how_to_go_on(files, tmp_path):
     log = tmp_path / "log"
     run = subprocess.Popen(
-        slow_command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        slow_command(tmp_path, pause=0.5),  # far from its end when it is interrupted
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while run.poll() is None and len(lines_of(log)) < 8:
         time.sleep(0.01)
