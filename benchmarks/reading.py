@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import zarr
+from machine import keep
 
-from primitives import RESULTS, machine
 from znni_dask.geometry import Box, Size, text, triple
 from znni_dask.job import Job
 from znni_dask.kernels.warm import compile_kernels
@@ -171,11 +169,7 @@ def main() -> None:
             f"{row['amplification_of_blocks_of_a_chunk_alone']:.1f} in blocks of a chunk), "
             f"{row['seconds']:.1f} s, {row['decoded_gigabytes_per_second']:.2f} GB/s"
         )
-    found = machine()
-    name = re.sub(r"\W+", "-", str(found["processor"])).strip("-").lower()
-    path = RESULTS / f"reading-{name}-{found['cores']}-cores.json"
-    path.write_text(json.dumps({"machine": found, "rows": rows}, indent=1) + "\n")
-    print(f"kept in {path}")
+    print(f"kept in {keep('reading', {'rows': rows})}")
 
 
 if __name__ == "__main__":
