@@ -119,8 +119,8 @@ def peers(point: Point) -> tuple[dict[str, Callable[[], object]], float]:
     return {name: call(memory) for name, memory in formats.items()}, share
 
 
-def measure(point: Point, team: Team) -> dict[str, object]:
-    """Medians of one point, side by side with its peer."""
+def measure(point: Point, team: Team) -> dict[str, object] | None:
+    """Medians of one point, side by side with its peer; None where no round was steady."""
     ours, tile = own(point, team)
     others, share = peers(point)
     calls = {"own": ours, **others}
@@ -142,7 +142,7 @@ def measure(point: Point, team: Team) -> dict[str, object]:
             if len(seconds["own"]) == ROUNDS:
                 break
     if not seconds["own"]:
-        raise SystemExit(f"{point}: the machine's rate changed during every round; run again later")
+        return None
     middle = {name: median(found) for name, found in seconds.items()}
     peer = share * min(middle[name] for name in others)
     return {
@@ -171,7 +171,9 @@ def main() -> None:
     with Team(options.threads) as team:
         rate, memory = flops_per_second(team), bytes_per_second()
         for point in QUICK if options.quick else [*MIDDLE, *UNETS]:
-            row = measure(point, team)
+            if (row := measure(point, team)) is None:
+                print(f"{point}: left out, the machine's rate changed during every round")
+                continue
             rows.append(row)
             print(
                 f"{row['point']:32} {row['tile']:>20} {row['direct_gflop_per_second']:8.0f} "
