@@ -1,7 +1,6 @@
 """Memory for arrays that are computed in: aligned, in huge pages where the system grants them.
 
-With pages of 4 KiB what strides through a large array waits for addresses to be looked up;
-transforms measured up to twice as slow.
+With pages of 4 KiB what strides through a large array waits for addresses to be looked up.
 """
 
 from __future__ import annotations
