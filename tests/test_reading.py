@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from itertools import pairwise
 
 import h5py
@@ -286,6 +287,21 @@ def test_many_threads_read_right_within_the_bytes_allowed(tiny_cells):
     assert max(most) <= 20_000
     assert not cache._kept
     assert not cache._decoding
+
+
+def test_a_turn_that_ends_while_a_cell_is_decoded_is_not_waited_for():
+    opened = in_memory((60, 70, 80))
+    with ExitStack() as other:
+
+        def users(time, cell):
+            other.close()  # the other block ends, having read nothing here
+            return {0, 1}
+
+        cache = ChunkCache(opened, 1 << 20, users)
+        with cache.turn(0) as reader:
+            other.enter_context(cache.turn(1))
+            reader.read(Box((1, 2, 3), (9, 9, 9)))
+            assert not cache._kept
 
 
 def test_a_damaged_chunk_fails_the_blocks_that_need_it_with_its_place(tmp_path):

@@ -56,6 +56,7 @@ class ChunkCache:
     _bytes: int = 0
     _decoding: dict[Key, Future[Values]] = field(default_factory=dict)
     _turns: set[int] = field(default_factory=set)
+    _ended: set[int] = field(default_factory=set)  # turns after the oldest that goes on
     _furthest: list[tuple[int, Key]] = field(default_factory=list)  # a heap, of -next; may be old
 
     @contextmanager
@@ -72,13 +73,19 @@ class ChunkCache:
     def _pass_on(self, number: int) -> None:
         """End a turn: blocks before all that go on now are had, here or on another worker."""
         oldest = min(self._turns)
-        self._turns.remove(number)
+        self._ended = {turn for turn in self._ended | {number} if turn >= oldest}
         for key, kept in list(self._kept.items()):
-            kept.left = {turn for turn in kept.left if turn >= oldest and turn != number}
+            kept.left = self._to_come(kept.left)
             if not kept.left:
                 self._drop(key)
+        self._turns.remove(number)
         self._furthest = [(-kept.next, key) for key, kept in self._kept.items()]
         heapq.heapify(self._furthest)
+
+    def _to_come(self, turns: set[int]) -> set[int]:
+        """Of the turns those that have not ended."""
+        oldest = min(self._turns)
+        return {turn for turn in turns if turn >= oldest and turn not in self._ended}
 
     def _drop(self, key: Key) -> None:
         self._bytes -= self._kept.pop(key).values.nbytes
@@ -129,13 +136,13 @@ class ChunkCache:
 
     def _publish(self, key: Key, values: Values, number: int) -> None:
         """Hand a decoded cell to those that wait for it, and keep it for those to come."""
+        users = self.users(*key) - {number}
         with self._lock:
-            oldest = min(self._turns)
-        left = {turn for turn in self.users(*key) if turn >= oldest and turn != number}
-        if left:
+            wanted = bool(self._to_come(users))
+        if wanted:
             values = values.copy()  # of its own, so that it can be freed alone
         with self._lock:
-            if left:
+            if left := self._to_come(users):  # others may have ended in the meantime
                 self._keep(key, values, left)
             self._decoding.pop(key).set_result(values)
 
