@@ -54,7 +54,7 @@ STAIRS = [
         "plan",
         "importers",
     ),
-    *("network", "geometry", "errors"),
+    *("network", "geometry", "errors", "closing"),
 ]
 HEAVY = {
     "onnx",

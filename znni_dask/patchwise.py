@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.choices import choose_primitives
+from znni_dask.closing import Closing
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, Size, hull, triple
 from znni_dask.network.network import Network
@@ -19,7 +19,7 @@ from znni_dask.selection import Wanted
 from znni_dask.windows import WholeWindow, WindowGrid
 
 
-class WindowExecutor:
+class WindowExecutor(Closing):
     """Applies a network to arrays of one size. Use it as a context manager, or `close` it."""
 
     def __init__(
@@ -43,17 +43,6 @@ class WindowExecutor:
         """End the threads and free the memory."""
         self._executor.close()
 
-    def __enter__(self) -> WindowExecutor:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 def apply(network: Network, x: NDArray[np.generic], threads: int = 1) -> Array:
     """Apply ``network`` once to a whole array (channel, z, y, x), held in memory.
@@ -66,7 +55,7 @@ def apply(network: Network, x: NDArray[np.generic], threads: int = 1) -> Array:
         return executor.apply(x)
 
 
-class WindowBlocks:
+class WindowBlocks(Closing):
     """Makes blocks of the answer out of all the windows that touch them."""
 
     def __init__(self, grid: WindowGrid, primitives: Mapping[str, Primitive], threads: int) -> None:

@@ -42,11 +42,8 @@ def recompute(
     region = laid.region(box)
     values = source.read_extended(region, laid.boundary, nan, time)
     if not isinstance(laid, Layout):
-        blocks = WindowBlocks(laid, choose_primitives(laid.layout), threads)
-        try:
+        with WindowBlocks(laid, choose_primitives(laid.layout), threads) as blocks:
             return blocks.blended(box, values, region.start)
-        finally:
-            blocks.close()
     primitives = choose_primitives(laid, fragments)
     schedules = Schedules(laid, primitives)
     arena = schedules.arena(schedules.sizes(box))

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from znni_dask import planner
 from znni_dask.choices import chosen_primitives
+from znni_dask.closing import Closing
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, Size, hull
 from znni_dask.patches import Layout
@@ -18,7 +19,7 @@ from znni_dask.schedule import Schedules
 from znni_dask.selection import Wanted
 
 
-class PatchBlocks:
+class PatchBlocks(Closing):
     """Runs a plan on the patches of blocks; prepared once, for blocks one after another."""
 
     def __init__(self, layout: Layout, plan: Plan) -> None:

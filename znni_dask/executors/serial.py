@@ -7,11 +7,11 @@ arena holds all activations; it is allocated once and serves every patch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from znni_dask.closing import Closing
 from znni_dask.geometry import Size, ceil_divide
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.memory import allocate
@@ -21,7 +21,7 @@ from znni_dask.primitives.base import Array, Form, Primitive, Shape
 from znni_dask.schedule import Arena, Schedule, Stored
 
 
-class SerialExecutor:
+class SerialExecutor(Closing):
     """Computes patches of one network on the CPU; prepared weights are kept between patches.
 
     Not for use by several threads at once. Use it as a context manager, or `close` it.
@@ -67,17 +67,6 @@ class SerialExecutor:
         """End the threads and free the arena."""
         self._team.close()
         self._arena = np.empty(0, np.uint8)
-
-    def __enter__(self) -> SerialExecutor:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _view(self, array: Stored, shape: Shape) -> Array:
         first = self._places[array]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
-from types import TracebackType
 
+from znni_dask.closing import Closing
 from znni_dask.kernels.memory import Bytes, allocate
 
 _PIECES_PER_THREAD = 4
 
 
-class Team:
+class Team(Closing):
     """``threads`` threads, the caller being one of them.
 
     What they compute in is theirs, too: `scratch` memory, kept from one piece of work to the
@@ -74,14 +74,3 @@ class Team:
         if self._pool is not None:
             self._pool.shutdown()
         self._scratch = allocate(0)
-
-    def __enter__(self) -> Team:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
