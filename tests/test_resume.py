@@ -79,14 +79,14 @@ def stored(path):
     return volume.read(Box((0, 0, 0), volume.size))
 
 
-def failing_after(count, monkeypatch, error):
+def failing_after(count, monkeypatch, message):
     """Blocks beyond the first ``count`` fail."""
     honest, seen = job.BlockMaker.make, []
 
     def make(self, moment, block):
         seen.append(block.start)
         if len(seen) > count:
-            raise error
+            raise RuntimeError(message)
         return honest(self, moment, block)
 
     monkeypatch.setattr(job.BlockMaker, "make", make)
@@ -96,7 +96,7 @@ def failing_after(count, monkeypatch, error):
 def stopped(folder, client, monkeypatch, after, **changed):
     """A run of which all blocks but the first few fail."""
     with monkeypatch.context() as patched:
-        failing_after(after, patched, RuntimeError("the machine was needed"))
+        failing_after(after, patched, "the machine was needed")
         with pytest.raises(RunError, match="same command tries again what is missing"):
             znni_dask.run(**options(folder) | changed, client=client)
 
