@@ -182,20 +182,28 @@ def test_plain_pooling_per_offset_equals_fragments(seed):
     assert_same(in_patches(network, volume, "reflect", (5, 16, 9), mixed), want)
 
 
-@pytest.mark.parametrize(("family", "seed"), [("chain", 0), ("unet", 0), ("residual", 0)])
-def test_a_planted_halo_error_of_one_voxel_is_found(family, seed, monkeypatch):
-    """Windows that claim one input less on their high side: the patch's border must show it."""
-    network = graphs.graph(family, seed)
-    volume = volume_for(network)
-    want = at_once(network, volume, "reflect")
+def shorten_windows(monkeypatch, side):
+    """Plant a halo error of one voxel: windows claim one input less on their low or high side."""
     honest = window.Window.needs
 
     def short(self, start, stop):
         first, last = honest(self, start, stop)
-        return (first, last - 1) if self.extent > 1 and self.up == 1 else (first, last)
+        if self.extent == 1 or self.up > 1:
+            return first, last
+        return (first, last - 1) if side == "high" else (first + 1, last)
 
-    geometry(network)  # what the whole volume needs stays right
     monkeypatch.setattr(window.Window, "needs", short)
+
+
+@pytest.mark.parametrize("side", ["low", "high"])
+@pytest.mark.parametrize(("family", "seed"), [("chain", 0), ("unet", 0), ("residual", 0)])
+def test_a_planted_halo_error_of_one_voxel_is_found(family, seed, side, monkeypatch):
+    """The border of a patch must show it."""
+    network = graphs.graph(family, seed)
+    volume = volume_for(network)
+    want = at_once(network, volume, "reflect")
+    geometry(network)  # what the whole volume needs stays right
+    shorten_windows(monkeypatch, side)
     got = in_patches(network, volume, "reflect", (8, 8, 8))
     with pytest.raises(AssertionError):
         assert_same(got, want)

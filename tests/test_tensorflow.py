@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from test_identity import at_boxes
+from test_identity import at_boxes, shorten_windows
 from znni_dask.errors import NetworkError
 from znni_dask.geometry import Box, triple
 from znni_dask.importers.onnx import load
-from znni_dask.network import window
 from znni_dask.network.field_of_view import geometry
 from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout
@@ -109,16 +108,7 @@ def test_what_cannot_be_read_is_refused_with_its_reason(name):
 @pytest.mark.parametrize("side", ["low", "high"])
 @pytest.mark.parametrize("name", ["unet_3d", "residual_3d", "dilated_2d", "sliding_3d"])
 def test_a_planted_halo_error_of_one_voxel_is_found(name, side, monkeypatch):
-    """Windows that claim one input less on one side."""
-    honest = window.Window.needs
-
-    def short(self, start, stop):
-        first, last = honest(self, start, stop)
-        if self.extent == 1 or self.up > 1:
-            return first, last
-        return (first, last - 1) if side == "high" else (first + 1, last)
-
-    monkeypatch.setattr(window.Window, "needs", short)
+    shorten_windows(monkeypatch, side)
     with pytest.raises(AssertionError):
         assert_equal(name)
 

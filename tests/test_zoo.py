@@ -26,12 +26,12 @@ from monai.inferers import sliding_window_inference
 
 import znni_dask
 import zoo
-from test_identity import at_boxes
+from test_identity import at_boxes, shorten_windows
 from znni_dask import windows
 from znni_dask.errors import NetworkError
 from znni_dask.geometry import Box
 from znni_dask.importers.onnx import load
-from znni_dask.network import layers, window
+from znni_dask.network import layers
 from znni_dask.network.field_of_view import geometry
 from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout
@@ -375,19 +375,10 @@ FAMILIES = [
 @pytest.mark.parametrize("side", ["low", "high"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_planted_halo_error_of_one_voxel_is_found(name, side, exported, monkeypatch):
-    """Windows that claim one input less on one side."""
     entry = zoo.BY_NAME[name]
     path = exported(entry, TORCHSCRIPT, (TORCHSCRIPT, True) in entry.ways)
     networks, volume = loaded(entry, path)  # what the whole volume needs stays right
-    honest = window.Window.needs
-
-    def short(self, start, stop):
-        first, last = honest(self, start, stop)
-        if self.extent == 1 or self.up > 1:
-            return first, last
-        return (first, last - 1) if side == "high" else (first + 1, last)
-
-    monkeypatch.setattr(window.Window, "needs", short)
+    shorten_windows(monkeypatch, side)
     with pytest.raises(AssertionError):
         assert_patches_equal(entry, entry.make(), networks, volume)
 
