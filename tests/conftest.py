@@ -8,6 +8,18 @@ from distributed import Client
 collect_ignore = ["data"]  # what makes it needs TensorFlow
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--kills", type=int, metavar="N", help="how often runs are killed at random (default: few)"
+    )
+
+
+@pytest.fixture
+def kills(request):
+    """How often runs are to be killed, if that was said."""
+    return request.config.getoption("--kills")
+
+
 @pytest.fixture(scope="session")
 def client():
     """One in-process cluster for all runs; two blocks at a time."""

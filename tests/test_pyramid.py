@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import itertools
-import signal
-import subprocess
-import sys
-import time
+import math
+import threading
 import tracemalloc
 
 import numpy as np
@@ -18,6 +16,7 @@ from test_application import two_headed
 
 import graphs
 import znni_dask
+from kills import SlowCommand
 from znni_dask import pyramid
 from znni_dask.errors import MemoryLimitError, OptionError, OutputError, RunError
 from znni_dask.geometry import Box
@@ -105,11 +104,10 @@ def test_voxels_of_unknown_length_count_as_one():
     assert spacing((0.0, float("nan"), float("inf")), (None,) * 3) == (1, 1, 1)
 
 
-@pytest.fixture
-def volume(tmp_path):
+def made_volume(folder, size=SIZE):
     """Two time points of anisotropic voxels, at a place of their own."""
-    values = np.random.default_rng(0).standard_normal((2, *SIZE)).astype(np.float32)
-    group = zarr.open_group(str(tmp_path / "in.zarr"), mode="w")
+    values = np.random.default_rng(0).standard_normal((2, *size)).astype(np.float32)
+    group = zarr.open_group(str(folder / "in.zarr"), mode="w")
     group.create_array("0", data=values)
     changes = [
         {"type": "scale", "scale": [1, 30.0, 10.0, 10.0]},
@@ -121,7 +119,12 @@ def volume(tmp_path):
         "datasets": [{"path": "0", "coordinateTransformations": changes}],
     }
     group.attrs["ome"] = {"version": "0.5", "multiscales": [image]}
-    return tmp_path / "in.zarr"
+    return folder / "in.zarr"
+
+
+@pytest.fixture
+def volume(tmp_path):
+    return made_volume(tmp_path)
 
 
 def image_of(path):
@@ -198,7 +201,7 @@ def test_levels_have_the_chunks_and_shards_of_the_first(shards, volume, tmp_path
 
 @pytest.mark.usefixtures("small_parts")
 def test_levels_of_a_region_are_made_where_it_lies(volume, tmp_path, client, monkeypatch):
-    target, begun = tmp_path / "out.zarr", failing(monkeypatch, None, 0, None)
+    target, begun = tmp_path / "out.zarr", watched(monkeypatch)
     znni_dask.run(two_channels(), volume, target, roi="3:9,9:30,20:", client=client, **HOW)
     assert_levels(target, STEPS)
     # 21·20·17: z 3:9 and y 4:15 lie in two chunks, x 10:17 in two of three
@@ -257,14 +260,17 @@ def test_forms_that_are_not_there_are_refused(options, message, volume, tmp_path
 # Resuming.
 
 
-def failing(monkeypatch, at_level, after, error):
-    """Blocks of a level beyond the first few fail; returns the blocks begun."""
-    honest, begun = LevelMaker.make, []
+def watched(monkeypatch, full_at=None, after=0):
+    """The blocks of levels, as they are begun; at a level ``full_at`` no more than the first few
+    find space on the disk."""
+    honest, begun, lock = LevelMaker.make, [], threading.Lock()
 
     def make(self, moment, block):
-        begun.append((self.level, moment, block.start))
-        if self.level == at_level and sum(level == at_level for level, *_ in begun) > after:
-            raise error
+        with lock:
+            begun.append((self.level, moment, block.start))
+            number = sum(level == self.level for level, *_ in begun)
+        if self.level == full_at and number > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
         return honest(self, moment, block)
 
     monkeypatch.setattr(LevelMaker, "make", make)
@@ -285,7 +291,7 @@ def test_a_full_disk_in_a_level_is_told_and_the_same_command_makes_what_is_missi
     arguments = (two_channels(), volume, tmp_path / "out.zarr")
     options = {"client": client, "ome": version, **HOW}
     with monkeypatch.context() as patched:
-        begun = failing(patched, level, after, OSError(errno.ENOSPC, "No space left on device"))
+        begun = watched(patched, level, after)
         with pytest.raises(
             RunError, match=rf"(?s)level {level}: .*once there is space on"
         ) as found:
@@ -300,7 +306,7 @@ def test_a_full_disk_in_a_level_is_told_and_the_same_command_makes_what_is_missi
     with pytest.raises(OutputError, match="differs from this one in ome"):
         znni_dask.run(*arguments, **options | {"ome": other})
     with monkeypatch.context() as patched:
-        again = failing(patched, None, 0, None)
+        again = watched(patched)
         summary = znni_dask.run(*arguments, **options)
     assert summary.blocks == 0
     assert summary.passes[0].level_blocks == len(again)
@@ -314,7 +320,7 @@ def test_levels_wait_until_the_first_is_complete(tmp_path, client, monkeypatch):
     values[8, 8, 40] = np.nan
     np.save(tmp_path / "in.npy", values)
     arguments = (two_channels(), tmp_path / "in.npy", tmp_path / "out.zarr")
-    begun = failing(monkeypatch, None, 0, None)
+    begun = watched(monkeypatch)
     with pytest.raises(RunError, match="blocks failed"):
         znni_dask.run(*arguments, client=client, **HOW | {"patch": 8})
     assert begun == []
@@ -324,54 +330,29 @@ def test_levels_wait_until_the_first_is_complete(tmp_path, client, monkeypatch):
     assert_levels(arguments[2], [(2, 2, 2)] * 2)
 
 
-SLOW = """
-import sys, time
-LOG = sys.argv.pop(1)
-from znni_dask import cli, pyramid
-pyramid._PART_VOXELS = 1
-honest = pyramid.LevelMaker.make
-def slow(self, moment, block):
-    honest(self, moment, block)
-    with open(LOG, "a") as log:
-        log.write(f"{self.level} {moment} {block.start}\\n")
-    time.sleep(0.02)
-pyramid.LevelMaker.make = slow
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-def lines_of(log):
-    return log.read_text().split("\n")[:-1] if log.exists() else []
-
-
-def test_a_run_killed_while_it_makes_levels_is_finished_by_the_same_command(volume, tmp_path):
+def test_a_run_killed_while_it_makes_levels_is_finished_by_the_same_command(kills, tmp_path):
     """Nothing differs at the end, and no block is made twice but those that were in flight."""
-    network, log = two_channels(), tmp_path / "log"
+    kills, network = kills or 2, two_channels()
+    volume = made_volume(tmp_path, (7 * (kills + 1), *SIZE[1:]))
     save(network, tmp_path / "net.onnx")
-    (tmp_path / "slow.py").write_text(SLOW)
-    files = [str(tmp_path / name) for name in ("net.onnx", "in.zarr", "out.zarr")]
+    files = [tmp_path / name for name in ("net.onnx", "in.zarr", "out.zarr")]
     sizes = ["--chunks", "8,8,8", "--patch", "24,24,24", "--memory", "4GiB"]
-    command = [sys.executable, str(tmp_path / "slow.py"), str(log), "infer", *files, *sizes]
-    random = np.random.default_rng(1)
-    kills = 2
-    for _ in range(kills):
-        begun = len(lines_of(log))
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while run.poll() is None and len(lines_of(log)) == begun:
-            time.sleep(0.01)
-        time.sleep(float(random.uniform(0, 0.3)))
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-    assert Journal.begun(journal_of(tmp_path / "out.zarr")).done
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "levels of 21·20·17, 21·10·9, 11·5·5" in done.stdout
+    command = SlowCommand(
+        *(tmp_path, "infer", *files, *sizes),
+        maker="pyramid.LevelMaker",
+        before="pyramid._PART_VOXELS = 1",
+    )
     fresh = znni_dask.run(network, volume, tmp_path / "fresh.zarr", **HOW)
-    arrays = arrays_of(tmp_path / "out.zarr"), arrays_of(tmp_path / "fresh.zarr")
-    for got, want in zip(*arrays, strict=True):
-        assert np.array_equal(got[:], want[:])
-    made = lines_of(log)
-    blocks = 2 * (3 * 3 * 3 + 3 * 2 * 2 + 2)  # chunks of the three levels, at two times
+    want = arrays_of(tmp_path / "fresh.zarr")
+    blocks = 2 * sum(math.prod(-(-n // 8) for n in array.shape[-3:]) for array in want[1:])
+    command.killed(kills, most=blocks // (kills + 1))  # at two times, one chunk each
+    assert Journal.begun(journal_of(tmp_path / "out.zarr")).done
+    sizes = ["·".join(map(str, array.shape[-3:])) for array in want[1:]]
+    assert f"levels of {', '.join(sizes)}" in command.finished()
+    got = arrays_of(tmp_path / "out.zarr")
+    for one, other in zip(got, want, strict=True):
+        assert np.array_equal(one[:], other[:])
+    made = command.blocks()
     assert len(set(made)) == blocks
     assert len(made) - blocks <= kills * fresh.plan.blocks_in_flight
 

@@ -6,7 +6,7 @@ import errno
 import shutil
 import signal
 import subprocess
-import sys
+import threading
 import time
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 
 import graphs
 import znni_dask
+from kills import SlowCommand
 from test_identity import assert_same, at_once
 from znni_dask import job
 from znni_dask.errors import OptionError, OutputError, RunError
@@ -25,29 +26,19 @@ from znni_dask.storage.volume import open_volume
 
 SIZE = (40, 48, 56)
 BLOCKS = 5 * 6 * 7
-SLOW = """
-import sys, time
-LOG, PAUSE = sys.argv.pop(1), float(sys.argv.pop(1))
-from znni_dask import cli, job
-honest = job.BlockMaker.make
-def slow(self, moment, block):
-    made = honest(self, moment, block)
-    with open(LOG, "a") as log:
-        log.write(f"{block.start}\\n")
-    time.sleep(PAUSE)
-    return made
-job.BlockMaker.make = slow
-sys.exit(cli.main(sys.argv[1:]))
-"""
+
+
+def made_files(folder, size=SIZE):
+    network = graphs.graph("unet", 0)
+    save(network, folder / "net.onnx")
+    values = np.random.default_rng(0).standard_normal((1, *size)).astype(np.float32)
+    np.save(folder / "in.npy", values)
+    return network, values
 
 
 @pytest.fixture
 def files(tmp_path):
-    network = graphs.graph("unet", 0)
-    save(network, tmp_path / "net.onnx")
-    values = np.random.default_rng(0).standard_normal((1, *SIZE)).astype(np.float32)
-    np.save(tmp_path / "in.npy", values)
-    return network, values
+    return made_files(tmp_path)
 
 
 def options(folder):
@@ -62,16 +53,10 @@ def options(folder):
 
 
 def slow_command(folder, pause=0.02):
-    """`znni infer` in a process of its own, every block taking a moment and noted in a log."""
-    script = folder / "slow.py"
-    script.write_text(SLOW)
-    files = [str(options(folder)[key]) for key in ("network", "input", "output")]
+    """`znni infer` with these options."""
+    files = [options(folder)[key] for key in ("network", "input", "output")]
     sizes = ["--chunks", "8,8,8", "--patch", "8,8,8", "--memory", "4GiB"]
-    return [sys.executable, str(script), str(folder / "log"), str(pause), "infer", *files, *sizes]
-
-
-def lines_of(log):
-    return log.read_text().split("\n")[:-1] if log.exists() else []
+    return SlowCommand(folder, "infer", *files, *sizes, pause=pause)
 
 
 def stored(path):
@@ -81,11 +66,13 @@ def stored(path):
 
 def failing_after(count, monkeypatch, message):
     """Blocks beyond the first ``count`` fail."""
-    honest, seen = job.BlockMaker.make, []
+    honest, seen, lock = job.BlockMaker.make, [], threading.Lock()
 
     def make(self, moment, block):
-        seen.append(block.start)
-        if len(seen) > count:
+        with lock:
+            seen.append(block.start)
+            beyond = len(seen) > count
+        if beyond:
             raise RuntimeError(message)
         return honest(self, moment, block)
 
@@ -184,41 +171,30 @@ def test_a_full_disk_ends_the_run_and_can_be_resumed(files, tmp_path, client, mo
     assert_same(stored(tmp_path / "out.zarr"), at_once(network, values, "reflect"))
 
 
-@pytest.mark.parametrize("kills", [4])
-def test_a_run_killed_at_any_moment_is_finished_by_the_same_command(kills, files, tmp_path):
+def test_a_run_killed_at_any_moment_is_finished_by_the_same_command(kills, tmp_path):
     """Nothing differs at the end, and no block is computed twice but those that were in flight."""
-    network, values = files
-    log, command = tmp_path / "log", slow_command(tmp_path)
-    random = np.random.default_rng(1)
-    for _ in range(kills):
-        begun = len(lines_of(log))
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while run.poll() is None and len(lines_of(log)) == begun:
-            time.sleep(0.01)
-        time.sleep(float(random.uniform(0, 0.4)))
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+    kills = kills or 4
+    most = 6 * 7  # blocks between kills: of a layer of the volume
+    network, values = made_files(tmp_path, (8 * (kills + 1), *SIZE[1:]))
+    command = slow_command(tmp_path)
+    command.killed(kills, most)
     assert journal_of(tmp_path / "out.zarr").exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    command.finished()
     fresh = znni_dask.run(**options(tmp_path) | {"output": tmp_path / "fresh.zarr"})
     got = stored(tmp_path / "out.zarr")
     assert np.array_equal(got, stored(tmp_path / "fresh.zarr"))
     assert_same(got, at_once(network, values, "reflect"))
-    computed = lines_of(log)
-    assert len(set(computed)) == BLOCKS
-    assert len(computed) - BLOCKS <= kills * fresh.plan.blocks_in_flight
+    computed = command.blocks()
+    assert len(set(computed)) == fresh.blocks == most * (kills + 1)
+    assert len(computed) - fresh.blocks <= kills * fresh.plan.blocks_in_flight
 
 
 def test_an_interrupted_command_says_how_to_go_on(files, tmp_path):
-    log = tmp_path / "log"
+    command = slow_command(tmp_path, pause=0.5)  # far from its end when it is interrupted
     run = subprocess.Popen(
-        slow_command(tmp_path, pause=0.5),  # far from its end when it is interrupted
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        command.words(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    while run.poll() is None and len(lines_of(log)) < 8:
+    while run.poll() is None and len(command.blocks()) < 8:
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=60)
