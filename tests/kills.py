@@ -1,13 +1,17 @@
-"""Commands that are killed (``kill -9``) at random moments, as by a crash or a power cut."""
+"""Runs that end before their time: whose blocks fail, or that are killed (``kill -9``) at random
+moments, as by a crash or a power cut."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
+
+from znni_dask.job import BlockMaker
 
 SLOW = """
 import itertools, sys, time
@@ -27,6 +31,22 @@ maker.make = slow
 {before}
 sys.exit(cli.main(sys.argv[1:]))
 """
+
+
+def failing_after(count, monkeypatch, message):
+    """Blocks beyond the first ``count`` fail; returns the blocks begun."""
+    honest, seen, lock = BlockMaker.make, [], threading.Lock()
+
+    def make(self, moment, block):
+        with lock:
+            seen.append(block.start)
+            beyond = len(seen) > count
+        if beyond:
+            raise RuntimeError(message)
+        return honest(self, moment, block)
+
+    monkeypatch.setattr(BlockMaker, "make", make)
+    return seen
 
 
 class SlowCommand:

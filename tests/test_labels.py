@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
-
 import numpy as np
 import pytest
 import yaozarrs
@@ -13,6 +11,7 @@ from test_patchwise import WINDOW, blended, normalised
 
 import graphs
 import znni_dask
+from peaks import traced_peak
 from test_identity import at_once
 from znni_dask.errors import OptionError, RunError
 from znni_dask.geometry import Box
@@ -138,9 +137,6 @@ def test_an_output_of_one_channel_has_no_labels(make, values, tmp_path, client):
 def test_encoding_takes_the_memory_that_is_planned_for_it(dtype):
     encoding = Encoding(dtype)
     answer = np.random.default_rng(2).random((12, 32, 32, 32), np.float32)
-    tracemalloc.start()
-    made = encoding.encode(answer)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert made.nbytes == encoding.voxel_bytes(12) * 32**3
+    assert encoding.encode(answer).nbytes == encoding.voxel_bytes(12) * 32**3
+    peak = traced_peak(lambda: encoding.encode(answer))
     assert peak <= encoding.encoding_bytes(12) * 32**3 + (1 << 16)

@@ -10,11 +10,11 @@ import pytest
 import zarr
 from distributed import Client
 from test_patchwise import normalised
-from test_run import peak_while_running
 from test_selection import full, stopped_after
 
 import graphs
 import znni_dask
+from peaks import peak_while_running
 from znni_dask import statistics
 from znni_dask.cli import main
 from znni_dask.errors import MemoryLimitError, OptionError, OutputError, VolumeError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from itertools import product
 from typing import get_args
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 import oracle
+from peaks import traced_peak
 from znni_dask.geometry import Box, tiles
 from znni_dask.kernels.code import LANES
 from znni_dask.kernels.direct import SLACK_BYTES
@@ -310,10 +310,7 @@ def test_memory_measured_stays_within_memory_predicted(label, name, threads):
     prepared = primitive.prepare(layer, weights_of(layer, random))
     with Team(threads) as team:
         primitive.apply(prepared, problem, given, out, team)
-        tracemalloc.start()
-        primitive.apply(prepared, problem, given, out, team)
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
+        peak = traced_peak(lambda: primitive.apply(prepared, problem, given, out, team))
         scratch = team.scratch_bytes
     objects = 64 << 10  # python's own: views, closures, futures
     assert peak + scratch <= primitive.workspace_bytes(problem, threads) + objects

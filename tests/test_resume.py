@@ -6,7 +6,6 @@ import errno
 import shutil
 import signal
 import subprocess
-import threading
 import time
 
 import numpy as np
@@ -14,9 +13,8 @@ import pytest
 
 import graphs
 import znni_dask
-from kills import SlowCommand
+from kills import SlowCommand, failing_after
 from test_identity import assert_same, at_once
-from znni_dask import job
 from znni_dask.errors import OptionError, OutputError, RunError
 from znni_dask.geometry import Box
 from znni_dask.importers.to_onnx import save
@@ -62,22 +60,6 @@ def slow_command(folder, pause=0.02):
 def stored(path):
     volume = open_volume(path)
     return volume.read(Box((0, 0, 0), volume.size))
-
-
-def failing_after(count, monkeypatch, message):
-    """Blocks beyond the first ``count`` fail."""
-    honest, seen, lock = job.BlockMaker.make, [], threading.Lock()
-
-    def make(self, moment, block):
-        with lock:
-            seen.append(block.start)
-            beyond = len(seen) > count
-        if beyond:
-            raise RuntimeError(message)
-        return honest(self, moment, block)
-
-    monkeypatch.setattr(job.BlockMaker, "make", make)
-    return seen
 
 
 def stopped(folder, client, monkeypatch, after, **changed):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +17,7 @@ from distributed import Client
 
 import graphs
 import znni_dask
+from peaks import peak_while_running
 from test_identity import assert_same, at_once
 from znni_dask import Builder, costs, machine
 from znni_dask.errors import (
@@ -299,18 +298,17 @@ def test_bad_input_is_refused_before_anything_is_written(
 def test_blocks_in_flight_are_bounded_and_computed_one_at_a_time(small, client, monkeypatch):
     from znni_dask.job import BlockMaker
 
-    active, most = 0, []
+    active, most = [], []
     make = BlockMaker.make
 
     def counted(self, *place):
-        nonlocal active
-        active += 1
-        most.append(active)
+        active.append(place)
+        most.append(len(active))
         time.sleep(0.01)
         try:
             return make(self, *place)
         finally:
-            active -= 1
+            active.remove(place)
 
     monkeypatch.setattr(BlockMaker, "make", counted)
     summary = znni_dask.run(**small, chunks=(8, 8, 8), patch=(8, 8, 8), client=client)
@@ -396,21 +394,6 @@ if __name__ == "__main__":
     print(json.dumps({"peak": s.peak_bytes, "predicted": s.plan.predicted_bytes,
                       "blocks": s.blocks}))
 """
-
-
-def peak_while_running(command):
-    """Largest anonymous memory of the process and its children, sampled from outside."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    peak = 0
-    while process.poll() is None:
-        try:
-            peak = max(peak, machine.anonymous_bytes(process.pid))
-        except machine.psutil.NoSuchProcess:
-            break
-        time.sleep(0.01)
-    out, _ = process.communicate()
-    assert process.returncode == 0
-    return peak, json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize(("name", "size"), [("boundary_valid", 256), ("boundary_unet", 128)])

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import zarr
 from test_patchwise import classifier, normalised
-from test_run import peak_while_running
 
 import graphs
 import znni_dask
-from znni_dask import job, planner
+from kills import failing_after
+from peaks import peak_while_running
+from znni_dask import planner
 from znni_dask.application import Application
 from znni_dask.cli import main
 from znni_dask.errors import OptionError, OutputError, RunError, VolumeError
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box
 from znni_dask.importers.to_onnx import save
-from znni_dask.job import BlockMaker
 from znni_dask.journal import Journal, journal_of
 from znni_dask.patches import Layout
 from znni_dask.selection import Selection, roi_box
@@ -256,16 +256,8 @@ def test_several_outputs_are_selected_alike(tmp_path, client):
 
 
 def stopped_after(count, folder, client, monkeypatch, **options):
-    honest, seen = BlockMaker.make, []
-
-    def make(self, moment, block):
-        seen.append(block.start)
-        if len(seen) > count:
-            raise RuntimeError("the machine was needed")
-        return honest(self, moment, block)
-
     with monkeypatch.context() as patched:
-        patched.setattr(job.BlockMaker, "make", make)
+        seen = failing_after(count, patched, "the machine was needed")
         with pytest.raises(RunError):
             run(graphs.graph("unet", 0), folder, "out", client, **options)
     return seen

@@ -1,0 +1,40 @@
+"""The memory that work takes at its peak, in whatever company it runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+import tracemalloc
+
+from znni_dask import machine
+
+
+def traced_peak(work):
+    """Bytes that Python allocates at most while ``work()`` runs: the least of three times, because
+    what other threads of this process allocate meanwhile (a cluster's, say) is counted, too."""
+    peaks = []
+    for _ in range(3):
+        tracemalloc.start()
+        try:
+            work()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    return min(peaks)
+
+
+def peak_while_running(command):
+    """Largest anonymous memory of the process and its children, sampled from outside, and what it
+    printed last."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak = 0
+    while process.poll() is None:
+        try:
+            peak = max(peak, machine.anonymous_bytes(process.pid))
+        except machine.psutil.NoSuchProcess:
+            break
+        time.sleep(0.01)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    return peak, json.loads(out.splitlines()[-1])
