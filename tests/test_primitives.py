@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import product
+from functools import cache
+from itertools import chain, product
 from typing import get_args
 
 import numpy as np
@@ -11,12 +12,15 @@ import pytest
 import oracle
 from peaks import traced_peak
 from znni_dask.geometry import Box, tiles
+from znni_dask.kernels import compiled
+from znni_dask.kernels import rows as rows_kernel
 from znni_dask.kernels.code import LANES
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.memory import allocate
 from znni_dask.kernels.team import Team
 from znni_dask.network import layers
 from znni_dask.network.layers import NO_PADDING
+from znni_dask.primitives import rows as rows_of_outputs
 from znni_dask.primitives.base import Form, Problem
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.table import TABLE, candidates, named, table
@@ -38,8 +42,15 @@ LAYERS = {
     ),
     "conv grouped": (layers.Conv(6, 9, (1, 3, 3), groups=3), 1),
     "conv depthwise": (layers.Conv(4, 4, (3, 3, 1), groups=4, padding=ODD), 1),
+    "conv depthwise blocks": (
+        layers.Conv(21, 21, (2, 3, 3), (1, 2, 1), (1, 1, 2), ODD, groups=21, relu=True),
+        1,
+    ),
     "conv 1": (layers.Conv(7, 11, (1, 1, 1)), 1),
     "conv blocks": (layers.Conv(17, 33, (3, 2, 3), padding=ODD, relu=True), 1),
+    "conv in parts": (layers.Conv(20, 40, (2, 3, 5), padding=ODD), 1),
+    "conv to few": (layers.Conv(35, 3, (2, 3, 3), padding=ODD, relu=True), 1),
+    "conv 1 padded": (layers.Conv(18, 4, (1, 1, 1), padding=ODD), 1),
     "conv strided relu": (layers.Conv(2, 5, (3, 3, 3), (1, 2, 2), padding=ODD, relu=True), 1),
     "conv 5 wide": (layers.Conv(1, 1, (1, 1, 5)), 1),
     "transposed": (layers.ConvTranspose(3, 4, (2, 2, 2), stride=(2, 2, 2)), 1),
@@ -50,6 +61,10 @@ LAYERS = {
     "transposed gaps": (layers.ConvTranspose(2, 2, (1, 2, 2), stride=(2, 3, 2)), 1),
     "transposed dilated": (
         layers.ConvTranspose(2, 3, (2, 2, 3), stride=(2, 1, 2), dilation=(2, 3, 1)),
+        1,
+    ),
+    "transposed blocks": (
+        layers.ConvTranspose(18, 33, (3, 2, 4), (2, 1, 3), padding=((1, 0, 1), (0, 1, 2))),
         1,
     ),
     "transposed output padding": (
@@ -270,6 +285,36 @@ def test_any_box_of_the_output_equals_the_oracle(label, name, threads):
                 np.testing.assert_array_equal(a, b)
 
 
+IN_ROWS = [
+    *(("conv in parts", "direct blocked"), ("conv to few", "direct to few channels")),
+    *(("conv depthwise blocks", "direct depthwise"),),
+    *(("transposed blocks", "direct transposed blocked"),),
+]
+
+
+@pytest.mark.parametrize("near_bytes", [1, 1 << 30])
+@pytest.mark.parametrize(("label", "name"), IN_ROWS)
+def test_rows_are_the_same_in_parts_and_turns_of_any_size(label, name, near_bytes, monkeypatch):
+    monkeypatch.setattr(rows_of_outputs, "PART_BYTES", near_bytes)
+    monkeypatch.setattr(rows_of_outputs, "SHARED_BYTES", near_bytes)
+    test_any_box_of_the_output_equals_the_oracle(label, name, 3)
+
+
+@pytest.mark.parametrize(("label", "name"), IN_ROWS)
+def test_processors_with_short_vectors_make_the_same(label, name, monkeypatch, tmp_path):
+    triple = compiled.host().triple
+    cpu = "x86-64-v3" if triple.startswith("x86_64") else "generic"
+    other = compiled.Target(triple, cpu)
+    assert not other.wide
+    monkeypatch.setenv("ZNNI_CACHE", str(tmp_path))
+    made = cache(lambda *what: compiled.compiled_library(rows_kernel.rows_module(*what, False)))
+    for module in (compiled, rows_kernel):
+        monkeypatch.setattr(module, "host", lambda: other)
+    monkeypatch.setattr(rows_kernel, "rows_library", made)
+    test_any_box_of_the_output_equals_the_oracle(label, name, 1)
+    assert list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("label", "name"),
     [(label, name) for label, name in CASES if named(name, LAYERS[label][0]).in_place],
@@ -318,6 +363,26 @@ def test_memory_measured_stays_within_memory_predicted(label, name, threads):
         out.nbytes + primitive.workspace_bytes(problem, threads)
     )
     assert primitive.flops(problem) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("direct blocked", layers.Conv(70, 90, (3, 3, 3))),
+        ("direct to few channels", layers.Conv(70, 9, (5, 5, 5))),
+        ("direct depthwise", layers.Conv(70, 70, (9, 9, 9), groups=70)),
+        ("direct transposed blocked", layers.ConvTranspose(70, 90, (3, 3, 3), (2, 2, 2))),
+    ],
+)
+def test_what_is_prepared_takes_the_memory_that_is_predicted(name, layer):
+    primitive = named(name, layer)
+    weights = weights_of(layer, np.random.default_rng(0))
+    prepared = primitive.prepare(layer, weights)
+    parts = chain(*prepared.values()) if isinstance(prepared, dict) else prepared
+    kept = sum(array.nbytes for part in parts for array in (part.weights, part.biases))
+    peak = traced_peak(lambda: primitive.prepare(layer, weights))
+    assert kept >= 4 * sum(w.size for w in weights.values())
+    assert peak <= primitive.prepared_bytes(layer) + (16 << 10) <= 4 * kept
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,21 @@ from math import prod
 
 from znni_dask.network.layers import Layer
 from znni_dask.primitives.base import Form, Primitive, Problem
+from znni_dask.primitives.conv_depthwise import ConvDepthwise
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
+from znni_dask.primitives.conv_direct_few import ConvDirectFew
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
+from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.forms import FormChange
 from znni_dask.schedule import Step
 
 FLOPS_PER_SECOND = 1.6e10  # of plain loops on one core
-BLOCKED_FLOPS_PER_SECOND = 1.5e11  # of direct convolution into blocks, on one core
+DIRECT_FLOPS_PER_SECOND: dict[type[Primitive], float] = {  # of blocks of channels, on one core
+    ConvDirectBlocked: 2e11,
+    ConvDirectFew: 1.8e11,
+    ConvTransposeBlocked: 1.6e11,
+    ConvDepthwise: 8e10,
+}
 TRANSFORMS_PER_SECOND = 8e10  # operations of transforms, on one core
 PRODUCTS_PER_SECOND = 2.6e11  # operations of their products, on one core
 BYTES_PER_SECOND = 2e10  # to and from memory, on one core
@@ -48,12 +56,11 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
             + work.products / PRODUCTS_PER_SECOND
             + work.traffic_bytes / BYTES_PER_SECOND
         )
-    elif isinstance(primitive, ConvDirectBlocked):
-        made = Form.BLOCKED.nbytes(problem.output)
-        lanes = prod(Form.BLOCKED.stored(problem.output)) / prod(problem.output)
-        seconds = (
-            lanes * primitive.flops(problem) / BLOCKED_FLOPS_PER_SECOND + made / BYTES_PER_SECOND
-        )
+    elif (rate := DIRECT_FLOPS_PER_SECOND.get(type(primitive))) is not None:
+        lanes = problem.inputs[0] if isinstance(primitive, ConvDirectFew) else problem.output
+        wasted = prod(Form.BLOCKED.stored(lanes)) / prod(lanes)
+        traffic = Form.BLOCKED.nbytes(problem.inputs[0]) + Form.BLOCKED.nbytes(problem.output)
+        seconds = max(wasted * primitive.flops(problem) / rate, traffic / BYTES_PER_SECOND)
     elif isinstance(primitive, FormChange):
         seconds = primitive.into.nbytes(problem.output) / FORM_BYTES_PER_SECOND
     else:

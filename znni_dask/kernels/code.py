@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import reduce
+from typing import Any, TypeAlias, TypeVar
 
 from llvmlite import ir
 
@@ -24,6 +25,7 @@ _NUMBER = ir.IntType(64)
 _POINTER = ir.PointerType()
 _BYTE = ir.IntType(8)
 _INDEX = ir.IntType(32)
+_LANE_NUMBERS = ir.VectorType(_INDEX, LANES)
 _FUSED = ("contract", "nsz")  # a product and a sum may be rounded once
 _CLOSEST = 3  # of prefetched lines: into the first-level cache
 
@@ -115,6 +117,22 @@ class Vector:
         larger = self.build.fcmp_ordered(">", self.value, other.value)
         return self._new(self.build.select(larger, self.value, other.value))
 
+    def first(self, count: Number) -> Vector:
+        """The first lanes, so many; zero in the others, whatever was there."""
+        lanes = ir.Constant(_LANE_NUMBERS, list(range(LANES)))
+        end = _spread(self.build, self.build.trunc(count.value, _INDEX), _LANE_NUMBERS)
+        taken = self.build.icmp_signed("<", lanes, end)
+        return self._new(self.build.select(taken, self.value, ir.Constant(_VECTOR, None)))
+
+    def neighbours(self, other: Vector) -> Vector:
+        """Sums of each two neighbouring lanes: eight of this vector, then eight of the other."""
+        even, odd = (
+            ir.Constant(_LANE_NUMBERS, list(range(first, 2 * LANES, 2))) for first in (0, 1)
+        )
+        build, both = self.build, (self.value, other.value)
+        left, right = (self._new(build.shuffle_vector(*both, lanes)) for lanes in (even, odd))
+        return left + right
+
     def _new(self, value: ir.Value) -> Vector:
         return Vector(self.build, value)
 
@@ -143,12 +161,21 @@ class Address:
             mark = self.build.module.add_metadata([ir.Constant(_INDEX, 1)])
             written.set_metadata("nontemporal", mark)
 
+    def load_floats(self, count: int, offset: Integer = 0) -> Vector:
+        """The floats there, at most sixteen, in the first lanes; the others mean nothing."""
+        few = self._load(offset, ir.VectorType(_FLOAT, count), 4)
+        lanes = ir.Constant(_LANE_NUMBERS, [min(lane, count - 1) for lane in range(LANES)])
+        return Vector(self.build, self.build.shuffle_vector(few, few, lanes))
+
+    def store_floats(self, vector: Vector, count: int, offset: Integer = 0) -> None:
+        """Write the first lanes, so many."""
+        lanes = ir.Constant(ir.VectorType(_INDEX, count), list(range(count)))
+        few = self.build.shuffle_vector(vector.value, vector.value, lanes)
+        self.build.store(few, (self + offset).value, align=4)
+
     def spread(self, offset: Integer = 0) -> Vector:
         """The one float there, in all lanes."""
-        none = ir.Constant(_VECTOR, ir.Undefined)
-        first = self.build.insert_element(none, self._load(offset, _FLOAT, 4), _INDEX(0))
-        lanes = ir.Constant(ir.VectorType(_INDEX, LANES), [0] * LANES)
-        return Vector(self.build, self.build.shuffle_vector(first, first, lanes))
+        return Vector(self.build, _spread(self.build, self._load(offset, _FLOAT, 4), _VECTOR))
 
     def number(self, offset: Integer = 0) -> Number:
         """The number there."""
@@ -158,16 +185,19 @@ class Address:
         """The address there."""
         return Address(self.build, self._load(offset, _POINTER, 8))
 
-    def prefetch(self, offset: Integer = 0) -> None:
-        """Have the cache line there fetched: it is read soon."""
+    def prefetch(self, offset: Integer = 0, *, written: bool = False) -> None:
+        """Have the cache line there fetched: it is read soon, or ``written``."""
         module, name = self.build.module, "llvm.prefetch.p0"
         kind = ir.FunctionType(ir.VoidType(), [_POINTER, _INDEX, _INDEX, _INDEX])
         function = module.globals.get(name) or ir.Function(module, kind, name)
-        how = [_INDEX(0), _INDEX(_CLOSEST), _INDEX(1)]
+        how = [_INDEX(int(written)), _INDEX(_CLOSEST), _INDEX(1)]
         self.build.call(function, [(self + offset).value, *how])
 
     def _load(self, offset: Integer, kind: ir.Type, align: int) -> ir.Value:
         return self.build.load((self + offset).value, typ=kind, align=align)
+
+
+Value = TypeVar("Value", Number, Vector, Address)
 
 
 class Variable:
@@ -241,12 +271,20 @@ class Function:
         """A number."""
         return Number(self._build, _plain(value))
 
+    def choose(self, condition: ir.Value, one: Value, other: Value) -> Value:
+        """One of two values: the other where a condition does not hold."""
+        return type(one)(self._build, self._build.select(condition, one.value, other.value))
+
+    def all(self, *conditions: ir.Value) -> ir.Value:
+        """Whether all of some conditions hold."""
+        return reduce(self._build.and_, conditions)
+
     def variable(self, value: Vector) -> Variable:
         """A place for a vector that changes in loops."""
         return Variable(self._build, self._entry, value)
 
     @contextmanager
-    def loop(self, start: Integer, stop: Integer, step: int = 1) -> Iterator[Number]:
+    def loop(self, start: Integer, stop: Integer, step: Integer = 1) -> Iterator[Number]:
         """Repeat what is written within for every number from ``start`` to before ``stop``."""
         build = self._build
         begun = build.block
@@ -272,6 +310,11 @@ class Function:
         yield
         build.branch(done)
         build.position_at_end(done)
+
+
+def _spread(build: ir.IRBuilder, value: ir.Value, kind: ir.Type) -> ir.Value:
+    first = build.insert_element(ir.Constant(kind, ir.Undefined), value, _INDEX(0))
+    return build.shuffle_vector(first, first, ir.Constant(_LANE_NUMBERS, [0] * LANES))
 
 
 def _plain(value: Any) -> ir.Value:

@@ -1,101 +1,357 @@
-"""Direct convolution, row of outputs by row: compiled for a number of output blocks.
+"""Direct convolution, row of outputs by row, sums in registers: compiled for what lies in a vector.
 
-Sums of some voxels of a row, for all output blocks of a group, stay in registers while the rows
-of the input behind them are read once. An input row is one channel of a plain array, or a block of
-channels; it is found through a table of addresses, so that rows which are padding are one row of
-zeros. Work is over items, one row of outputs each.
+Sixteen output channels (`Lanes.OUTPUTS`): every input is multiplied into sums of some voxels of
+a row in some blocks of output channels. Sixteen input channels (`Lanes.INPUTS`), for few outputs:
+some voxels' inputs are multiplied into sums of every output, and what is in the lanes is added up
+last. Sixteen channels that are each convolved for themselves (`Lanes.BOTH`).
+
+A row's taps are taken in parts whose weights stay in the first-level cache while all voxels of the
+row are summed; between parts the sums lie in the output.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from enum import Enum
 from functools import cache
+from itertools import count, zip_longest
+from typing import Generic, NamedTuple, TypeVar
 
 from llvmlite import ir
 
-from znni_dask.kernels.code import VECTOR_BYTES, Address, Function, Number
+from znni_dask.kernels.code import (
+    LANES,
+    VECTOR_BYTES,
+    Address,
+    Function,
+    Integer,
+    Number,
+    Variable,
+    Vector,
+)
 from znni_dask.kernels.compiled import Library, compiled_library, host
 
 CONVOLVE = "convolve"
-MOST_BLOCKS = {True: 5, False: 2}  # of output channels at once: with 32 long registers, or without
-_VOXELS = {True: {1: 14, 2: 12, 3: 8, 4: 6, 5: 5}, False: {1: 4, 2: 2}}  # at once, for each
-_ROW_NUMBERS = ("full_rows", "full_channels", "rest_rows", "rest_channels", "taps", "tap_step")
+N = TypeVar("N", int, Number)
 
 
-def most_blocks() -> int:
-    """Output blocks that can be computed at once here."""
-    return MOST_BLOCKS[host().wide]
+class Lanes(Enum):
+    """What the sixteen numbers of a vector belong to."""
+
+    OUTPUTS = "output channels"
+    INPUTS = "input channels"
+    BOTH = "channels of both"
+
+
+# Voxels summed at once, for each number of output blocks (of outputs, where lanes are inputs),
+# with 32 long registers, and without.
+_VOXELS = {
+    (Lanes.OUTPUTS, True): {1: 14, 2: 12, 3: 8, 4: 6, 5: 4},
+    (Lanes.OUTPUTS, False): {1: 4, 2: 2},
+    (Lanes.INPUTS, True): {1: 16, 2: 12, 3: 8, 4: 6, 5: 4, 6: 4, 7: 3},
+    (Lanes.INPUTS, False): {1: 6, 2: 3, 3: 2, 4: 1},
+    (Lanes.BOTH, True): {1: 14},
+    (Lanes.BOTH, False): {1: 6},
+}
+_AHEAD = 1  # times as many voxels further on, memory is fetched
+_RANGES = ("blocks", "z", "y", "x")
+
+
+class Axis(NamedTuple, Generic[N]):
+    """One axis of a convolution: output ``i`` reads through tap ``t`` the input ``offset`` + i ·
+    ``stride`` + t · ``dilation`` of ``size``; what lies beyond these is padding."""
+
+    outputs: N
+    stride: N
+    dilation: N
+    offset: N
+    size: N
+    taps: N
+
+
+class Strides(NamedTuple, Generic[N]):
+    """Bytes from one to the next, in an array; ``block`` of sixteen channels."""
+
+    batch: N
+    block: N
+    z: N
+    y: N
+    x: N
+    channel: N
+
+
+class Rows(NamedTuple, Generic[N]):
+    """All that a compiled convolution is told: ``channels`` of the input; the outputs along x,
+    from ``begin`` to before ``end``, that no padding reaches; how many blocks of channels, taps
+    along z and taps along y make a part."""
+
+    z: Axis[N]
+    y: Axis[N]
+    x: Axis[N]
+    source: Strides[N]
+    target: Strides[N]
+    channels: N
+    begin: N
+    end: N
+    part_blocks: N
+    part_z: N
+    part_y: N
+    relu: N
+
+
+def flat(rows: Rows[int]) -> list[int]:
+    """The numbers as compiled code is told them, one after the other."""
+    z, y, x, source, target, *others = rows
+    return [*z, *y, *x, *source, *target, *others]
+
+
+def most_at_once(lanes: Lanes) -> int:
+    """Output blocks, or outputs, that can be computed at once here."""
+    return max(_VOXELS[lanes, host().wide])
 
 
 @cache
-def rows_library(blocks: int, relu: bool) -> Library:
-    """The compiled function for so many output blocks at once."""
-    return compiled_library(rows_module(blocks, relu, host().wide))
+def rows_library(lanes: Lanes, made: int) -> Library:
+    """The compiled function for so many output blocks, or outputs, at once."""
+    return compiled_library(rows_module(lanes, made, host().wide))
 
 
-def rows_module(blocks: int, relu: bool, wide: bool) -> ir.Module:
-    """It as it is written.
+def rows_module(lanes: Lanes, made: int, wide: bool) -> ir.Module:
+    """It as it is written. ``rows`` are `flat` numbers, items its (batch, z, y).
 
-    ``rows`` holds for every item the addresses of its input rows: ``full_rows`` with
-    ``full_channels`` each, then ``rest_rows`` with ``rest_channels``. ``places`` holds where the
-    first voxel of each item goes; its blocks lie ``block_stride`` apart. ``weights`` follow the
-    rows: for every one tap, channel, output block, 16 output channels.
+    ``weights`` are for every block of input channels, tap along z, along y and along x, in
+    `Lanes.OUTPUTS` also every channel: vectors of all output blocks, or of every output.
     """
-    module = ir.Module(f"rows blocks {blocks} relu {relu}")
-    voxels = _VOXELS[wide][blocks]
-    several, single = (_write_voxels(module, n, blocks, relu) for n in (voxels, 1))
+    module = ir.Module(f"rows {lanes} {made}")
+    sums = [_Sums(module, lanes, made, n) for n in _halves(_VOXELS[lanes, wide][made])]
     code = Function(
-        module,
-        CONVOLVE,
-        ("rows", "places", "weights", "biases"),
-        (*_ROW_NUMBERS, "step", "width", "block_stride", "first", "last"),
+        module, CONVOLVE, ("rows", "source", "weights", "biases", "out"), ("first", "last")
     )
-    rows, places, weights, biases = code.addresses
-    *fixed, step, width, block_stride, first, last = code.numbers
+    told, source, weights, biases, out = code.addresses
+    rows = _told(told)
+    first, last = code.numbers
     with code.loop(first, last) as item:
-        here, out = rows + item * (fixed[0] + fixed[2]) * 8, places.address(item * 8)
-        whole = width // voxels * voxels
-        for function, begin, end, many in ((several, 0, whole, voxels), (single, whole, width, 1)):
-            with code.loop(begin, end, many) as x:
-                to = out + x * VECTOR_BYTES
-                code.call(function, here, weights, biases, to, *fixed, step, x * step, block_stride)
+        y, z = item % rows.y.outputs, item // rows.y.outputs % rows.z.outputs
+        batch = item // (rows.y.outputs * rows.z.outputs)
+        here = source + batch * rows.source.batch + rows.x.offset * rows.source.x
+        for at, axis, stride in ((z, rows.z, rows.source.z), (y, rows.y, rows.source.y)):
+            here = here + _start(axis, at) * stride
+        to = out + batch * rows.target.batch + z * rows.target.z + y * rows.target.y
+        for ranges, begun, clip in _parts(code, rows, z, y):
+            row = _Row(told, rows, weights, biases, here, to, ranges, begun, clip)
+            _write_row(code, sums, row)
     code.finish()
     return module
 
 
-def _write_voxels(module: ir.Module, voxels: int, blocks: int, relu: bool) -> Function:
-    """So many neighbouring voxels of a row, in all blocks."""
-    code = Function(
-        module,
-        f"voxels_{voxels}",
-        ("rows", "weights", "biases", "out"),
-        (*_ROW_NUMBERS, "step", "begin", "block_stride"),
-        inner=True,
+class _Row(NamedTuple):
+    """A row of outputs and the part of its taps that is added."""
+
+    told: Address
+    rows: Rows[Number]
+    weights: Address
+    biases: Address
+    source: Address
+    out: Address
+    ranges: tuple[Integer, ...]  # of blocks, taps along z, taps along y: first, end
+    begun: ir.Value  # whether sums begin here, with the bias
+    clip: Number  # whether what is negative becomes zero
+
+
+def _parts(
+    code: Function, rows: Rows[Number], z: Number, y: Number
+) -> Iterator[tuple[tuple[Integer, ...], ir.Value, Number]]:
+    """Write loops over the parts of a row's taps; of taps that are all padding there is one."""
+    blocks = (rows.channels + (LANES - 1)) // LANES
+    spans = [(code.number(0), blocks), _inside(rows.z, z), _inside(rows.y, y)]
+    steps = (rows.part_blocks, rows.part_z, rows.part_y)
+    (b0, b1), (z0, z1), (y0, y1) = spans
+    with (
+        code.loop(b0, b1, steps[0]) as block,
+        code.loop(z0, z1.at_least(z0 + 1), steps[1]) as tap_z,
+        code.loop(y0, y1.at_least(y0 + 1), steps[2]) as tap_y,
+    ):
+        starts = (block, tap_z, tap_y)
+        ends = [(s + n).at_most(end) for s, n, (_, end) in zip(starts, steps, spans, strict=True)]
+        begun = code.all(*(s.equals(low) for s, (low, _) in zip(starts, spans, strict=True)))
+        done = code.all(*(e.equals(high) for e, (_, high) in zip(ends, spans, strict=True)))
+        ranges = tuple(n for pair in zip(starts, ends, strict=True) for n in pair)
+        yield ranges, begun, code.choose(done, rows.relu, code.number(0))
+
+
+def _write_row(code: Function, sums: list[_Sums], row: _Row) -> None:
+    """All voxels of a row: where padding reaches one by one, the others as many as may be."""
+    rows = row.rows
+    single = sums[-1]
+    for begin, end in ((code.number(0), rows.begin), (rows.end, rows.x.outputs)):
+        with code.loop(begin, end) as x:
+            single.call(code, row, x, _inside(rows.x, x))
+    begin = rows.begin
+    for several in sums:
+        whole = begin + (rows.end - begin) // several.voxels * several.voxels
+        with code.loop(begin, whole, several.voxels) as x:
+            several.call(code, row, x, (code.number(0), rows.x.taps))
+        begin = whole
+
+
+class _Sums:
+    """The function that adds a part of the taps for some neighbouring voxels of a row."""
+
+    def __init__(self, module: ir.Module, lanes: Lanes, made: int, voxels: int) -> None:
+        self.lanes, self.made, self.voxels = lanes, made, voxels
+        self._function = Function(
+            module,
+            f"sums_of_{voxels}",
+            ("rows", "source", "weights", "start", "out"),
+            (
+                *(f"{name}_{end}" for name in _RANGES for end in ("first", "last")),
+                *("start_block", "start_voxel", "clip"),
+            ),
+            inner=True,
+        )
+        self._write()
+
+    def call(self, code: Function, row: _Row, x: Number, taps: tuple[Number, Number]) -> None:
+        """Add to the voxels from ``x`` on what comes through ``taps`` along x."""
+        rows = row.rows
+        out = row.out + x * rows.target.x
+        code.call(
+            self._function,
+            row.told,
+            row.source + x * (rows.x.stride * rows.source.x),
+            row.weights,
+            code.choose(row.begun, row.biases, out),
+            out,
+            *(*row.ranges, *taps),
+            code.choose(row.begun, code.number(VECTOR_BYTES), rows.target.block),
+            code.choose(row.begun, code.number(0), rows.target.x),
+            row.clip,
+        )
+
+    def _write(self) -> None:
+        code = self._function
+        told, source, weights, start, out = code.addresses
+        b0, b1, z0, z1, y0, y1, x0, x1, start_block, start_voxel, clip = code.numbers
+        rows = _told(told)
+        if self.lanes is Lanes.INPUTS:
+            starts = [[code.vector()] * self.made] * self.voxels
+        else:
+            starts = [
+                [start.load(start_block * b + start_voxel * v) for b in range(self.made)]
+                for v in range(self.voxels)
+            ]
+        sums = [[code.variable(value) for value in values] for values in starts]
+        if self.lanes is not Lanes.INPUTS:
+            for v in range(self.voxels):
+                for b in range(self.made):
+                    ahead = rows.target.x * (v + _AHEAD * self.voxels) + rows.target.block * b
+                    out.prefetch(ahead, written=True)
+        every = rows.z.taps * rows.y.taps * rows.x.taps
+        with code.loop(b0, b1) as block:
+            channels = (rows.channels - block * LANES).at_most(LANES)
+            tap_bytes = self._tap_bytes(channels)
+            kernel = weights + block * every * self._tap_bytes(code.number(LANES))
+            plane = source + block * rows.source.block
+            with code.loop(z0, z1) as z, code.loop(y0, y1) as y:
+                line = plane + z * (rows.z.dilation * rows.source.z)
+                line = line + y * (rows.y.dilation * rows.source.y)
+                for v in range(self.voxels):
+                    line.prefetch(rows.x.stride * rows.source.x * (v + _AHEAD * self.voxels))
+                first = kernel + (z * rows.y.taps + y) * rows.x.taps * tap_bytes
+                with code.loop(x0, x1) as x:
+                    here = line + x * (rows.x.dilation * rows.source.x)
+                    self._add(sums, rows, here, first + x * tap_bytes, channels)
+        least = code.choose(clip.differs(0), code.vector(), code.vector(float("-inf")))
+        totals = [[total.get() for total in values] for values in sums]
+        if self.lanes is Lanes.INPUTS:
+            for i, of_output in enumerate(zip(*totals, strict=True)):
+                value = _added_up(of_output) + start.load_floats(self.voxels, start_block * i)
+                out.store_floats(value.at_least(least), self.voxels, rows.target.block * i)
+        else:
+            for v, of_voxel in enumerate(totals):
+                for b, value in enumerate(of_voxel):
+                    place = out + rows.target.x * v
+                    place.store(value.at_least(least), rows.target.block * b)
+        code.finish()
+
+    def _add(
+        self,
+        sums: list[list[Variable]],
+        rows: Rows[Number],
+        source: Address,
+        weights: Address,
+        channels: Number,
+    ) -> None:
+        """One tap: a block of channels of every voxel."""
+        code = self._function
+        step = rows.x.stride * rows.source.x
+        if self.lanes is Lanes.OUTPUTS:
+            with code.loop(0, channels) as channel:
+                place = weights + channel * (self.made * VECTOR_BYTES)
+                values = [place.load(i * VECTOR_BYTES) for i in range(self.made)]
+                voxel = source + channel * rows.source.channel
+                _multiply(sums, [voxel.spread(step * v) for v in range(self.voxels)], values)
+            return
+        values = [weights.load(i * VECTOR_BYTES) for i in range(self.made)]
+        voxels = [source.load(step * v) for v in range(self.voxels)]
+        if self.lanes is Lanes.INPUTS:  # beyond the last channel there may be anything
+            voxels = [x.first(channels) for x in voxels]
+        _multiply(sums, voxels, values)
+
+    def _tap_bytes(self, channels: Number) -> Number:
+        """Weights of one tap, of so many channels."""
+        vectors = self.made * VECTOR_BYTES
+        return channels * vectors if self.lanes is Lanes.OUTPUTS else channels * 0 + vectors
+
+
+def _multiply(sums: list[list[Variable]], voxels: list[Vector], weights: list[Vector]) -> None:
+    for of_voxel, x in zip(sums, voxels, strict=True):
+        for total, weight in zip(of_voxel, weights, strict=True):
+            total.set(total.get() + x * weight)
+
+
+def _added_up(vectors: Sequence[Vector]) -> Vector:
+    """The sum over all lanes of each of at most sixteen vectors, side by side."""
+    found = list(vectors)
+    for _ in range(LANES.bit_length() - 1):
+        found = [
+            a.neighbours(b) for a, b in zip_longest(found[::2], found[1::2], fillvalue=found[-1])
+        ]
+    return found[0]
+
+
+def _told(place: Address) -> Rows[Number]:
+    """The numbers of `flat`, as code."""
+    places = count(0, 8)
+
+    def several(size: int) -> list[Number]:
+        return [place.number(next(places)) for _ in range(size)]
+
+    def axis() -> Axis[Number]:
+        return Axis(*several(len(Axis._fields)))
+
+    def strides() -> Strides[Number]:
+        return Strides(*several(len(Strides._fields)))
+
+    z, y, x, source, target = axis(), axis(), axis(), strides(), strides()
+    return Rows(z, y, x, source, target, *several(len(Rows._fields) - 5))
+
+
+def _start(axis: Axis[Number], at: Number) -> Number:
+    """The input behind the first tap of an output."""
+    return at * axis.stride + axis.offset
+
+
+def _inside(axis: Axis[Number], at: Number) -> tuple[Number, Number]:
+    """First and end of the taps of an output that no padding is behind."""
+    start = _start(axis, at)
+    before, until = (
+        (n.at_least(0) + (axis.dilation - 1)) // axis.dilation
+        for n in (start * -1, axis.size - start)
     )
-    rows, weights, biases, out = code.addresses
-    full_rows, full_channels, rest_rows, rest_channels, *numbers = code.numbers
-    taps, tap_step, step, begin, block_stride = numbers
-    starts = [biases.load(b * VECTOR_BYTES) for b in range(blocks)]
-    sums = [[code.variable(start) for start in starts] for _ in range(voxels)]
+    return before.at_most(axis.taps), until.at_most(axis.taps)
 
-    def add(first: Number | int, count: Number, channels: Number, taken: Address) -> None:
-        with code.loop(0, count) as row:
-            source = rows.address((row + first) * 8) + begin
-            kernel = taken + row * taps * channels * (blocks * VECTOR_BYTES)
-            with code.loop(0, taps) as tap, code.loop(0, channels) as channel:
-                place = kernel + (tap * channels + channel) * (blocks * VECTOR_BYTES)
-                values = [place.load(b * VECTOR_BYTES) for b in range(blocks)]
-                voxel = source + tap * tap_step + channel * 4
-                for number, block_sums in enumerate(sums):
-                    x = voxel.spread(step * number)
-                    for total, value in zip(block_sums, values, strict=True):
-                        total.set(total.get() + x * value)
 
-    add(0, full_rows, full_channels, weights)
-    rest = weights + full_rows * taps * full_channels * (blocks * VECTOR_BYTES)
-    add(full_rows, rest_rows, rest_channels, rest)
-    zero = code.vector()
-    for number, block_sums in enumerate(sums):
-        for block, total in enumerate(block_sums):
-            value = total.get().at_least(zero) if relu else total.get()
-            (out + block_stride * block).store(value, number * VECTOR_BYTES)
-    return code.finish()
+def _halves(number: int) -> list[int]:
+    """A number, its half, and so on to 1."""
+    return [number, *_halves(number // 2)] if number > 1 else [1]

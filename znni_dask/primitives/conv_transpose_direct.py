@@ -7,6 +7,7 @@ from typing import ClassVar, cast, final
 
 import numpy as np
 
+from znni_dask.geometry import Size, triple
 from znni_dask.kernels import direct
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import ConvTranspose, Layer
@@ -52,7 +53,7 @@ class ConvTransposeDirect(Primitive):
         weight, bias = prepared
         conv = cast("ConvTranspose", problem.layer)
         up, dilation = indices(*conv.stride), indices(*conv.dilation)
-        offset = indices(*self._offset(conv, problem))
+        offset = indices(*offsets_of_output(problem))
 
         def work(first: int, last: int) -> None:
             direct.convolve_transposed(
@@ -61,11 +62,12 @@ class ConvTransposeDirect(Primitive):
 
         team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
 
-    @staticmethod
-    def _offset(conv: ConvTranspose, problem: Problem) -> list[int]:
-        """Offsets in steps of the output. An axis of stride 1 counts as convolution does, from
-        the last tap of the turned kernel, so it lies the kernel's extent further on."""
-        return [
-            start if conv.stride[axis] > 1 else start + conv.window(axis).extent - 1
-            for axis, start in enumerate(problem.offsets[0])
-        ]
+
+def offsets_of_output(problem: Problem) -> Size:
+    """Offsets (z, y, x) in steps of the output. An axis of stride 1 counts as convolution does,
+    from the last tap of the turned kernel, so it lies the kernel's extent further on."""
+    conv = cast("ConvTranspose", problem.layer)
+    return triple(
+        start if conv.stride[axis] > 1 else start + conv.window(axis).extent - 1
+        for axis, start in enumerate(problem.offsets[0])
+    )

@@ -11,9 +11,12 @@ from importlib.metadata import entry_points
 
 from znni_dask.network.layers import Layer
 from znni_dask.primitives.base import Primitive
+from znni_dask.primitives.conv_depthwise import ConvDepthwise
 from znni_dask.primitives.conv_direct import ConvDirect
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
+from znni_dask.primitives.conv_direct_few import ConvDirectFew
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
+from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
 from znni_dask.primitives.joining import ArithmeticOfInputs, Broadcasting, Concatenation
 from znni_dask.primitives.pointwise import ActivationFunction, AffineMap
@@ -36,7 +39,10 @@ from znni_dask.primitives.reducing import Normalization, Reducing, SoftmaxOverAx
 TABLE: tuple[Primitive, ...] = (
     ConvDirect(),
     ConvDirectBlocked(),
+    ConvDirectFew(),
+    ConvDepthwise(),
     ConvTransposeDirect(),
+    ConvTransposeBlocked(),
     MaxPoolingFragments(),
     MaxPooling(),
     AveragePoolingFragments(),

@@ -1,0 +1,98 @@
+"""Direct convolution of blocks of channels to few channels: last layers.
+
+With sixteen output channels in a vector most of it would be wasted on three. Here lanes are input
+channels; what is in them is added up once for every output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, cast, final
+
+import numpy as np
+
+from znni_dask.geometry import ceil_divide, round_up, volume
+from znni_dask.kernels.code import LANES, VECTOR_BYTES
+from znni_dask.kernels.memory import allocated_bytes
+from znni_dask.kernels.rows import Lanes, most_at_once
+from znni_dask.kernels.team import Team
+from znni_dask.network.layers import Conv, Layer
+from znni_dask.network.network import Weights
+from znni_dask.primitives import rows
+from znni_dask.primitives.base import Array, Form, Primitive, Problem
+
+
+@final
+class ConvDirectFew(Primitive):
+    """Direct convolution on the CPU, any stride, dilation and padding; no groups."""
+
+    name: ClassVar[str] = "direct to few channels"
+    layer: ClassVar[type[Layer]] = Conv
+
+    def refusal(self, layer: Layer) -> str | None:
+        if (reason := super().refusal(layer)) is not None:
+            return reason
+        conv = cast("Conv", layer)
+        if conv.groups != 1 or conv.whole:
+            return f"{self.name} takes no groups or whole window, not {conv.summary}"
+        return None
+
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        return Form.BLOCKED, Form.PLAIN
+
+    def flops(self, problem: Problem) -> int:
+        batch, _, z, y, x = problem.output
+        return int(2 * problem.layer.multiply_adds() * batch * z * y * x)
+
+    def prepared_bytes(self, layer: Layer) -> int:
+        conv = cast("Conv", layer)
+        fan_in = ceil_divide(conv.in_channels, LANES) * volume(conv.kernel)
+        sizes = [VECTOR_BYTES * outputs for outputs in _parts(conv)]
+        return sum(map(allocated_bytes, sizes)) + rows.kept_bytes([n * fan_in for n in sizes])
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        return rows.PASS_BYTES * len(_parts(cast("Conv", problem.layer)))
+
+    def prepare(self, layer: Layer, weights: Weights) -> list[rows.Part]:
+        """Weights in the order in which they are read; biases in all lanes."""
+        conv = cast("Conv", layer)
+        found, begin = [], 0
+        for outputs in _parts(conv):
+            part = slice(begin, begin + outputs)
+            begin += outputs
+            channels = rows.padded(
+                weights["weight"][part].swapaxes(0, 1), round_up(conv.in_channels, LANES)
+            )
+            # (channel, output, z, y, x) → block, z, y, x, output, channel of the block
+            lanes = channels.reshape(-1, LANES, outputs, *conv.kernel).transpose(0, 3, 4, 5, 2, 1)
+            bias = weights["bias"][part] if conv.bias else np.zeros(outputs, np.float32)
+            found.append(
+                rows.Part(outputs, rows.kept([lanes]), rows.kept([np.repeat(bias, LANES)]))
+            )
+        return found
+
+    def apply(
+        self,
+        prepared: list[rows.Part],
+        problem: Problem,
+        inputs: Sequence[Array],
+        out: Array,
+        team: Team,
+    ) -> None:
+        conv = cast("Conv", problem.layer)
+        source, target = rows.Place.of(inputs[0]), rows.Place.of(out)
+        target = target._replace(strides=target.strides._replace(block=target.strides.channel))
+        axes, (batch, channels) = rows.axes_of(problem, conv), problem.inputs[0][:2]
+        passes = []
+        for part in prepared:
+            passes.append(
+                rows.Pass.of(
+                    *(Lanes.INPUTS, part, axes, batch, channels, source, target), conv.relu
+                )
+            )
+            target = target.on(part.made * target.strides.block)
+        rows.share(passes, team)
+
+
+def _parts(conv: Conv) -> list[int]:
+    return rows.equal_parts(conv.out_channels, most_at_once(Lanes.INPUTS))

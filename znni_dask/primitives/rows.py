@@ -1,0 +1,235 @@
+"""Direct convolution in rows of outputs: passes of the compiled functions of `kernels.rows`.
+
+A pass makes some of the channels, or some of the voxels, of an output. Passes that read the same
+input take turns, a few rows at a time, so that these are read from the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from znni_dask.geometry import Size, ceil_divide
+from znni_dask.kernels import rows
+from znni_dask.kernels.code import LANES, VECTOR_BYTES
+from znni_dask.kernels.memory import allocate, allocated_bytes
+from znni_dask.kernels.rows import Axis, Lanes, Rows, Strides
+from znni_dask.kernels.team import Team
+from znni_dask.network.layers import Conv
+from znni_dask.primitives.base import ITEM_BYTES, Array, Problem
+
+PASS_BYTES = 2 << 10  # what a pass holds beside arrays
+PART_BYTES = 20 << 10  # of weights that stay in the first-level cache
+SHARED_BYTES = 1 << 18  # of input that passes take turns on
+
+
+class Place(NamedTuple):
+    """Where an array lies."""
+
+    address: int
+    strides: Strides[int]
+
+    @classmethod
+    def of(cls, array: Array) -> Place:
+        """Where an array in either form lies."""
+        batch, block, z, y, x, *lane = array.strides
+        if lane:
+            return cls(array.ctypes.data, Strides(batch, block, z, y, x, *lane))
+        return cls(array.ctypes.data, Strides(batch, LANES * block, z, y, x, block))
+
+    def every(self, steps: Size, first: Size) -> Place:
+        """Every so many-th voxel (z, y, x), from a first one on."""
+        _, _, *strides, _ = self.strides
+        moved = self.on(sum(s * n for s, n in zip(strides, first, strict=True)))
+        z, y, x = (s * n for s, n in zip(strides, steps, strict=True))
+        return moved._replace(strides=self.strides._replace(z=z, y=y, x=x))
+
+    def on(self, nbytes: int) -> Place:
+        """The same so many bytes further on."""
+        return self._replace(address=self.address + nbytes)
+
+
+class Part(NamedTuple):
+    """Some output blocks (outputs, where lanes are input channels): their weights in the order in
+    which they are read, and their biases."""
+
+    made: int
+    weights: Array
+    biases: Array
+
+
+class Pass(NamedTuple):
+    """One compiled call: over items (batch, z, y)."""
+
+    lanes: Lanes
+    part: Part
+    told: NDArray[np.int64]
+    source: int
+    out: int
+    items: int
+    item_bytes: int  # of the input
+
+    @classmethod
+    def of(
+        cls,
+        lanes: Lanes,
+        part: Part,
+        axes: Sequence[Axis[int]],
+        batch: int,
+        channels: int,
+        source: Place,
+        out: Place,
+        relu: bool = False,
+    ) -> Pass:
+        """The pass for so many channels of input; ``axes`` are z, y and x."""
+        z, y, x = _joined(axes, source.strides, out.strides)
+        begin, end = _inside(x)
+        told = Rows(
+            *(z, y, x, source.strides, out.strides, channels, begin, end),
+            *_at_once(lanes, part.made, channels, (z.taps, y.taps, x.taps)),
+            int(relu),
+        )
+        return cls(
+            lanes,
+            part,
+            np.array(rows.flat(told), np.int64),
+            source.address,
+            out.address,
+            batch * z.outputs * y.outputs,
+            channels * x.size * ITEM_BYTES,
+        )
+
+    def run(self, first: int, last: int) -> None:
+        """Compute some items."""
+        rows.rows_library(self.lanes, self.part.made)[rows.CONVOLVE](
+            self.told.ctypes.data,
+            self.source,
+            self.part.weights.ctypes.data,
+            self.part.biases.ctypes.data,
+            *(self.out, first, last),
+        )
+
+
+def share(passes: Sequence[Pass], team: Team) -> None:
+    """Run passes over the same input."""
+    items = max(one.items for one in passes)
+    together = items
+    if len(passes) > 1:
+        together = max(1, SHARED_BYTES // max(one.item_bytes for one in passes))
+
+    def work(first: int, last: int) -> None:
+        for begin in range(first, last, together):
+            end = min(begin + together, last)
+            for one in passes:
+                one.run(begin * one.items // items, end * one.items // items)
+
+    team.share(work, items)
+
+
+def axes_of(problem: Problem, conv: Conv) -> list[Axis[int]]:
+    """The axes of a convolution."""
+    return [
+        Axis(
+            problem.output[2 + axis],
+            conv.stride[axis],
+            conv.dilation[axis],
+            problem.offsets[0][axis],
+            problem.inputs[0][2 + axis],
+            conv.kernel[axis],
+        )
+        for axis in range(3)
+    ]
+
+
+def equal_parts(count: int, most: int) -> list[int]:
+    """``count`` in as few parts of at most ``most`` as there can be, as equal as may be."""
+    parts = ceil_divide(count, most)
+    return [count * (i + 1) // parts - count * i // parts for i in range(parts)]
+
+
+def kept(arrays: Iterable[Array]) -> Array:
+    """Arrays one after the other, aligned."""
+    flat = [np.ravel(array) for array in arrays]
+    memory = allocate(ITEM_BYTES * sum(array.size for array in flat)).view(np.float32)
+    return np.concatenate(flat, out=memory)
+
+
+def kept_bytes(sizes: Sequence[int]) -> int:
+    """Memory of `kept` arrays of so many bytes, and what each is made of."""
+    return sum(map(allocated_bytes, sizes)) + 2 * max(sizes)
+
+
+def padded(array: Array, count: int) -> Array:
+    """An array with zeros after it along its first axis, to ``count``."""
+    found = np.zeros((count, *array.shape[1:]), np.float32)
+    found[: len(array)] = array
+    return found
+
+
+def dense_parts(weight: Array, bias: Array | None) -> list[Part]:
+    """Of weights (output channel, channel, z, y, x): parts of whole blocks of output channels."""
+    found, begin = [], 0
+    blocks = ceil_divide(len(weight), LANES)
+    for made in equal_parts(blocks, rows.most_at_once(Lanes.OUTPUTS)):
+        part = slice(begin * LANES, (begin + made) * LANES)
+        begin += made
+        outputs = padded(weight[part], made * LANES)
+        pieces = (
+            outputs[:, first : first + LANES].transpose(2, 3, 4, 1, 0)
+            for first in range(0, weight.shape[1], LANES)
+        )
+        biases = np.zeros(0, np.float32) if bias is None else bias[part]
+        found.append(Part(made, kept(pieces), kept([padded(biases, made * LANES)])))
+    return found
+
+
+def dense_count(outputs: int) -> int:
+    """How many `dense_parts` there are."""
+    return ceil_divide(ceil_divide(outputs, LANES), rows.most_at_once(Lanes.OUTPUTS))
+
+
+def dense_bytes(outputs: int, fan_ins: Sequence[int]) -> int:
+    """Memory of `dense_parts` of some convolutions to so many output channels, each with so many
+    weights, and of what they are made of."""
+    made = equal_parts(ceil_divide(outputs, LANES), rows.most_at_once(Lanes.OUTPUTS))
+    biases = [VECTOR_BYTES * blocks for blocks in made]
+    weights = [size * fan_in for size in biases for fan_in in fan_ins]
+    return len(fan_ins) * sum(map(allocated_bytes, biases)) + kept_bytes(weights)
+
+
+def _joined(
+    axes: Sequence[Axis[int]], source: Strides[int], out: Strides[int]
+) -> tuple[Axis[int], Axis[int], Axis[int]]:
+    """The axes, rows that simply follow one another being one."""
+    z, y, x = axes
+    alone = Axis(1, 1, 1, 0, 1, 1)
+    plain = all(a == Axis(a.size, 1, a.dilation, 0, a.size, 1) for a in (y, x))
+    follow = source.y == x.size * source.x and out.y == x.outputs * out.x
+    if not (plain and follow):
+        return z, y, x
+    length = y.size * x.size
+    return z, alone, Axis(length, 1, 1, 0, length, 1)
+
+
+def _inside(x: Axis[int]) -> tuple[int, int]:
+    """First and end of the outputs that no padding reaches."""
+    if not x.taps:
+        return 0, x.outputs
+    begin = min(ceil_divide(max(0, -x.offset), x.stride), x.outputs)
+    room = x.size - (x.taps - 1) * x.dilation - 1 - x.offset  # for the last start
+    return begin, max(begin, min(x.outputs, room // x.stride + 1))
+
+
+def _at_once(
+    lanes: Lanes, made: int, channels: int, taps: tuple[int, int, int]
+) -> tuple[int, int, int]:
+    """How many blocks of channels, taps along z and taps along y have weights that stay near."""
+    vectors = taps[2] * made * (min(channels, LANES) if lanes is Lanes.OUTPUTS else 1)
+    left = PART_BYTES // max(1, vectors * VECTOR_BYTES)
+    y = max(1, min(left, taps[1]))
+    z = max(1, min(left // y, taps[0]))
+    whole = y >= taps[1] and z >= taps[0]
+    return max(1, left // (y * z)) if whole else 1, z, y
