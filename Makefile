@@ -17,14 +17,17 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/primitives.py
+bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/reading.py
+	$(BIN)/python benchmarks/bandwidth.py
+	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/convolution.py --quick
 
 bench-full: bench
+	$(BIN)/python benchmarks/bandwidth.py --threads 1
 	$(BIN)/python benchmarks/convolution.py --threads 1
 	$(BIN)/python benchmarks/convolution.py
+	$(BIN)/python benchmarks/chart.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info
@@ -32,6 +35,11 @@ clean:
 $(VENV)/installed-core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[viz]'
+	touch $@
+
+$(VENV)/installed-bench: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	touch $@
 
 $(VENV)/installed-dev: pyproject.toml

@@ -6,8 +6,10 @@ import json
 import platform
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -39,11 +41,21 @@ def described() -> dict[str, object]:
 def keep(name: str, found: dict[str, object]) -> Path:
     """Write a result beside the others, under the machine's name."""
     RESULTS.mkdir(exist_ok=True)
+    path = _path(name)
+    path.write_text(json.dumps({"machine": described(), **found}, indent=1) + "\n")
+    return path
+
+
+def kept(name: str) -> dict[str, Any]:
+    """What was kept of an earlier run on such a machine; nothing where there was none."""
+    path = _path(name)
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _path(name: str) -> Path:
     machine = described()
     processor = re.sub(r"\W+", "-", str(machine["processor"])).strip("-").lower()
-    path = RESULTS / f"{name}-{processor}-{machine['cores']}-cores.json"
-    path.write_text(json.dumps({"machine": machine, **found}, indent=1) + "\n")
-    return path
+    return RESULTS / f"{name}-{processor}-{machine['cores']}-cores.json"
 
 
 def flops_per_second(team: Team) -> float:
@@ -73,12 +85,24 @@ def flops_per_second(team: Team) -> float:
     return team.threads * _TURNS * _SUMS * 2 * LANES / seconds
 
 
-def bytes_per_second() -> float:
-    """Read and written by a copy of 256 MiB, one thread."""
-    source = np.ones(1 << 26, np.float32)
-    target, seconds = np.ones_like(source), []
+def bytes_per_second(team: Team) -> float:
+    """Read and written by a copy of 256 MiB by all threads of a team."""
+    copied, nbytes = copy(team, 256 << 20)
+    seconds = []
     for _ in range(5):
         begin = time.perf_counter()
-        np.copyto(target, source)
+        copied()
         seconds.append(time.perf_counter() - begin)
-    return 2 * source.nbytes / median(seconds)
+    return nbytes / median(seconds)
+
+
+def copy(team: Team, nbytes: int) -> tuple[Callable[[], None], int]:
+    """numpy's copy of so many bytes, shared by a team, as a call; and the bytes it reads and
+    writes."""
+    source, target = (allocate(nbytes).view(np.float32) for _ in range(2))
+    source[:], target[:] = 1, 0
+
+    def work(first: int, last: int) -> None:
+        np.copyto(target[first:last], source[first:last])
+
+    return lambda: team.share(work, source.size), 2 * source.nbytes

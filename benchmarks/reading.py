@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import zarr
-from machine import keep
 
+from machine import keep
 from znni_dask.geometry import Box, Size, text, triple
 from znni_dask.job import Job
 from znni_dask.kernels.warm import compile_kernels

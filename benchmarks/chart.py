@@ -1,0 +1,188 @@
+"""The results that are kept, as tables in the documents and as a picture.
+
+    python benchmarks/chart.py
+
+A table stands in a document between `<!-- table: WHAT of FILE -->` and `<!-- end of table -->`;
+what lies between is written anew from that file of `results/`. The picture shows, for every layer,
+how many times as fast it is as the best of its peers in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from machine import RESULTS
+
+DOCUMENTS = Path(__file__).parent.parent / "docs"
+PICTURE = DOCUMENTS / "images" / "convolution.svg"
+PICTURED = RESULTS / "convolution-1-threads-amd-epyc-2-cores.json"
+_TABLE = re.compile(r"(<!-- table: (.+?) of (\S+) -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
+ALONE = "alone"  # a group that is shown beside its bound only
+_COLOUR = "#3b6ea5"
+
+Row = dict[str, Any]
+Line = list[str]
+
+
+def written(text: str) -> str:
+    """A document with all its tables written anew."""
+
+    def table(found: re.Match[str]) -> str:
+        opening, what, file = found.groups()
+        lines = list(TABLES[what](json.loads((RESULTS / file).read_text())))
+        ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+        return opening + "".join(f"| {' | '.join(line)} |\n" for line in ruled)
+
+    return _TABLE.sub(table, text)
+
+
+def by_layer(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows of every layer, in order."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row["layer"]].append(row)
+    return found
+
+
+def sizes(result: Row) -> Iterator[Line]:
+    """Times as fast for every size of 80 → 80."""
+    group = result["groups"]["middle"]
+    layers = by_layer(group["rows"])
+    yield ["input", *(layer.rpartition(", ")[2] for layer in layers)]
+    for size in dict.fromkeys(row["size"] for row in group["rows"]):
+        found = [next((r for r in rows if r["size"] == size), None) for rows in layers.values()]
+        yield [size, *(_number(row and row["times"]) for row in found)]
+    yield ["geometric mean", *(_number(group["geometric_means"][layer]) for layer in layers)]
+
+
+def layers(result: Row) -> Iterator[Line]:
+    """Every layer: geometric means over its sizes, the least and the most."""
+    yield [
+        *("layer", "sizes", "GFLOP/s", "times the best in float32", "least – most", "the best"),
+        "times the best in bfloat16",
+    ]
+    for name, group in result["groups"].items():
+        for layer, rows in by_layer(group["rows"] if name != ALONE else []).items():
+            times = [row["times"] for row in rows if row["times"]]
+            bf16 = [row["times_bf16"] for row in rows if row["times_bf16"]]
+            rates = [row["gflop_per_second"] for row in rows]
+            yield [
+                *(layer, str(len(rows)), f"{geometric_mean(rates):.0f}"),
+                _number(_mean(times)),
+                f"{_number(min(times))} – {_number(max(times))}" if times else "–",
+                ", ".join(sorted({row["best_peer"] for row in rows if row["best_peer"]})),
+                _number(_mean(bf16)),
+            ]
+
+
+def alone(result: Row) -> Iterator[Line]:
+    """One patch of 24³ by itself, beside the time that its data and prepared kernels take to be
+    copied."""
+    yield ["layer", "primitive", "ms", "ms to move it", "times the best in float32"]
+    for row in result["groups"][ALONE]["rows"]:
+        spent = (f"{1e3 * row[key]:.1f}" for key in ("seconds", "seconds_to_move"))
+        yield [row["layer"], row["primitive"], *spent, _number(row["times"])]
+
+
+def bandwidth(result: Row) -> Iterator[Line]:
+    """Layers that only move data."""
+    yield ["layer", "form", "GB/s", "of a copy"]
+    for row in result["rows"]:
+        rate = f"{row['gigabytes_per_second']:.1f}"
+        yield [row["layer"], row["form"], rate, f"{row['share_of_copy']:.0%}"]
+
+
+def accuracy(result: Row) -> Iterator[Line]:
+    """Primitives of convolution: the largest error over all kernel sizes, of every input."""
+    rows = result["primitives"]
+    inputs = list(dict.fromkeys(row["input"] for row in rows))
+    yield ["primitive", *inputs]
+    for primitive in dict.fromkeys(row["primitive"] for row in rows):
+        own = [r for r in rows if r["primitive"] == primitive]
+        worst = (max((r["error"] for r in own if r["input"] == i), default=None) for i in inputs)
+        yield [primitive, *("–" if error is None else f"{error:.1e}" for error in worst)]
+
+
+def networks(result: Row) -> Iterator[Line]:
+    """Whole networks."""
+    yield ["network", "relative L2 error"]
+    for row in result["networks"]:
+        yield [row["network"], f"{row['error']:.1e}"]
+
+
+TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
+    "sizes": sizes,
+    "layers": layers,
+    "alone": alone,
+    "bandwidth": bandwidth,
+    "accuracy": accuracy,
+    "networks": networks,
+}
+
+
+def _mean(values: list[float]) -> float | None:
+    return geometric_mean(values) if values else None
+
+
+def _number(value: float | None) -> str:
+    """Two digits that count, of what is below ten; one decimal at least."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if value < 1 else f"{value:.1f}"
+
+
+def draw(result: Row, path: Path) -> None:
+    """Times as fast as the best peer: geometric mean of every layer, from the least to the most."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9})
+    groups = (group for name, group in result["groups"].items() if name != ALONE)
+    rows = [row for group in groups for row in group["rows"] if row["times"]]
+    found = {
+        layer: [row["times"] for row in of_layer] for layer, of_layer in by_layer(rows).items()
+    }
+    figure = Figure(figsize=(7, 0.9 + 0.24 * len(found)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, times in enumerate(found.values()):
+        mean = geometric_mean(times)
+        axes.barh(place, mean - 1, left=1, height=0.62, color=_COLOUR)
+        axes.plot([min(times), max(times)], [place, place], color="black", linewidth=0.8)
+        shown = {"va": "center", "xytext": (5, 0), "textcoords": "offset points"}
+        axes.annotate(f"{_number(mean)}×", (max(mean, *times), place), **shown)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(right=1.6 * max(map(max, found.values())))
+    axes.axvline(1, color="black", linewidth=0.8)
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if t < axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    machine, threads = result["machine"], rows[0]["threads"]
+    of_them = "1 thread" if threads == 1 else f"{threads} threads"
+    axes.set_xlabel(
+        f"times as fast as the best peer in float32 ({of_them}, {machine['processor']})"
+    )
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    for path in sorted(DOCUMENTS.glob("*.md")):
+        text = path.read_text()
+        if (new := written(text)) != text:
+            path.write_text(new)
+            print(f"{path.name}: tables written")
+    draw(json.loads(PICTURED.read_text()), PICTURE)
+    print(f"drawn: {PICTURE}")
+
+
+if __name__ == "__main__":
+    main()
