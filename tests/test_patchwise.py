@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import numpy as np
@@ -11,15 +12,17 @@ import zarr
 import oracle
 import znni_dask
 from znni_dask import window_planner
-from znni_dask.choices import chosen_primitives
+from znni_dask.choices import choose_primitives, chosen_primitives
 from znni_dask.cli import main
 from znni_dask.errors import MemoryLimitError, NetworkError, OptionError, VolumeError
-from znni_dask.geometry import Box, tiles
+from znni_dask.geometry import Box, tiles, volume
 from znni_dask.importers.to_onnx import save
+from znni_dask.machine import parse_bytes
 from znni_dask.network.build import Builder
 from znni_dask.network.field_of_view import geometry
 from znni_dask.network.layers import Arithmetic
 from znni_dask.patchwise import WindowBlocks, apply
+from znni_dask.resources import Resources
 from znni_dask.storage.volume import open_volume
 from znni_dask.verify import verify
 from znni_dask.windows import Patchwise, WindowGrid
@@ -213,6 +216,35 @@ def test_memory_stays_within_what_was_predicted(tmp_path, client):
     values = np.zeros((1, 96, 96, 96), np.float32)
     _, summary = predicted(network, values, tmp_path, client, patchwise=(32, 32, 32))
     assert summary.peak_bytes <= summary.plan.predicted_bytes <= 4 << 30
+
+
+def test_windows_that_only_plain_primitives_can_make_are_not_refused():
+    b = Builder(1)
+    network = b.network(b.conv(b.relu(b.conv(b.input, 3, 3, padding=1)), 2, 3, padding=1))
+    grid = WindowGrid(network, (64, 64, 64), "constant", Patchwise((48, 48, 48)))
+
+    def planned(allowed_bytes):
+        resources = Resources(
+            unit=(32, 32, 32),
+            voxel_bytes=4,
+            encoding_bytes=4,
+            read_bytes=lambda region, by_cells=False: 4 * volume(region),
+            write_bytes=1 << 20,
+            baseline_bytes=0,
+            allowed_bytes=allowed_bytes,
+            threads=2,
+            hull=Box((0, 0, 0), (64, 64, 64)),
+        )
+        return window_planner.plan(grid, resources)
+
+    free, plain = planned(1 << 40), choose_primitives(grid.layout)
+    assert chosen_primitives(grid.layout, free) != plain
+    with pytest.raises(MemoryLimitError) as refused:
+        planned(1 << 20)
+    least = parse_bytes(re.search(r"allow at least (.*?),", str(refused.value))[1].replace(" ", ""))
+    tight = planned(least + (1 << 20))
+    assert tight.predicted_bytes <= least + (1 << 20) < free.predicted_bytes
+    assert chosen_primitives(grid.layout, tight) == plain
 
 
 def test_memory_counts_the_block_that_reads_most(tmp_path, client):

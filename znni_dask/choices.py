@@ -7,14 +7,17 @@ only the fastest for those of that size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import product
+from math import inf
 
 from znni_dask.costs import setup_seconds, step_seconds
 from znni_dask.errors import NetworkError, OptionError
 from znni_dask.geometry import Box, ceil_divide, triple
 from znni_dask.kernels.codelets import LONGEST, refusal
 from znni_dask.network.layers import Conv, Layer
+from znni_dask.network.network import Node
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import Form, Primitive, Problem
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
@@ -24,6 +27,9 @@ from znni_dask.schedule import Arrangement, Schedules
 
 _LENGTHS = [n for n in range(1, LONGEST + 1) if refusal(n) is None]
 _TRIED = 4  # lengths of a tile along each axis
+_WORKSPACE_SHARES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of what there is room for
+_FIRST_PRICE, _LAST_PRICE = 1e-12, 1e3  # seconds a byte, far below and above what any is worth
+_HALVINGS = 12
 
 
 def choose_primitives(layout: Arrangement, fragments: bool = True) -> dict[str, Primitive]:
@@ -44,32 +50,147 @@ def choose_primitives(layout: Arrangement, fragments: bool = True) -> dict[str, 
     return chosen
 
 
-def fastest_primitives(
-    layout: Arrangement, patch: Box, patches: float, threads: int
-) -> dict[str, Primitive]:
-    """For every layer the primitive that computes so many patches fastest, by its estimated
-    seconds; what it takes to begin, and changes of form, counted."""
-    chosen = choose_primitives(layout)
-    schedules = Schedules(layout, chosen)
-    forms = {layout.network.input.name: Form.PLAIN}
-    for step in schedules.steps(schedules.sizes(patch)):
-        if isinstance(step.primitive, FormChange):
-            continue
-        node, problem = step.operation.node, step.problem
-        there = forms[node.inputs[0]]
-        others = [p for p in candidates(node.layer) if p.fragments == step.primitive.fragments]
-        options = [step.primitive, *others, *tiled(problem)]
-        best = min(
-            options,
-            key=lambda p: (
-                setup_seconds(p, problem.layer)
-                + schedules.repeats * patches * _seconds(p, problem, there, threads)
-            ),
-        )
-        chosen[node.name] = best
-        takes, makes = best.forms(problem.layer, [shape[1] for shape in problem.inputs])
-        forms[node.name] = makes or takes or there
-    return chosen
+@dataclass(frozen=True)
+class _Option:
+    """A primitive for a layer, the seconds that it takes in a whole run, and the memory that it
+    needs: prepared all the time, and a workspace while it computes."""
+
+    primitive: Primitive
+    seconds: float
+    prepared_bytes: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True)
+class _Course:
+    """The options of one layer, for a problem of its own. A change of form before it takes
+    ``change_seconds`` in a whole run."""
+
+    node: Node
+    options: tuple[_Option, ...]
+    channels: tuple[int, ...]
+    change_seconds: dict[Form, float]
+
+    def forms(self, option: _Option) -> tuple[Form | None, Form | None]:
+        """In which form the option takes its inputs, and makes its output."""
+        return option.primitive.forms(self.node.layer, self.channels)
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What may compute each layer in a run of patches of one size, and what it would take.
+
+    ``schedules`` are those of the plain primitives, whose fragments all options share; there are
+    ``patches`` patches of the size of ``patch``.
+    """
+
+    schedules: Schedules
+    patch: Box
+    patches: float
+    threads: int
+
+    def fastest(self) -> dict[str, Primitive]:
+        """For every layer the primitive that takes least time by its estimate."""
+        return _primitives(self._at(inf, 0.0))
+
+    def fastest_within(self, room_bytes: float) -> dict[str, Primitive] | None:
+        """The same, so that together they need no more than ``room_bytes`` for what they prepare
+        and compute in; None where none do.
+
+        The largest workspace is limited to some share of the room, and bytes that are prepared
+        have the price at which the rest suffices (a Lagrange multiplier, as Everett 1963): so it
+        is near the best, and the best where there is room enough.
+        """
+        found = [
+            chosen
+            for share in _WORKSPACE_SHARES
+            if (chosen := self._within(room_bytes, share * room_bytes)) is not None
+        ]
+        best = min(found, key=lambda c: sum(o.seconds for o in c.values()), default=None)
+        return None if best is None else _primitives(best)
+
+    def _within(self, room_bytes: float, workspace_bytes: float) -> dict[str, _Option] | None:
+        """The fastest whose workspaces are no larger, and that fit together."""
+
+        def fits(chosen: dict[str, _Option]) -> bool:
+            prepared = sum(option.prepared_bytes for option in chosen.values())
+            workspace = max(option.workspace_bytes for option in chosen.values())
+            return prepared + workspace <= room_bytes
+
+        low, high, best = 0.0, _FIRST_PRICE, self._at(workspace_bytes, 0.0)
+        if fits(best):
+            return best
+        while not fits(best := self._at(workspace_bytes, high)):
+            if high > _LAST_PRICE:
+                return None
+            low, high = high, 8 * high
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            chosen = self._at(workspace_bytes, middle)
+            if fits(chosen):
+                best, high = chosen, middle
+            else:
+                low = middle
+        return best
+
+    def _at(self, workspace_bytes: float, price: float) -> dict[str, _Option]:
+        """Layer by layer what costs least, where every prepared byte has a price in seconds."""
+        forms = {self.schedules.layout.network.input.name: Form.PLAIN}
+        chosen: dict[str, _Option] = {}
+        for course in self._courses:
+            there = forms[course.node.inputs[0]]
+
+            def cost(option: _Option, course: _Course = course, there: Form = there) -> float:
+                takes, _ = course.forms(option)
+                change = 0.0 if takes in (None, there) else course.change_seconds[takes]
+                return option.seconds + change + price * option.prepared_bytes
+
+            small = [o for o in course.options if o.workspace_bytes <= workspace_bytes]
+            least = min(course.options, key=lambda o: o.workspace_bytes)
+            best = min(small or [least], key=cost)
+            takes, makes = course.forms(best)
+            chosen[course.node.name] = best
+            forms[course.node.name] = makes or takes or there
+        return chosen
+
+    @cached_property
+    def _courses(self) -> tuple[_Course, ...]:
+        runs = self.schedules.repeats * self.patches
+        network = self.schedules.layout.network
+        found: list[_Course] = []
+        for step in self.schedules.steps(self.schedules.sizes(self.patch)):
+            if isinstance(step.primitive, FormChange):
+                continue
+            node, problem = step.operation.node, step.problem
+            fragments = step.primitive.fragments
+            others = [p for p in candidates(node.layer) if p.fragments == fragments]
+            shape = problem.inputs[0]
+            change = Problem(node.layer, (shape,), shape, ((0, 0, 0),), (0, 0, 0), (0, 0, 0))
+            found.append(
+                _Course(
+                    node,
+                    tuple(
+                        _Option(
+                            p,
+                            setup_seconds(p, node.layer)
+                            + runs * step_seconds(p, problem, self.threads),
+                            p.prepared_bytes(node.layer),
+                            p.workspace_bytes(problem, self.threads),
+                        )
+                        for p in dict.fromkeys([step.primitive, *others, *tiled(problem)])
+                    ),
+                    tuple(network.channels[name] for name in node.inputs),
+                    {
+                        form: runs * step_seconds(FormChange(form), change, self.threads)
+                        for form in Form
+                    },
+                )
+            )
+        return tuple(found)
+
+
+def _primitives(chosen: dict[str, _Option]) -> dict[str, Primitive]:
+    return {name: option.primitive for name, option in chosen.items()}
 
 
 def tiled(problem: Problem) -> Iterator[ConvTiledFFT]:
@@ -97,17 +218,6 @@ def _lengths(outputs: int, kernel: int) -> list[int]:
     even = [n for n in fitting if n % 2 == 0]
     found = sorted(even, key=lambda n: (n * ceil_divide(outputs, n - kernel + 1), n))[:_TRIED]
     return sorted({*found, 1} if kernel == 1 else found)
-
-
-def _seconds(primitive: Primitive, problem: Problem, there: Form, threads: int) -> float:
-    """Seconds of a layer, and of bringing its input into the form that is taken."""
-    seconds = step_seconds(primitive, problem, threads)
-    takes, _ = primitive.forms(problem.layer, [shape[1] for shape in problem.inputs])
-    if takes is not None and takes is not there:
-        shape = problem.inputs[0]
-        change = Problem(problem.layer, (shape,), shape, ((0, 0, 0),), (0, 0, 0), (0, 0, 0))
-        seconds += step_seconds(FormChange(takes), change, threads)
-    return seconds
 
 
 def chosen_primitives(layout: Arrangement, plan: Plan) -> dict[str, Primitive]:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from math import gcd, inf
+from math import gcd, inf, log
 
-from znni_dask.choices import choose_primitives, fastest_primitives
+from znni_dask.choices import Menu, choose_primitives
 from znni_dask.costs import estimated_seconds
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import (
@@ -34,7 +34,7 @@ from znni_dask.network.field_of_view import Interval
 from znni_dask.network.network import Network
 from znni_dask.patches import Layout
 from znni_dask.plan import Choice, Plan, Reading, Stage
-from znni_dask.primitives.base import ITEM_BYTES, Primitive
+from znni_dask.primitives.base import ITEM_BYTES
 from znni_dask.reading import Reads
 from znni_dask.resources import Resources, most_in_flight, shared_reading
 from znni_dask.schedule import Schedules
@@ -46,8 +46,10 @@ _SEVERAL_BLOCKS = 8  # so that reading and computing overlap, and little is lost
 _LITTLE_READ_AGAIN = 1.2  # amplification not worth a slower plan
 MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16)
 _PARTS = (2, 3, 4, 6, 8, 12, 16)
-_EDGES = (16, 32, 64, 128, 256, 512)  # of patches for which primitives are chosen
-_NEAR = 8**0.5  # times as many voxels
+_EDGES = (8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512)  # of patches for which
+# primitives are chosen
+_NEAR = 8**0.25  # times as many voxels
+_Pair = tuple[Size, Size]  # a block and its patches
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -63,32 +65,27 @@ class _Candidate:
     block: Size
     patch: Size
     seconds_per_voxel: float
-    flops_per_voxel: float
 
 
 def plan(request: Request) -> Plan:
     """The fastest plan that fits; raises `MemoryLimitError` where none does.
 
     The plain primitives, which need least memory, are tried with every patch; those that are
-    fastest for patches of some size with the patches near that.
+    fastest for cubes of some size with the patches near that. Of the best patch those are tried
+    that are fastest for itself.
     """
     sizes = _sizes(request)
-    plain = choose_primitives(request.layout)
-    tried = [(Schedules(request.layout, plain), sizes)]
-    for edge in _EDGES:
-        near = [s for s in sizes if edge**3 / _NEAR <= volume(s[1]) < edge**3 * _NEAR]
-        if near and (primitives := _fastest(request, near)) != plain:
-            tried.append((Schedules(request.layout, primitives), near))
-    found = [
-        best
-        for schedules, some in tried
-        if (best := _best(_Fits(request, schedules), some)) is not None
-    ]
+    plain = _Fits(request, Schedules(request.layout, choose_primitives(request.layout)))
+    tried = [(plain, sizes), *_fast(plain, sizes)]
+    found = [best for fits, some in tried if (best := _best(fits, some)) is not None]
     if not found:
-        raise MemoryLimitError(_refusal(request, sizes))
-    limit = _ABOUT_AS_FAST * min(fit.candidate.seconds_per_voxel for _, fit, _ in found)
-    about_as_fast = [f for f in found if f[1].candidate.seconds_per_voxel <= limit]
-    fits, fit, in_flight = min(about_as_fast, key=lambda f: f[0].worse(f[1]))
+        raise MemoryLimitError(_refusal(plain, sizes))
+    _, fit, _ = _preferred(found)
+    pair = fit.candidate.block, fit.candidate.patch
+    fits = _fastest(plain, *pair)
+    if fits is not None and (best := _best(fits, [pair])) is not None:
+        found.append(best)
+    fits, fit, in_flight = _preferred(found)
     choices = tuple(Choice(name, p.name) for name, p in fits.schedules.primitives.items())
     return Plan(
         patch=fit.candidate.patch,
@@ -99,19 +96,49 @@ def plan(request: Request) -> Plan:
         reading=fit.reading,
         predicted_bytes=fit.needed_bytes,
         allowed_bytes=request.allowed_bytes,
-        flops_per_voxel=fit.candidate.flops_per_voxel,
+        flops_per_voxel=_flops_per_voxel(fits, fit.candidate.patch),
     )
 
 
-def _fastest(request: Request, sizes: list[tuple[Size, Size]]) -> dict[str, Primitive]:
-    """The primitives that are fastest for a patch of the middle of some sizes."""
-    patches = sorted({patch for _, patch in sizes}, key=lambda p: (volume(p), max(p), p))
-    patch = _largest_box(request.layout, patches[len(patches) // 2])
-    count = request.hull.voxels / patch.voxels
-    return fastest_primitives(request.layout, patch, count, request.threads)
+_Found = tuple["_Fits", "_Fit", int]  # what fits, the best of it, and its blocks in flight
 
 
-def _best(fits: _Fits, sizes: list[tuple[Size, Size]]) -> tuple[_Fits, _Fit, int] | None:
+def _preferred(found: list[_Found]) -> _Found:
+    """Of those that are about as fast as the fastest the one that is best otherwise."""
+    limit = _ABOUT_AS_FAST * min(fit.candidate.seconds_per_voxel for _, fit, _ in found)
+    about_as_fast = [f for f in found if f[1].candidate.seconds_per_voxel <= limit]
+    return min(about_as_fast, key=lambda f: (f[0].worse(f[1]), f[1].candidate.seconds_per_voxel))
+
+
+def _fast(plain: _Fits, sizes: list[_Pair]) -> Iterator[tuple[_Fits, list[_Pair]]]:
+    """Primitives that are fastest for cubes of some size, and the pairs near that size."""
+    for edge in _EDGES:
+        near = [s for s in sizes if edge**3 / _NEAR <= volume(s[1]) < edge**3 * _NEAR]
+        if near:
+            pair = min(near, key=lambda s: sum(abs(log(n / edge)) for n in s[1]))
+            if (fits := _fastest(plain, *pair)) is not None:
+                yield fits, near
+
+
+def _fastest(plain: _Fits, block: Size, patch: Size) -> _Fits | None:
+    """The primitives that are fastest for a patch, within the memory that it leaves them; None
+    where there is none, or where plain ones are."""
+    request = plain.request
+    box = _largest_box(request.layout, patch)
+    menu = Menu(plain.schedules, box, request.hull.voxels / box.voxels, request.threads)
+    schedules = Schedules(request.layout, menu.fastest())
+    over = predicted_bytes(request, schedules, block, patch, 1) - request.allowed_bytes
+    if over > 0:
+        spent = schedules.spent_bytes(schedules.sizes(box), request.threads)
+        primitives = menu.fastest_within(spent - over)
+        if primitives is None:
+            return None
+        schedules = Schedules(request.layout, primitives)
+    plainly = schedules.primitives == plain.schedules.primitives
+    return None if plainly else _Fits(request, schedules)
+
+
+def _best(fits: _Fits, sizes: list[_Pair]) -> _Found | None:
     """The best block and patch with some primitives, and the blocks in flight."""
     ranked = sorted(
         (_rate(fits.request, fits.schedules, block, patch) for block, patch in sizes),
@@ -221,9 +248,8 @@ def computing_bytes(
     return (
         OVERHEAD_BYTES
         + weights_bytes(network)
-        + schedules.prepared_bytes
+        + schedules.spent_bytes(sizes, threads)
         + allocated_bytes(schedules.arena(sizes).bytes)
-        + allocated_bytes(schedules.workspace_bytes(sizes, threads))
         + ITEM_BYTES * network.out_channels * volume(patch)
     )
 
@@ -284,7 +310,7 @@ def _largest_box(layout: Layout, block: Size) -> Box:
     return Box(start, triple(a + s for a, s in zip(start, size, strict=True)))
 
 
-def _sizes(request: Request) -> list[tuple[Size, Size]]:
+def _sizes(request: Request) -> list[_Pair]:
     """Pairs (block, patch) to consider."""
     layout, unit = request.layout, request.unit
     if request.patch is not None:
@@ -326,7 +352,6 @@ def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _
     box = _largest_box(request.layout, patch)
     steps = schedules.steps(schedules.sizes(box))
     seconds = schedules.repeats * estimated_seconds(steps, request.threads)
-    flops = schedules.repeats * sum(s.primitive.flops(s.problem) for s in steps)
     # patches at the ragged end make fewer voxels, but cost nearly as much; so do those that are
     # wanted in part
     used = 1.0
@@ -334,12 +359,15 @@ def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _
         start, stop = request.hull.start[axis], request.hull.stop[axis]
         used *= n / (ceil_divide(n, b) * min(b, n))
         used *= (stop - start) / min(_made(start, stop, b, box.size[axis]), n)
-    return _Candidate(
-        block,
-        patch,
-        seconds / (box.voxels * used),
-        flops / box.voxels,
-    )
+    return _Candidate(block, patch, seconds / (box.voxels * used))
+
+
+def _flops_per_voxel(fits: _Fits, patch: Size) -> float:
+    """Operations for an output of a patch inside the volume."""
+    box = _largest_box(fits.request.layout, patch)
+    steps = fits.schedules.steps(fits.schedules.sizes(box))
+    flops = sum(step.primitive.flops(step.problem) for step in steps)
+    return fits.schedules.repeats * flops / box.voxels
 
 
 def _made(start: int, stop: int, block: int, patch: int) -> int:
@@ -356,9 +384,8 @@ def _made(start: int, stop: int, block: int, patch: int) -> int:
     return (number(stop - 1) - number(start) + 1) * patch
 
 
-def _refusal(request: Request, sizes: list[tuple[Size, Size]]) -> str:
-    schedules = Schedules(request.layout, choose_primitives(request.layout))
-    fits = _Fits(request, schedules)
+def _refusal(fits: _Fits, sizes: list[_Pair]) -> str:
+    request, schedules = fits.request, fits.schedules
     block, patch = min(sizes, key=lambda s: (fits.least_bytes(s[1]), volume(s[0])))
     layer = schedules.largest_layer(schedules.sizes(_largest_box(request.layout, patch)))
     needed = predicted_bytes(request, schedules, block, patch, 1)

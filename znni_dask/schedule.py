@@ -18,6 +18,7 @@ from itertools import product
 from typing import Protocol
 
 from znni_dask.geometry import Box, Size, add, round_up, triple
+from znni_dask.kernels.memory import allocated_bytes
 from znni_dask.network.field_of_view import Interval
 from znni_dask.network.network import Network, Node
 from znni_dask.patches import Patch
@@ -181,19 +182,17 @@ class Schedules:
         total = max(places[array] + nbytes[array] for array in places)
         return Arena({array: places[owner] for array, owner in self._owners.items()}, total)
 
-    @property
-    def prepared_bytes(self) -> int:
-        """Memory of what all primitives prepare of the weights."""
-        return sum(
+    def spent_bytes(self, sizes: Mapping[str, Size], threads: int) -> int:
+        """Memory of what the primitives prepare of the weights, and of the largest workspace of
+        any of them on boxes of ``sizes``."""
+        prepared = sum(
             self.primitives[node.name].prepared_bytes(node.layer)
             for node in self.layout.network
             if node.inputs
         )
-
-    def workspace_bytes(self, sizes: Mapping[str, Size], threads: int) -> int:
-        """The largest workspace of any primitive on boxes of ``sizes``."""
         steps = self.steps(sizes)
-        return max((s.primitive.workspace_bytes(s.problem, threads) for s in steps), default=0)
+        workspaces = (s.primitive.workspace_bytes(s.problem, threads) for s in steps)
+        return prepared + allocated_bytes(max(workspaces, default=0))
 
     def steps(self, sizes: Mapping[str, Size]) -> tuple[Step, ...]:
         """The layers to compute on boxes of ``sizes``, for what depends on sizes alone."""

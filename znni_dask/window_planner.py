@@ -6,12 +6,13 @@ blocks are computed once for each, so the largest block that fits is best.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from math import prod
 
-from znni_dask.choices import fastest_primitives
+from znni_dask.choices import Menu, choose_primitives
 from znni_dask.errors import MemoryLimitError
 from znni_dask.geometry import Box, Size, text, triple, volume
 from znni_dask.machine import show_bytes
@@ -39,10 +40,6 @@ class _Fit:
 
 def plan(grid: WindowGrid, resources: Resources) -> Plan:
     """The plan that computes fewest windows and fits; raises `MemoryLimitError` where none does."""
-    window = Box((0, 0, 0), grid.layout.output_size)
-    windows = prod(grid.count(axis, 0, n) for axis, n in enumerate(grid.output_size))
-    primitives = fastest_primitives(grid.layout, window, windows, threads=1)  # whatever there are
-    schedules = Schedules(grid.layout, primitives)
     per_axis = [_blocks(grid, resources, axis) for axis in range(3)]
     ranked = sorted(
         (
@@ -51,6 +48,49 @@ def plan(grid: WindowGrid, resources: Resources) -> Plan:
         ),
         key=lambda c: (c.windows, volume(c.block)),
     )
+    smallest = min(ranked, key=lambda c: volume(c.block)).block
+    plain = Schedules(grid.layout, choose_primitives(grid.layout))
+    for schedules in (*_fast(grid, plain, resources, smallest), plain):
+        if (best := _best(grid, schedules, resources, ranked)) is not None:
+            break
+    else:
+        raise MemoryLimitError(_refusal(grid, plain, resources, smallest))
+    fit, in_flight = best
+    steps = schedules.steps(grid.layout.sizes)
+    flops = fit.candidate.windows * sum(s.primitive.flops(s.problem) for s in steps)
+    return Plan(
+        patch=grid.layout.output_size,
+        block=fit.candidate.block,
+        stages=(Stage("cpu", tuple(Choice(n, p.name) for n, p in schedules.primitives.items())),),
+        threads=resources.threads,
+        blocks_in_flight=in_flight,
+        reading=fit.reading,
+        predicted_bytes=fit.needed_bytes,
+        allowed_bytes=resources.allowed_bytes,
+        flops_per_voxel=flops / volume(grid.output_size),
+    )
+
+
+def _fast(
+    grid: WindowGrid, plain: Schedules, resources: Resources, block: Size
+) -> Iterator[Schedules]:
+    """The fastest primitives, and those that are so within the memory that blocks leave. They are
+    the same whatever threads there are."""
+    window = Box((0, 0, 0), grid.layout.output_size)
+    windows = prod(grid.count(axis, 0, n) for axis, n in enumerate(grid.output_size))
+    menu = Menu(plain, window, windows, threads=1)
+    yield (fast := Schedules(grid.layout, menu.fastest()))
+    over = _predicted_bytes(grid, fast, resources, block, 1, False) - resources.allowed_bytes
+    if over > 0:
+        spent = fast.spent_bytes(grid.layout.sizes, resources.threads)
+        if (within := menu.fastest_within(spent - over)) is not None:
+            yield Schedules(grid.layout, within)
+
+
+def _best(
+    grid: WindowGrid, schedules: Schedules, resources: Resources, ranked: list[_Candidate]
+) -> tuple[_Fit, int] | None:
+    """The best block with some primitives, and the blocks in flight."""
 
     def first_that_fits(in_flight: int) -> _Fit | None:
         for candidate in ranked:
@@ -61,31 +101,18 @@ def plan(grid: WindowGrid, resources: Resources) -> Plan:
                 return _Fit(candidate, *shared_reading(resources, reads, needed))
         return None
 
-    best = most_in_flight(first_that_fits, lambda fit: fit.candidate.windows)
-    if best is None:
-        smallest = min(ranked, key=lambda c: volume(c.block))
-        needed = _predicted_bytes(grid, schedules, resources, smallest.block, 1, False)
-        layer = schedules.largest_layer(grid.layout.sizes)
-        raise MemoryLimitError(
-            f"windows of {text(grid.window)} need {show_bytes(needed)}, "
-            f"{show_bytes(resources.allowed_bytes)} are allowed; the largest layer is {layer!r} "
-            f"({grid.network[layer].layer.kind}); a block of {text(smallest.block)} reads "
-            f"{text(_largest_region(grid, smallest.block))} voxels. To go on, allow at least "
-            f"{show_bytes(needed)}, or choose smaller windows or chunks"
-        )
-    fit, in_flight = best
-    steps = schedules.steps(grid.layout.sizes)
-    flops = fit.candidate.windows * sum(s.primitive.flops(s.problem) for s in steps)
-    return Plan(
-        patch=grid.layout.output_size,
-        block=fit.candidate.block,
-        stages=(Stage("cpu", tuple(Choice(n, p.name) for n, p in primitives.items())),),
-        threads=resources.threads,
-        blocks_in_flight=in_flight,
-        reading=fit.reading,
-        predicted_bytes=fit.needed_bytes,
-        allowed_bytes=resources.allowed_bytes,
-        flops_per_voxel=flops / volume(grid.output_size),
+    return most_in_flight(first_that_fits, lambda fit: fit.candidate.windows)
+
+
+def _refusal(grid: WindowGrid, schedules: Schedules, resources: Resources, block: Size) -> str:
+    needed = _predicted_bytes(grid, schedules, resources, block, 1, False)
+    layer = schedules.largest_layer(grid.layout.sizes)
+    return (
+        f"windows of {text(grid.window)} need {show_bytes(needed)}, "
+        f"{show_bytes(resources.allowed_bytes)} are allowed; the largest layer is {layer!r} "
+        f"({grid.network[layer].layer.kind}); a block of {text(block)} reads "
+        f"{text(_largest_region(grid, block))} voxels. To go on, allow at least "
+        f"{show_bytes(needed)}, or choose smaller windows or chunks"
     )
 
 

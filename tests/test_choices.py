@@ -1,0 +1,100 @@
+"""Which primitives are chosen: the fastest by their estimates, and the fastest that have room."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+import graphs
+from znni_dask import choices
+from znni_dask.choices import Menu, choose_primitives
+from znni_dask.costs import setup_seconds, step_seconds
+from znni_dask.geometry import Box
+from znni_dask.network.build import Builder
+from znni_dask.patches import Layout
+from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
+from znni_dask.primitives.forms import FormChange
+from znni_dask.schedule import Schedules
+
+THREADS, PATCHES = 2, 100
+
+
+def menu(network, edge=64):
+    layout = Layout(network, (300, 300, 300), "reflect")
+    plain = Schedules(layout, choose_primitives(layout))
+    return Menu(plain, Box((100, 100, 100), (100 + edge,) * 3), PATCHES, THREADS)
+
+
+def costs(asked, primitives):
+    """Seconds of a whole run, bytes that it prepares and computes in, from the schedule itself."""
+    schedules = Schedules(asked.schedules.layout, primitives)
+    steps = schedules.steps(schedules.sizes(asked.patch))
+    seconds, prepared, workspaces = 0.0, 0, []
+    for step in steps:
+        seconds += PATCHES * step_seconds(step.primitive, step.problem, THREADS)
+        if not isinstance(step.primitive, FormChange):
+            layer = step.operation.node.layer
+            seconds += setup_seconds(step.primitive, layer)
+            prepared += step.primitive.prepared_bytes(layer)
+        workspaces.append(step.primitive.workspace_bytes(step.problem, THREADS))
+    return seconds, prepared + max(workspaces)
+
+
+def wide():
+    """Convolutions between many channels, of which transforms are fastest."""
+    b = Builder(2)
+    x = b.relu(b.conv(b.input, 64, 5))
+    x = b.relu(b.conv(x, 48, 7))
+    return b.network(b.conv(x, 32, 3))
+
+
+@pytest.mark.parametrize("tried", [1, 2])
+def test_the_fastest_primitives_that_have_room_are_chosen(tried, monkeypatch):
+    """Against every combination of them."""
+    monkeypatch.setattr(choices, "_TRIED", tried)
+    choices._lengths.cache_clear()
+    asked = menu(wide())
+    names = [course.node.name for course in asked._courses]
+    each = [[option.primitive for option in course.options] for course in asked._courses]
+    every = [costs(asked, dict(zip(names, some, strict=True))) for some in product(*each)]
+    choices._lengths.cache_clear()
+    assert len(every) > 8
+    seconds, room = costs(asked, asked.fastest())
+    assert seconds == pytest.approx(min(s for s, _ in every))
+    assert asked.fastest_within(room) == asked.fastest()
+    least = min(need for _, need in every)
+    found = []
+    for allowed in np.geomspace(least, room, 20):
+        chosen = asked.fastest_within(int(allowed) + 1)
+        if chosen is None:
+            continue
+        seconds, need = costs(asked, chosen)
+        assert need <= allowed + 1
+        best = min(s for s, n in every if n <= allowed + 1)
+        found.append(seconds / best)
+    assert len(found) >= 15
+    assert max(found) <= 1.1
+
+
+def test_there_is_nothing_where_there_is_no_room():
+    assert menu(wide()).fastest_within(1) is None
+    assert menu(wide()).fastest_within(-1) is None
+
+
+@pytest.mark.parametrize("family", ["chain", "unet", "residual"])
+def test_what_is_chosen_for_less_room_takes_no_more(family):
+    asked = menu(graphs.graph(family, 3), edge=48)
+    _, need = costs(asked, asked.fastest())
+    for share in (1, 0.7, 0.4, 0.2):
+        chosen = asked.fastest_within(share * need)
+        assert chosen is None or costs(asked, chosen)[1] <= share * need
+    assert asked.fastest_within(need) == asked.fastest()
+
+
+def test_transforms_are_chosen_within_a_third_of_the_memory():
+    asked = menu(wide())
+    _, room = costs(asked, asked.fastest())
+    chosen = asked.fastest_within(room / 3)
+    assert any(isinstance(primitive, ConvTiledFFT) for primitive in chosen.values())
