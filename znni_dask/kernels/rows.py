@@ -53,7 +53,6 @@ _VOXELS = {
     (Lanes.BOTH, True): {1: 14},
     (Lanes.BOTH, False): {1: 6},
 }
-_AHEAD = 1  # times as many voxels further on, memory is fetched
 _RANGES = ("blocks", "z", "y", "x")
 
 
@@ -244,7 +243,7 @@ class _Sums:
         if self.lanes is not Lanes.INPUTS:
             for v in range(self.voxels):
                 for b in range(self.made):
-                    ahead = rows.target.x * (v + _AHEAD * self.voxels) + rows.target.block * b
+                    ahead = rows.target.x * (self.voxels + v) + rows.target.block * b
                     out.prefetch(ahead, written=True)
         every = rows.z.taps * rows.y.taps * rows.x.taps
         with code.loop(b0, b1) as block:
@@ -255,8 +254,8 @@ class _Sums:
             with code.loop(z0, z1) as z, code.loop(y0, y1) as y:
                 line = plane + z * (rows.z.dilation * rows.source.z)
                 line = line + y * (rows.y.dilation * rows.source.y)
-                for v in range(self.voxels):
-                    line.prefetch(rows.x.stride * rows.source.x * (v + _AHEAD * self.voxels))
+                if self.lanes is Lanes.BOTH:  # tap by tap would be one for every product
+                    self._fetch(line, rows)
                 first = kernel + (z * rows.y.taps + y) * rows.x.taps * tap_bytes
                 with code.loop(x0, x1) as x:
                     here = line + x * (rows.x.dilation * rows.source.x)
@@ -286,6 +285,7 @@ class _Sums:
         code = self._function
         step = rows.x.stride * rows.source.x
         if self.lanes is Lanes.OUTPUTS:
+            self._fetch(source, rows)
             with code.loop(0, channels) as channel:
                 place = weights + channel * (self.made * VECTOR_BYTES)
                 values = [place.load(i * VECTOR_BYTES) for i in range(self.made)]
@@ -297,6 +297,11 @@ class _Sums:
         if self.lanes is Lanes.INPUTS:  # beyond the last channel there may be anything
             voxels = [x.first(channels) for x in voxels]
         _multiply(sums, voxels, values)
+
+    def _fetch(self, source: Address, rows: Rows[Number]) -> None:
+        """Have fetched what the next voxels of the row read."""
+        for v in range(self.voxels):
+            source.prefetch(rows.x.stride * rows.source.x * (self.voxels + v))
 
     def _tap_bytes(self, channels: Number) -> Number:
         """Weights of one tap, of so many channels."""
