@@ -24,7 +24,7 @@ import torch
 
 from layer import empty, formed
 from machine import keep
-from znni_dask.choices import fastest_primitives, tiled
+from znni_dask.choices import Menu, choose_primitives, tiled
 from znni_dask.costs import step_seconds
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, triple
@@ -151,7 +151,7 @@ def errors_of_networks(names: list[str], team: Team) -> Iterator[dict[str, Any]]
     for name in names:
         network = without_last_relu(PAPER_NETWORKS[name]())
         stride = prod(node.layer.window(0).stride for node in network)
-        edge = geometry(network).field_of_view[0] + (OUTPUTS - 1) * stride
+        edge = geometry(network).field_of_view[0] + OUTPUTS * stride - 1  # whole fragments
         x = np.random.default_rng(2).standard_normal((1, edge, edge, edge), np.float32)
         want = x.astype(float)
         for node in network:
@@ -179,7 +179,8 @@ def applied(network: Network, x: Array, threads: int) -> tuple[Array, dict[str, 
     """A network on all of a volume as one patch, and the primitives that computed it."""
     layout = Layout(network, triple(x.shape[1:]), "valid")
     patch = Box((0, 0, 0), layout.output_size)
-    primitives = fastest_primitives(layout, patch, PATCHES, threads)
+    plain = Schedules(layout, choose_primitives(layout))
+    primitives = Menu(plain, patch, PATCHES, threads).fastest()
     schedules = Schedules(layout, primitives)
     arena = schedules.arena(schedules.sizes(patch))
     out = np.empty((network.out_channels, *layout.output_size), np.float32)

@@ -19,6 +19,7 @@ import peers
 from layer import Point, Ready, fastest
 from rounds import Timing
 from znni_dask.kernels.team import Team
+from znni_dask.network.chains import Row, chain
 from znni_dask.network.layers import Conv, ConvTranspose, MaxPool
 from znni_dask.primitives.base import Form
 
@@ -152,6 +153,16 @@ def test_errors_are_measured_for_every_primitive_and_input(monkeypatch):
     assert {"torch", "direct", "direct blocked"} < names
     assert len(rows) == len(kinds) * len(names)
     assert all(0 < row["error"] < (1e-6 if row["input"] == "mean 0" else 1e-3) for row in rows)
+
+
+def test_errors_are_measured_for_whole_networks(monkeypatch):
+    kinds = ("CONV", "POOL", "CONV", "POOL", "CONV")
+    rows = [Row(kind, (2, 2, 2) if kind == "POOL" else (3, 3, 3), 4) for kind in kinds]
+    monkeypatch.setattr(accuracy, "PAPER_NETWORKS", {"small": lambda: chain(1, rows)})
+    with Team(1) as team:
+        (row,) = accuracy.errors_of_networks(["small"], team)
+    assert row["input"] == 18 + 3 * 4 - 1
+    assert 0 < row["error"] < 1e-6
 
 
 def test_the_tables_of_the_documents_are_those_of_the_results():
