@@ -7,7 +7,7 @@ import pytest
 from llvmlite import binding as llvm
 from llvmlite import ir
 
-from znni_dask.kernels import compiled, tiles
+from znni_dask.kernels import compiled, rows, tiles
 from znni_dask.kernels.code import LANES, Function
 from znni_dask.kernels.codelets import LONGEST, refusal
 from znni_dask.kernels.complex_product import Product
@@ -128,10 +128,13 @@ def test_other_processors_can_be_compiled_for(triple, cpu, machine):
     llvm.initialize_all_asmprinters()
     target = compiled.Target(triple, cpu)
     assert not target.wide
-    module = tiles.stages_module(Tile((4, 6, 8), (3, 3, 3)), relu=True, wide=False)
-    code = compiled.object_code(str(module), target)
-    assert code[:4] == b"\x7fELF"
-    assert int.from_bytes(code[18:20], "little") == machine
+    tile = Tile((4, 6, 8), (3, 3, 3))
+    modules = [tiles.stages_module(tile, relu, wide=False) for relu in (False, True)]
+    modules += [rows.rows_module(lanes, 1, wide=False) for lanes in rows.Lanes]
+    for module in modules:
+        code = compiled.object_code(str(module), target)
+        assert code[:4] == b"\x7fELF"
+        assert int.from_bytes(code[18:20], "little") == machine
 
 
 def test_code_is_compiled_once_and_kept(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from peaks import traced_peak
 from znni_dask.geometry import Box, tiles
 from znni_dask.kernels import compiled
 from znni_dask.kernels import rows as rows_kernel
+from znni_dask.kernels import tiles as tiles_kernel
 from znni_dask.kernels.code import LANES
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.memory import allocate
@@ -300,17 +301,26 @@ def test_rows_are_the_same_in_parts_and_turns_of_any_size(label, name, near_byte
     test_any_box_of_the_output_equals_the_oracle(label, name, 3)
 
 
-@pytest.mark.parametrize(("label", "name"), IN_ROWS)
+IN_TILES = [
+    (label, tiled.name)
+    for label in ("conv padded", "conv dilated padded", "conv blocks", "conv in parts")
+    for tiled in TILES
+    if tiled.refusal(LAYERS[label][0]) is None
+]
+
+
+@pytest.mark.parametrize(("label", "name"), IN_ROWS + IN_TILES)
 def test_processors_with_short_vectors_make_the_same(label, name, monkeypatch, tmp_path):
     triple = compiled.host().triple
     cpu = "x86-64-v3" if triple.startswith("x86_64") else "generic"
     other = compiled.Target(triple, cpu)
     assert not other.wide
     monkeypatch.setenv("ZNNI_CACHE", str(tmp_path))
-    made = cache(lambda *what: compiled.compiled_library(rows_kernel.rows_module(*what, False)))
-    for module in (compiled, rows_kernel):
+    for module in (compiled, rows_kernel, tiles_kernel):
         monkeypatch.setattr(module, "host", lambda: other)
-    monkeypatch.setattr(rows_kernel, "rows_library", made)
+    for module, library in ((rows_kernel, "rows_library"), (tiles_kernel, "stages")):
+        anew = cache(getattr(module, library).__wrapped__)  # nothing compiled for this processor
+        monkeypatch.setattr(module, library, anew)
     test_any_box_of_the_output_equals_the_oracle(label, name, 1)
     assert list(tmp_path.iterdir())
 
