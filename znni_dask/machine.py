@@ -1,4 +1,4 @@
-"""What the machine offers: cores and memory, and what this process uses of them.
+"""What the machine offers: cores, NUMA nodes and memory, and what this process uses of them.
 
 Memory is counted as anonymous memory, resident pages that no file backs (RssAnon + RssShmem):
 what `--memory` bounds. Pages of mapped files can be dropped at any time and do not count.
@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+from dask.system import cpu_count
 
 from znni_dask.errors import OptionError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_NODES = Path("/sys/devices/system/node")
 _CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
@@ -25,10 +28,55 @@ _CGROUP_LIMITS = (
 
 
 def cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores this process may run on, by its affinity (``taskset``, cpusets, ``numactl``) and its
+    cgroup's quota."""
+    return int(cpu_count())
+
+
+def nodes(folder: Path = _NODES) -> list[frozenset[int]]:
+    """The cores of every NUMA node, as far as this process may run on them; nothing where the
+    system tells of no nodes."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    ours = os.sched_getaffinity(0)
+    lists = sorted(folder.glob("node[0-9]*/cpulist"), key=lambda p: int(p.parent.name[4:]))
+    found = [frozenset(_numbers(path.read_text()) & ours) for path in lists]
+    return [here for here in found if here]
+
+
+def node_for(threads: int) -> frozenset[int] | None:
+    """The cores of one node for so many threads: of the one that this thread runs on if it has as
+    many, else of one that has. None where there is only one node, or none has so many."""
+    found = nodes()
+    large = [here for here in found if len(here) >= threads]
+    if len(found) < 2 or not large:
+        return None
+    fields = Path("/proc/thread-self/stat").read_text().rpartition(")")[2].split()
+    core = int(fields[36])  # the last on which it ran
+    return next((here for here in large if core in here), large[0])
+
+
+@contextmanager
+def staying_on(chosen: frozenset[int] | None) -> Iterator[None]:
+    """Keep this thread on these cores, and with it the threads that it starts meanwhile; None
+    leaves it where it may be."""
+    if chosen is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    with suppress(OSError):  # these cores have been taken from the process since
+        os.sched_setaffinity(0, chosen)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setaffinity(0, before)
+
+
+def _numbers(text: str) -> set[int]:
+    """Numbers as the system lists them, like 0-3,8."""
+    spans = [part.split("-") for part in text.strip().split(",") if part]
+    return {n for span in spans for n in range(int(span[0]), int(span[-1]) + 1)}
 
 
 def available_bytes() -> int:

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from znni_dask.closing import Closing
 from znni_dask.kernels.memory import Bytes, allocate
+from znni_dask.machine import node_for, staying_on
 
 _PIECES_PER_THREAD = 4
 
@@ -16,7 +17,9 @@ class Team(Closing):
     """``threads`` threads, the caller being one of them.
 
     What they compute in is theirs, too: `scratch` memory, kept from one piece of work to the
-    next. Kernels must release the interpreter lock. Use it as a context manager, or `close` it.
+    next. Where a machine has several NUMA nodes they stay on one that has enough cores, if there
+    is one; memory that they are the first to touch lies there. Kernels must release the
+    interpreter lock. Use it as a context manager, or `close` it.
 
     >>> import numpy as np
     >>> out = np.zeros(10)
@@ -30,6 +33,7 @@ class Team(Closing):
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self._cores = node_for(threads)
         self._pool = (
             ThreadPoolExecutor(threads - 1, thread_name_prefix="znni-team") if threads > 1 else None
         )
@@ -50,6 +54,10 @@ class Team(Closing):
 
     def share(self, work: Callable[[int, int], object], items: int) -> None:
         """Run ``work(first, last)`` over all of ``range(items)``, in pieces, on all threads."""
+        with staying_on(self._cores):  # the others begin within, and so stay there, too
+            self._share(work, items)
+
+    def _share(self, work: Callable[[int, int], object], items: int) -> None:
         pieces = min(items, self.threads * _PIECES_PER_THREAD)
         if self._pool is None or pieces < 2:
             work(0, items)
