@@ -20,13 +20,14 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/reading.py
 	$(BIN)/python benchmarks/bandwidth.py
-	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/accuracy.py --networks n337
 	$(BIN)/python benchmarks/convolution.py --quick
 
 bench-full: bench
 	$(BIN)/python benchmarks/bandwidth.py --threads 1
 	$(BIN)/python benchmarks/convolution.py --threads 1
 	$(BIN)/python benchmarks/convolution.py
+	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/chart.py
 
 clean:
