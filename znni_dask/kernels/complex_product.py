@@ -24,11 +24,17 @@ ROWS_AT_ONCE = {True: (8, 4, 1), False: (2, 1)}  # with 32 long registers, and w
 
 
 class Ahead(NamedTuple):
-    """A stretch of memory that is read after this product: so many cache lines of it are fetched
-    with every group of rows."""
+    """A stretch of memory that is read soon: so many cache lines of it are fetched in every turn
+    of what is computed before."""
 
     start: Address
     lines: Number
+
+    def fetch(self, code: Function, turn: Number) -> None:
+        """The lines of one turn."""
+        share = self.start + turn * (self.lines * VECTOR_BYTES)
+        with code.loop(0, self.lines) as line:
+            share.prefetch(line * VECTOR_BYTES)
 
 
 class Product:
@@ -61,9 +67,7 @@ class Product:
             left = rows - begin
             with code.loop(0, left // many) as group:
                 for stretch in ahead:
-                    size = stretch.lines * VECTOR_BYTES
-                    with code.loop(0, stretch.lines) as line:
-                        stretch.start.prefetch(group * size + line * VECTOR_BYTES)
+                    stretch.fetch(code, group)
                 row = group * many + begin
                 places = (a + row * a_stride, b, c + row * c_stride)
                 code.call(function, *places, *strides, channels)

@@ -19,9 +19,10 @@ kernels    frequency of the plane and of z, output block, channel   pairs of 16 
 answers    stack, output block, plane, frequency of the plane       pairs of 16 output channels
 =========  =======================================================  ==========================
 
-A pair is 16 real and 16 imaginary parts. Planes are found through tables of addresses, so that
-they may lie anywhere. For every stack five numbers say which rows and columns of the tile lie
-inside the plane (first, end, first, end) and where the tile begins in it, in bytes.
+A pair is 16 real and 16 imaginary parts. Frequencies of a plane are ordered x, y, so that
+`RESTORE`, which begins along y, reads what lies in one stretch. Planes are found through tables of
+addresses, so that they may lie anywhere. For every stack five numbers say which rows and columns of
+the tile lie inside the plane (first, end, first, end) and where the tile begins in it, in bytes.
 """
 
 from __future__ import annotations
@@ -132,9 +133,10 @@ def _write_kernels(module: ir.Module, tile: Tile) -> None:
                 line = plane + q * PAIR_BYTES
                 code.call(along_y, line, line, row_bytes, row_bytes)
         target = kernels + item * PAIR_BYTES
-        with code.loop(0, tile.columns) as q:
-            line = target + q * nz * spread
-            code.call(along_z, buffer + q * PAIR_BYTES, line, plane_bytes, spread)
+        with code.loop(0, half) as q, code.loop(0, ny) as y:
+            line = target + (q * ny + y) * nz * spread
+            source = buffer + y * row_bytes + q * PAIR_BYTES
+            code.call(along_z, source, line, plane_bytes, spread)
     code.finish()
 
 
@@ -175,8 +177,8 @@ def _write_planes(module: ir.Module, tile: Tile) -> None:
                         padded.store((row + x * stride).load(), x * VECTOR_BYTES)
                     code.call(along_x, padded, to, VECTOR_BYTES, PAIR_BYTES)
             with code.loop(0, half) as q:
-                line, to = buffer + q * PAIR_BYTES, target + q * column_stride
-                code.call(along_y, line, to, row_bytes, column_stride * half)
+                line, to = buffer + q * PAIR_BYTES, target + q * ny * column_stride
+                code.call(along_y, line, to, row_bytes, column_stride)
     code.finish()
 
 
@@ -236,7 +238,8 @@ def _write_columns(module: ir.Module, tile: Tile, product: Product) -> None:
 
 def _write_restore(module: ir.Module, tile: Tile, relu: bool) -> None:
     """Planes from answers. Items are (stack, output block, plane); ``table`` holds for every
-    (stack, plane) where it goes, 0 where it is not wanted."""
+    (stack, plane) where it goes, 0 where it is not wanted. While one is computed the next is
+    fetched, little by little: a burst would not be taken."""
     (_, ny, nx), (_, my, mx), half = tile.size, tile.made, tile.half
     along_y = complex_line(module, ny, ny, my, inverse=True)
     along_x, along_x_aside = (
@@ -251,17 +254,21 @@ def _write_restore(module: ir.Module, tile: Tile, relu: bool) -> None:
     buffer, table, stacks, answers, biases = code.addresses
     blocks, planes, block_stride, row_stride, stride, answer_stride, first, last = code.numbers
     row_bytes, aside = half * PAIR_BYTES, buffer + tile.columns * PAIR_BYTES
+    share = 2 * tile.columns // (half + my) + 1  # of the next plane's cache lines, with every line
     with code.loop(first, last) as item:
         place = _Place.of(item, table, stacks, blocks, planes)
         with code.when(place.address.differs(0)):
             corner = place.corner + place.block * block_stride
             bias = biases + place.block * VECTOR_BYTES
             source = answers + item * answer_stride
+            ahead = Ahead(source + answer_stride, code.number(share))
             with code.loop(0, half) as q:
-                line = q * PAIR_BYTES
-                code.call(along_y, source + line, buffer + line, row_bytes, row_bytes)
+                line, to = source + q * (ny * PAIR_BYTES), buffer + q * PAIR_BYTES
+                ahead.fetch(code, q)
+                code.call(along_y, line, to, PAIR_BYTES, row_bytes)
             with code.when(place.width.equals(mx)), code.loop(place.top, place.bottom) as y:
                 row = corner + y * row_stride
+                ahead.fetch(code, y + half)
                 code.call(along_x, buffer + y * row_bytes, row, bias, stride)
             with code.when(place.width < mx), code.loop(place.top, place.bottom) as y:
                 row = corner + y * row_stride
