@@ -98,3 +98,12 @@ def test_transforms_are_chosen_within_a_third_of_the_memory():
     _, room = costs(asked, asked.fastest())
     chosen = asked.fastest_within(room / 3)
     assert any(isinstance(primitive, ConvTiledFFT) for primitive in chosen.values())
+
+
+def test_spectra_are_remade_where_there_is_no_room_to_keep_them():
+    asked = menu(wide())
+    fastest = asked.fastest()
+    assert not any(getattr(p, "remade", False) for p in fastest.values())
+    _, room = costs(asked, fastest)
+    found = [asked.fastest_within(share * room) for share in np.linspace(0.1, 0.9, 9)]
+    assert any(getattr(p, "remade", False) for p in (c for f in found if f for c in f.values()))

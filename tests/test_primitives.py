@@ -142,12 +142,15 @@ LAYERS = {
     ),
 }
 POSITIVE = ("log", "sqrt", "pow", "reciprocal", "div")
-TILES = (ConvTiledFFT((5, 8, 12)), ConvTiledFFT((10, 15, 28)), ConvTiledFFT((1, 6, 8)))
+TILES = (
+    *(ConvTiledFFT((5, 8, 12)), ConvTiledFFT((10, 15, 28)), ConvTiledFFT((1, 6, 8))),
+    ConvTiledFFT((5, 12, 10), remade=True),
+)
 
 
 def rows(layer):
     """All primitives that take a layer; of those that come in sizes a few."""
-    return candidates(layer) + [tiled for tiled in TILES if tiled.refusal(layer) is None]
+    return candidates(layer) + [sized for sized in TILES if sized.refusal(layer) is None]
 
 
 CASES = [
@@ -469,3 +472,42 @@ def test_a_team_runs_every_item_once_and_passes_errors_on():
         with pytest.raises(ZeroDivisionError):
             team.share(fail, 1000)
     assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_spectra_that_are_remade_take_a_fraction_of_the_memory(threads):
+    layer = layers.Conv(80, 80, (5, 5, 5))
+    problem = Problem(
+        layer, ((1, 80, 28, 28, 28),), (1, 80, 24, 24, 24), ((0, 0, 0),), (0, 0, 0), (28, 28, 28)
+    )
+    kept, remade = ConvTiledFFT((16, 16, 16)), ConvTiledFFT((16, 16, 16), remade=True)
+    assert remade.prepared_bytes(layer) < kept.prepared_bytes(layer) / 4
+    spectra = kept.prepared_bytes(layer) - remade.prepared_bytes(layer)
+    more = remade.workspace_bytes(problem, threads) - kept.workspace_bytes(problem, threads)
+    assert more < spectra / 4
+    assert remade.flops(problem) > kept.flops(problem)
+
+
+@pytest.mark.parametrize(("channels", "kernel", "tile"), [(1, 5, 20), (16, 3, 16), (16, 7, 24)])
+@pytest.mark.parametrize("deviation", [1, 50])
+@pytest.mark.parametrize("balanced", [False, True], ids=["random", "zero-sum"])
+def test_raw_grey_values_lose_no_more_by_transforms_than_directly(
+    channels, kernel, tile, deviation, balanced
+):
+    layer, size = layers.Conv(channels, 16, (kernel,) * 3, bias=False), 2 * tile - kernel
+    random, made = np.random.default_rng(7), size - kernel + 1
+    x = 1000 + deviation * random.standard_normal((1, channels, *(size,) * 3), np.float32)
+    weights = weights_of(layer, random)
+    if balanced:
+        weights["weight"] -= weights["weight"].mean(axis=(1, 2, 3, 4), keepdims=True)
+    box = Box((2, 3, 1), (2 + made // 2, made, made))
+    errors = []
+    for primitive in (ConvTiledFFT((tile,) * 3), named("direct blocked", layer)):
+        problem, parts = problem_of(layer, primitive, 1, [channels], (size,) * 3, box)
+        given, out = formed((Form.BLOCKED, Form.BLOCKED), [cut(x, parts)], problem.output)
+        with Team(1) as team:
+            primitive.apply(primitive.prepare(layer, weights), problem, given, out, team)
+        want = expected(layer, [cut(x, parts)], weights)
+        errors.append(np.linalg.norm(plain(out, problem.output) - want))
+    by_transforms, directly = errors
+    assert by_transforms <= 2 * directly

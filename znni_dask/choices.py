@@ -195,7 +195,7 @@ def _primitives(chosen: dict[str, _Option]) -> dict[str, Primitive]:
 
 def tiled(problem: Problem) -> Iterator[ConvTiledFFT]:
     """Tiled convolutions worth trying for a problem: of each axis the lengths that transform
-    fewest values for its outputs."""
+    fewest values for its outputs, kernels' spectra kept or, for where memory is short, remade."""
     if not isinstance(problem.layer, Conv):
         return
     conv = problem.layer
@@ -203,8 +203,8 @@ def tiled(problem: Problem) -> Iterator[ConvTiledFFT]:
         _lengths(ceil_divide(problem.output[2 + axis], conv.dilation[axis]), conv.kernel[axis])
         for axis in range(3)
     ]
-    for size in product(*lengths):
-        primitive = ConvTiledFFT(triple(size))
+    for size, remade in product(product(*lengths), (False, True)):
+        primitive = ConvTiledFFT(triple(size), remade)
         if primitive.refusal(conv) is None:
             yield primitive
 

@@ -185,7 +185,7 @@ def _write_planes(module: ir.Module, tile: Tile) -> None:
 def _write_columns(module: ir.Module, tile: Tile, product: Product) -> None:
     """From spectra to answers. Items are frequencies of the plane. The thread's buffer holds what
     goes into the products and, behind that, what comes out: frequency of z, tile (stack by
-    stack), channel block."""
+    stack), channel block. The answers hold ``kept_blocks`` of a stack, of which these are some."""
     nz, made = tile.size[0], tile.made[0]
     there = complex_line(module, nz, nz, nz, sums=True)
     back = complex_line(module, nz, nz, made, inverse=True, streamed=True)
@@ -194,19 +194,19 @@ def _write_columns(module: ir.Module, tile: Tile, product: Product) -> None:
         COLUMNS,
         ("buffer", "spectra", "kernels", "answers"),
         (
-            *("stacks", "tiles", "blocks", "channels", "made_blocks", "planes"),
+            *("stacks", "tiles", "blocks", "channels", "made_blocks", "kept_blocks", "planes"),
             *("column_stride", "before_stride", "after_stride", "answer_stride"),
             *("first", "last"),
         ),
     )
     before, spectra, kernels, answers = code.addresses
-    stacks, tiles, blocks, channels, made_blocks, planes, *numbers = code.numbers
+    stacks, tiles, blocks, channels, made_blocks, kept_blocks, planes, *numbers = code.numbers
     column_stride, before_stride, after_stride, answer_stride, first, last = numbers
     rows, row_bytes = stacks * tiles, blocks * TRIPLE_BYTES
     made_row_bytes, after = made_blocks * PAIR_BYTES, before + before_stride * nz
     with code.loop(first, last) as q:
         source = spectra + q * column_stride
-        with _each_tile(code, stacks, blocks, tiles) as (line, row, block, t):
+        with _each_tile(code, stacks, blocks, blocks, tiles) as (line, row, block, t):
             begin = source + (line * planes + t * made) * PAIR_BYTES
             to = before + row * row_bytes + block * TRIPLE_BYTES
             code.call(there, begin, to, PAIR_BYTES, before_stride)
@@ -229,7 +229,7 @@ def _write_columns(module: ir.Module, tile: Tile, product: Product) -> None:
                 channels,
                 (Ahead(kernel + kernel_bytes * 2, kernel_lines), Ahead(column, column_lines)),
             )
-        with _each_tile(code, stacks, made_blocks, tiles) as (line, row, block, t):
+        with _each_tile(code, stacks, made_blocks, kept_blocks, tiles) as (line, row, block, t):
             begin = after + row * made_row_bytes + block * PAIR_BYTES
             to = answers + (line * tiles + t) * made * answer_stride + q * PAIR_BYTES
             code.call(back, begin, to, after_stride, answer_stride)
@@ -315,12 +315,12 @@ class _Place:
 
 @contextmanager
 def _each_tile(
-    code: Function, stacks: Number, blocks: Number, tiles: Number
+    code: Function, stacks: Number, blocks: Number, kept_blocks: Number, tiles: Number
 ) -> Iterator[tuple[Number, Number, Number, Number]]:
-    """All tiles of all stacks and channel blocks: the line of tiles they are in, their row of a
-    matrix, the block, the tile of its stack."""
+    """All tiles of all stacks and channel blocks: the line of tiles they are in where a stack has
+    ``kept_blocks``, their row of a matrix, the block, the tile of its stack."""
     with code.loop(0, stacks) as stack, code.loop(0, blocks) as block, code.loop(0, tiles) as t:
-        yield stack * blocks + block, stack * tiles + t, block, t
+        yield stack * kept_blocks + block, stack * tiles + t, block, t
 
 
 def _clear(code: Function, target: Address, vectors: Integer) -> None:

@@ -4,6 +4,9 @@ Overlap-save with tiles of some 8 to 48 voxels along each axis (Zlateski et al. 
 IV.B, have one tile as large as the image). Tiles stand in stacks along z, and stacks are computed
 in batches: as many tiles at once as make the products with the kernels' spectra fast. A dilated
 convolution is one of every `dilation`-th voxel, for each offset.
+
+The kernels' spectra, up to a gigabyte a layer, are prepared once and kept, or made anew for every
+batch, one block of output channels at a time: slower, within a fraction of the memory.
 """
 
 from __future__ import annotations
@@ -27,12 +30,13 @@ from znni_dask.network.network import Weights
 from znni_dask.primitives.base import Array, Form, Primitive, Problem
 from znni_dask.primitives.stacks import Stacks, stacks_of
 
-_NAME = "tiled fft "
+_NAME, _REMADE = "tiled fft ", ", spectra remade"
 TILES_AT_ONCE = 64  # rows of the matrices that are multiplied
 
 
-class Spectra(NamedTuple):
-    """What is prepared: spectra of the kernels, biases in blocks."""
+class Prepared(NamedTuple):
+    """What is prepared: spectra of the kernels, or where they are remade their taps (output block,
+    channel, tap, 16 output channels); biases in blocks."""
 
     kernels: Bytes
     biases: Array
@@ -49,26 +53,28 @@ class Work(NamedTuple):
 @final
 @dataclass(frozen=True)
 class ConvTiledFFT(Primitive):
-    """Convolution in tiles of ``tile`` voxels (z, y, x) on the CPU; the tile is part of its name.
+    """Convolution in tiles of ``tile`` voxels (z, y, x) on the CPU; the tile is part of its name,
+    and whether the kernels' spectra are ``remade`` for every batch.
 
     Takes any kernel, dilation and padding; no stride, no groups.
     """
 
     tile: Size
+    remade: bool = False
     layer: ClassVar[type[Layer]] = Conv
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Like ``tiled fft 16·24·24``."""
-        return f"{_NAME}{'·'.join(map(str, self.tile))}"
+        """Like ``tiled fft 16·24·24`` or ``tiled fft 16·24·24, spectra remade``."""
+        return f"{_NAME}{'·'.join(map(str, self.tile))}{_REMADE if self.remade else ''}"
 
     @classmethod
     def of(cls, name: str) -> ConvTiledFFT | None:
         """The primitive of a name; None where it is another's."""
-        lengths = name.removeprefix(_NAME).split("·")
+        lengths = name.removeprefix(_NAME).removesuffix(_REMADE).split("·")
         if not name.startswith(_NAME) or len(lengths) != 3 or not all(map(str.isdecimal, lengths)):
             return None
-        return cls(triple(int(length) for length in lengths))
+        return cls(triple(int(length) for length in lengths), name.endswith(_REMADE))
 
     def refusal(self, layer: Layer) -> str | None:
         if (reason := super().refusal(layer)) is not None:
@@ -95,29 +101,35 @@ class ConvTiledFFT(Primitive):
         column = tile.columns * line[0]
         rows = stacks.count * stacks.tiles
         read, made = stacks.count * blocks * stacks.planes, rows * made_blocks * tile.made[0]
-        transforms = LANES * ((read + made) * plane + rows * (blocks + made_blocks) * column)
+        turns = made_blocks if self.remade else 1  # of columns, each transforming all blocks read
+        lines = rows * (turns * blocks + made_blocks)
+        transforms = LANES * ((read + made) * plane + lines * column)
         products = 8 * rows * tile.columns * tile.size[0] * conv.in_channels * LANES * made_blocks
         spectrum, real = tile.columns * PAIR_BYTES, tile.size[1] * tile.size[2] * VECTOR_BYTES
         batches = ceil_divide(stacks.count, stacks.batch)
-        traffic = (read + made) * (2 * spectrum + real) + batches * self._kernels_bytes(conv)
+        kernels = self._kernels_bytes(conv, made_blocks)
+        traffic = (read + made) * (2 * spectrum + real) + batches * kernels
+        if self.remade:
+            kz, ky, _ = conv.kernel
+            pruned = kz * (ky * line[2] / 2 + tile.half * line[1]) + column
+            transforms += batches * made_blocks * conv.in_channels * LANES * pruned
+            traffic += batches * kernels
         return Work(int(transforms), products, traffic)
 
     def prepared_bytes(self, layer: Layer) -> int:
         conv = cast("Conv", layer)
         _, made_blocks = _blocks(conv)
-        taps = made_blocks * LANES * conv.in_channels * volume(conv.kernel) * 4
-        return (
-            allocated_bytes(self._kernels_bytes(conv))
-            + made_blocks * VECTOR_BYTES
-            + 2 * allocated_bytes(taps)  # while spectra are made
-        )
+        taps = allocated_bytes(made_blocks * conv.in_channels * volume(conv.kernel) * VECTOR_BYTES)
+        kept = 0 if self.remade else allocated_bytes(self._kernels_bytes(conv, made_blocks))
+        return kept + made_blocks * VECTOR_BYTES + 2 * taps  # one while the other is made
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        need = _Workspace.of(_conv(problem), self._stacks(problem), threads)
+        need = self._need(_conv(problem), self._stacks(problem), threads)
         return need.nbytes + need.table_bytes
 
-    def prepare(self, layer: Layer, weights: Weights) -> Spectra:
-        """Spectra of the kernels. One thread writes them as fast as memory takes them."""
+    def prepare(self, layer: Layer, weights: Weights) -> Prepared:
+        """Spectra of the kernels, where they are kept. One thread writes them as fast as memory
+        takes them."""
         conv = cast("Conv", layer)
         tile = Tile(self.tile, conv.kernel)
         _, made_blocks = _blocks(conv)
@@ -127,24 +139,31 @@ class ConvTiledFFT(Primitive):
         scaled /= volume(tile.size)
         side = allocate(scaled.nbytes).view(np.float32).reshape(made_blocks, channels, taps, LANES)
         side[...] = np.moveaxis(scaled.reshape(made_blocks, LANES, channels, taps), 1, -1)
-        kernels, buffer = allocate(self._kernels_bytes(conv)), allocate(tile.kernels_buffer_bytes)
-        tiles.stages(tile, conv.relu)[tiles.KERNELS](
-            *(array.ctypes.data for array in (buffer, side, kernels)),
-            *(channels, made_blocks, 0, made_blocks * channels),
-        )
         biases = allocate(made_blocks * VECTOR_BYTES).view(np.float32)
         biases[:] = 0
         if conv.bias:
             biases[: conv.out_channels] = weights["bias"]
-        return Spectra(kernels, biases)
+        if self.remade:
+            return Prepared(side.reshape(-1).view(np.uint8), biases)
+        kernels = allocate(self._kernels_bytes(conv, made_blocks))
+        buffer = allocate(tile.kernels_buffer_bytes)
+        tiles.stages(tile, conv.relu)[tiles.KERNELS](
+            *(array.ctypes.data for array in (buffer, side, kernels)),
+            *(channels, made_blocks, 0, made_blocks * channels),
+        )
+        return Prepared(kernels, biases)
 
     def apply(
-        self, prepared: Spectra, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+        self, prepared: Prepared, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
         conv, tile, stacks = _conv(problem), self._tile(problem), self._stacks(problem)
         blocks, made_blocks = _blocks(conv)
-        need = _Workspace.of(conv, stacks, team.threads)
-        spectra, answers, *buffers = need.places(team.scratch(need.nbytes).ctypes.data)
+        need = self._need(conv, stacks, team.threads)
+        spectra, answers, remade, *buffers = need.places(team.scratch(need.nbytes).ctypes.data)
+        kernels, group = prepared.kernels.ctypes.data, made_blocks
+        if self.remade:
+            taps, kernels, group = kernels, remade, 1
+            taps_bytes = conv.in_channels * volume(conv.kernel) * VECTOR_BYTES
         compiled = tiles.stages(tile, conv.relu)
 
         def share(stage: str, items: int, *fixed: int) -> None:
@@ -162,13 +181,18 @@ class ConvTiledFFT(Primitive):
                 *(*here.addresses, spectra, blocks, stacks.planes),
                 *(*here.strides, need.column_stride),
             )
-            share(
-                tiles.COLUMNS,
-                tile.columns,
-                *(spectra, prepared.kernels.ctypes.data, answers),
-                *(here.stacked, stacks.tiles, blocks, conv.in_channels, made_blocks, stacks.planes),
-                *(need.column_stride, need.before_stride, need.after_stride, need.answer_stride),
-            )
+            for block in range(0, made_blocks, group):
+                if self.remade:
+                    begin = taps + block * taps_bytes
+                    share(tiles.KERNELS, conv.in_channels, begin, kernels, conv.in_channels, group)
+                share(
+                    tiles.COLUMNS,
+                    tile.columns,
+                    *(spectra, kernels, answers + block * need.block_stride),
+                    *(here.stacked, stacks.tiles, blocks, conv.in_channels),
+                    *(group, made_blocks, stacks.planes, need.column_stride),
+                    *(need.before_stride, need.after_stride, need.answer_stride),
+                )
             share(
                 tiles.RESTORE,
                 here.stacked * made_blocks * stacks.planes_made,
@@ -183,8 +207,13 @@ class ConvTiledFFT(Primitive):
         conv = _conv(problem)
         return stacks_of(problem, self._tile(problem), conv.dilation, TILES_AT_ONCE)
 
-    def _kernels_bytes(self, conv: Conv) -> int:
-        _, made_blocks = _blocks(conv)
+    def _need(self, conv: Conv, stacks: Stacks, threads: int) -> _Workspace:
+        if not self.remade:
+            return _Workspace.of(conv, stacks, threads, _blocks(conv)[1])
+        return _Workspace.of(conv, stacks, threads, 1, self._kernels_bytes(conv, 1))
+
+    def _kernels_bytes(self, conv: Conv, made_blocks: int) -> int:
+        """Spectra of the kernels for so many blocks of output channels."""
         columns = Tile(self.tile, conv.kernel).columns
         return columns * self.tile[0] * made_blocks * conv.in_channels * PAIR_BYTES
 
@@ -198,27 +227,38 @@ class _Workspace:
     answer_stride: int
     before_stride: int
     after_stride: int
+    block_stride: int
     spectra_bytes: int
     answers_bytes: int
+    remade_bytes: int
     thread_bytes: int
     threads: int
     table_bytes: int
 
     @classmethod
-    def of(cls, conv: Conv, stacks: Stacks, threads: int) -> _Workspace:
+    def of(
+        cls, conv: Conv, stacks: Stacks, threads: int, group: int, remade_bytes: int = 0
+    ) -> _Workspace:
+        """Of products for ``group`` output blocks at once, their kernels' spectra
+        ``remade_bytes``."""
         tile, (blocks, made_blocks) = stacks.tile, _blocks(conv)
         rows = stacks.batch * stacks.tiles
         column_stride = _odd(stacks.batch * blocks * stacks.planes * PAIR_BYTES)
         answer_stride = _odd(tile.columns * PAIR_BYTES)
-        before, after = _odd(rows * blocks * TRIPLE_BYTES), _odd(rows * made_blocks * PAIR_BYTES)
+        before, after = _odd(rows * blocks * TRIPLE_BYTES), _odd(rows * group * PAIR_BYTES)
+        block_stride = stacks.planes_made * answer_stride
         thread_bytes = max(tile.plane_buffer_bytes, tile.size[0] * (before + after))
+        if remade_bytes:
+            thread_bytes = max(thread_bytes, tile.kernels_buffer_bytes)
         return cls(
             column_stride=column_stride,
             answer_stride=answer_stride,
             before_stride=before,
             after_stride=after,
             spectra_bytes=tile.columns * column_stride,
-            answers_bytes=stacks.batch * made_blocks * stacks.planes_made * answer_stride,
+            block_stride=block_stride,
+            answers_bytes=stacks.batch * made_blocks * block_stride,
+            remade_bytes=remade_bytes,
             thread_bytes=round_up(thread_bytes, VECTOR_BYTES),
             threads=threads,
             table_bytes=stacks.table_bytes,
@@ -227,13 +267,18 @@ class _Workspace:
     @property
     def nbytes(self) -> int:
         """Scratch memory."""
-        return self.spectra_bytes + self.answers_bytes + self.threads * self.thread_bytes
+        return self._shared_bytes + self.threads * self.thread_bytes
+
+    @property
+    def _shared_bytes(self) -> int:
+        return self.spectra_bytes + self.answers_bytes + self.remade_bytes
 
     def places(self, start: int) -> list[int]:
-        """Where spectra, answers and every thread's buffer lie, from the address ``start`` on."""
-        buffers = start + self.spectra_bytes + self.answers_bytes
-        own = [buffers + i * self.thread_bytes for i in range(self.threads)]
-        return [start, start + self.spectra_bytes, *own]
+        """Where spectra, answers, remade spectra of kernels and every thread's buffer lie, from
+        the address ``start`` on."""
+        answers = start + self.spectra_bytes
+        own = [start + self._shared_bytes + i * self.thread_bytes for i in range(self.threads)]
+        return [start, answers, answers + self.answers_bytes, *own]
 
 
 def _odd(nbytes: int) -> int:
