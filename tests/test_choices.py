@@ -39,7 +39,8 @@ def costs(asked, primitives):
             seconds += setup_seconds(step.primitive, layer)
             prepared += step.primitive.prepared_bytes(layer)
         workspaces.append(step.primitive.workspace_bytes(step.problem, THREADS))
-    return seconds, prepared + max(workspaces)
+    libraries = {type(p): p.library_bytes for p in primitives.values()}
+    return seconds, prepared + sum(libraries.values()) + max(workspaces)
 
 
 def wide():

@@ -91,7 +91,7 @@ class Menu:
 
     def fastest(self) -> dict[str, Primitive]:
         """For every layer the primitive that takes least time by its estimate."""
-        return _primitives(self._at(inf, 0.0))
+        return _primitives(self._at(inf, 0.0, libraries=True))
 
     def fastest_within(self, room_bytes: float) -> dict[str, Primitive] | None:
         """The same, so that together they need no more than ``room_bytes`` for what they prepare
@@ -99,17 +99,21 @@ class Menu:
 
         The largest workspace is limited to some share of the room, and bytes that are prepared
         have the price at which the rest suffices (a Lagrange multiplier, as Everett 1963): so it
-        is near the best, and the best where there is room enough.
+        is near the best, and the best where there is room enough. That is tried with the libraries
+        that primitives compute with, and without.
         """
         found = [
             chosen
+            for libraries, room in ((True, room_bytes - self._library_bytes), (False, room_bytes))
             for share in _WORKSPACE_SHARES
-            if (chosen := self._within(room_bytes, share * room_bytes)) is not None
+            if (chosen := self._within(room, share * room, libraries)) is not None
         ]
         best = min(found, key=lambda c: sum(o.seconds for o in c.values()), default=None)
         return None if best is None else _primitives(best)
 
-    def _within(self, room_bytes: float, workspace_bytes: float) -> dict[str, _Option] | None:
+    def _within(
+        self, room_bytes: float, workspace_bytes: float, libraries: bool
+    ) -> dict[str, _Option] | None:
         """The fastest whose workspaces are no larger, and that fit together."""
 
         def fits(chosen: dict[str, _Option]) -> bool:
@@ -117,23 +121,23 @@ class Menu:
             workspace = max(option.workspace_bytes for option in chosen.values())
             return prepared + workspace <= room_bytes
 
-        low, high, best = 0.0, _FIRST_PRICE, self._at(workspace_bytes, 0.0)
+        low, high, best = 0.0, _FIRST_PRICE, self._at(workspace_bytes, 0.0, libraries)
         if fits(best):
             return best
-        while not fits(best := self._at(workspace_bytes, high)):
+        while not fits(best := self._at(workspace_bytes, high, libraries)):
             if high > _LAST_PRICE:
                 return None
             low, high = high, 8 * high
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            chosen = self._at(workspace_bytes, middle)
+            chosen = self._at(workspace_bytes, middle, libraries)
             if fits(chosen):
                 best, high = chosen, middle
             else:
                 low = middle
         return best
 
-    def _at(self, workspace_bytes: float, price: float) -> dict[str, _Option]:
+    def _at(self, workspace_bytes: float, price: float, libraries: bool) -> dict[str, _Option]:
         """Layer by layer what costs least, where every prepared byte has a price in seconds."""
         forms = {self.schedules.layout.network.input.name: Form.PLAIN}
         chosen: dict[str, _Option] = {}
@@ -145,13 +149,20 @@ class Menu:
                 change = 0.0 if takes in (None, there) else course.change_seconds[takes]
                 return option.seconds + change + price * option.prepared_bytes
 
-            small = [o for o in course.options if o.workspace_bytes <= workspace_bytes]
-            least = min(course.options, key=lambda o: o.workspace_bytes)
+            options = [o for o in course.options if libraries or not o.primitive.library_bytes]
+            small = [o for o in options if o.workspace_bytes <= workspace_bytes]
+            least = min(options, key=lambda o: o.workspace_bytes)
             best = min(small or [least], key=cost)
             takes, makes = course.forms(best)
             chosen[course.node.name] = best
             forms[course.node.name] = makes or takes or there
         return chosen
+
+    @property
+    def _library_bytes(self) -> int:
+        """Memory of all libraries that options compute with."""
+        primitives = (option.primitive for course in self._courses for option in course.options)
+        return sum({type(p): p.library_bytes for p in primitives}.values())
 
     @cached_property
     def _courses(self) -> tuple[_Course, ...]:
@@ -214,8 +225,7 @@ def _lengths(outputs: int, kernel: int) -> list[int]:
     if kernel == 1 and outputs == 1:
         return [1]
     longest = max(2 * (outputs + kernel - 1), 2 * kernel)
-    fitting = [n for n in _LENGTHS if kernel <= n <= longest] or _LENGTHS[-1:]
-    even = [n for n in fitting if n % 2 == 0]
+    even = [n for n in _LENGTHS if kernel <= n <= longest and n % 2 == 0]
     found = sorted(even, key=lambda n: (n * ceil_divide(outputs, n - kernel + 1), n))[:_TRIED]
     return sorted({*found, 1} if kernel == 1 else found)
 

@@ -15,6 +15,7 @@ from znni_dask.primitives.conv_depthwise import ConvDepthwise
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_direct_few import ConvDirectFew
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
+from znni_dask.primitives.conv_fft_whole import ConvWholeFFT
 from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.forms import FormChange
 from znni_dask.schedule import Step
@@ -28,11 +29,15 @@ DIRECT_FLOPS_PER_SECOND: dict[type[Primitive], float] = {  # of blocks of channe
 }
 TRANSFORMS_PER_SECOND = 8e10  # operations of transforms, on one core
 PRODUCTS_PER_SECOND = 2.6e11  # operations of their products, on one core
+WHOLE_FLOPS_PER_SECOND = 2e10  # of transforms of whole images and their products, on one core
+CALL_SECONDS = 3e-6  # of each of their calls from Python, which do not run side by side
+SHARE_SECONDS = 4e-5  # sharing work among threads
 BYTES_PER_SECOND = 2e10  # to and from memory, on one core
 FORM_BYTES_PER_SECOND = 2e9  # of changes of form, on one core
 RUN_OVERHEAD = 64  # voxels: what starting a plane costs, in voxels of that plane
 STEP_SECONDS = 5e-5  # calling a primitive
 COMPILE_SECONDS = 2.0  # of a size of tile that was never used on a machine
+PLANNING_SECONDS = 1.5  # of transforms of whole images, their library included
 
 
 def estimated_seconds(steps: Iterable[Step], threads: int) -> float:
@@ -42,9 +47,9 @@ def estimated_seconds(steps: Iterable[Step], threads: int) -> float:
 
 def setup_seconds(primitive: Primitive, layer: Layer) -> float:
     """Seconds before a layer can be computed for the first time."""
-    if not isinstance(primitive, ConvTiledFFT):
-        return 0.0
-    return COMPILE_SECONDS + primitive.prepared_bytes(layer) / BYTES_PER_SECOND
+    if isinstance(primitive, ConvTiledFFT):
+        return COMPILE_SECONDS + primitive.prepared_bytes(layer) / BYTES_PER_SECOND
+    return PLANNING_SECONDS if isinstance(primitive, ConvWholeFFT) else 0.0
 
 
 def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
@@ -61,6 +66,10 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
         wasted = prod(Form.BLOCKED.stored(lanes)) / prod(lanes)
         traffic = Form.BLOCKED.nbytes(problem.inputs[0]) + Form.BLOCKED.nbytes(problem.output)
         seconds = max(wasted * primitive.flops(problem) / rate, traffic / BYTES_PER_SECOND)
+    elif isinstance(primitive, ConvWholeFFT):
+        whole = primitive.work(problem, threads)
+        together = whole.calls * CALL_SECONDS + (threads > 1) * whole.shared * SHARE_SECONDS
+        seconds = threads * (whole.operations / WHOLE_FLOPS_PER_SECOND / whole.threads + together)
     elif isinstance(primitive, FormChange):
         seconds = primitive.into.nbytes(problem.output) / FORM_BYTES_PER_SECOND
     else:

@@ -183,9 +183,10 @@ class Schedules:
         return Arena({array: places[owner] for array, owner in self._owners.items()}, total)
 
     def spent_bytes(self, sizes: Mapping[str, Size], threads: int) -> int:
-        """Memory of what the primitives prepare of the weights, and of the largest workspace of
-        any of them on boxes of ``sizes``."""
-        prepared = sum(
+        """Memory of what the primitives prepare of the weights, of the libraries that they compute
+        with, and of the largest workspace of any of them on boxes of ``sizes``."""
+        libraries = {type(p): p.library_bytes for p in self.primitives.values()}
+        prepared = sum(libraries.values()) + sum(
             self.primitives[node.name].prepared_bytes(node.layer)
             for node in self.layout.network
             if node.inputs

@@ -89,7 +89,7 @@ def compiled_library(module: ir.Module) -> Library:
     except OSError:  # not there yet, or not for us to read
         code = object_code(text, target)
     with contextlib.suppress(OSError):  # where nothing can be kept, every process compiles
-        _keep(place, code)
+        keep(place, code)
     return Library(code, parameters)
 
 
@@ -113,7 +113,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "znni_dask"
 
 
-def _keep(place: Path, code: bytes) -> None:
+def keep(place: Path, code: bytes) -> None:
     """Write whole or not at all: other processes read it."""
     place.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=place.parent)

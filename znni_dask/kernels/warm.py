@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from znni_dask.kernels import blocks, direct, pooling, resampling, special, statistics
+from znni_dask.kernels import blocks, direct, pooling, resampling, special, spectra, statistics
 from znni_dask.kernels.code import LANES
 
 
@@ -34,6 +34,8 @@ def compile_kernels() -> None:
     resampling.gather_blocked(blocked, blocked, place, place, place, np.float32(0), 0, 1)
     resampling.interpolate(x, out, (place,) * 3, (place,) * 3, (one,) * 3, 0, 1)
     resampling.depth_to_space(x, out, zeros, ones, 0, 1)
+    spectrum = np.zeros(1, np.complex64)
+    spectra.add_products(spectrum.reshape(1, 1, 1, 1), 0, 0, spectrum, spectrum.reshape(1, 1))
     double = np.zeros(1)
     statistics.moments(x.reshape(1, 1), double, double.copy(), 0, 1)
     statistics.scale_rows(x.reshape(1, 1), double, double, double, 0, 1)

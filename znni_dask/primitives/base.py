@@ -70,13 +70,15 @@ class Primitive(ABC):
     """Abstract; subclasses are final, have no state and stand in `table.TABLE`.
 
     ``in_place``: `apply` may be given its first input as output. ``fragments``: the layer is
-    evaluated at all offsets of its stride, the fragments joining the batch.
+    evaluated at all offsets of its stride, the fragments joining the batch. ``library_bytes``: what
+    a library takes that it computes with, once in a process.
     """
 
     name: ClassVar[str]
     layer: ClassVar[type[Layer]]
     in_place: ClassVar[bool] = False
     fragments: ClassVar[bool] = False
+    library_bytes: ClassVar[int] = 0
 
     def refusal(self, layer: Layer) -> str | None:
         """Why the primitive cannot take this layer; None where it can."""

@@ -16,6 +16,7 @@ from znni_dask.primitives.conv_direct import ConvDirect
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_direct_few import ConvDirectFew
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
+from znni_dask.primitives.conv_fft_whole import ConvWholeFFT
 from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
 from znni_dask.primitives.joining import ArithmeticOfInputs, Broadcasting, Concatenation
@@ -41,6 +42,8 @@ TABLE: tuple[Primitive, ...] = (
     ConvDirectBlocked(),
     ConvDirectFew(),
     ConvDepthwise(),
+    ConvWholeFFT(tasks=False),
+    ConvWholeFFT(tasks=True),
     ConvTransposeDirect(),
     ConvTransposeBlocked(),
     MaxPoolingFragments(),
