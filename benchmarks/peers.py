@@ -6,7 +6,7 @@ Each gets the same weights and the same values; arrays that it can be handed sta
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -27,14 +27,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt
 
 class Peers:
     """One layer by every peer. ``calls`` by name, ``reasons`` why others cannot compute it; the
-    names of those that compute in bfloat16 end in ``bf16``."""
+    names of those that compute in bfloat16 end in ``bf16``. Of all peers, or ``only`` some."""
 
-    def __init__(self, point: Point, threads: int) -> None:
+    def __init__(self, point: Point, threads: int, only: Collection[str] = ()) -> None:
         self.calls: dict[str, Call] = {}
         self.reasons: dict[str, str] = {}
         self._answers: dict[str, Callable[[], Array]] = {}
         _keep_freed_memory()
         for name, make in _MADE.items():
+            if only and name not in only:
+                continue
             try:
                 call, answer = make(point, threads)
                 call()
@@ -103,7 +105,7 @@ def _model(point: Point) -> bytes:
     return to_onnx(builder.network("y")).SerializeToString()
 
 
-def _onnxruntime(point: Point, threads: int) -> tuple[Call, Callable[[], Array]]:
+def _onnxruntime_session(model: bytes, threads: int) -> Any:
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -111,11 +113,48 @@ def _onnxruntime(point: Point, threads: int) -> tuple[Call, Callable[[], Array]]
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        session = onnxruntime.InferenceSession(
-            _model(point), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except (state.Fail, state.InvalidGraph, state.NotImplemented) as error:
         raise RuntimeError(str(error)) from None
+
+
+def _openvino_request(model: bytes, shape: tuple[int, ...], threads: int) -> Any:
+    import openvino
+
+    core = openvino.Core()
+    read = core.read_model(model)
+    read.reshape(list(shape))
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+    }
+    return core.compile_model(read, "CPU", options).create_infer_request()
+
+
+def sessions(
+    model: bytes, shape: tuple[int, ...], threads: int
+) -> dict[str, Callable[[Array], Array]]:
+    """An ONNX file of one input and output by ONNX Runtime and OpenVINO, for arrays of a shape."""
+    session = _onnxruntime_session(model, threads)
+    request = _openvino_request(model, shape, threads)
+
+    def by_onnxruntime(x: Array) -> Array:
+        made: Array = session.run(None, {session.get_inputs()[0].name: x})[0]
+        return made
+
+    def by_openvino(x: Array) -> Array:
+        request.infer([x])
+        made: Array = request.get_output_tensor().data
+        return made
+
+    return {"onnxruntime": by_onnxruntime, "openvino": by_openvino}
+
+
+def _onnxruntime(point: Point, threads: int) -> tuple[Call, Callable[[], Array]]:
+    import onnxruntime
+
+    session = _onnxruntime_session(_model(point), threads)
     binding, made = session.io_binding(), np.empty(point.output, np.float32)
     x, out = (onnxruntime.OrtValue.ortvalue_from_numpy(a) for a in (point.x, made))
     binding.bind_ortvalue_input(session.get_inputs()[0].name, x)
@@ -126,15 +165,7 @@ def _onnxruntime(point: Point, threads: int) -> tuple[Call, Callable[[], Array]]
 def _openvino(point: Point, threads: int) -> tuple[Call, Callable[[], Array]]:
     import openvino
 
-    core = openvino.Core()
-    model = core.read_model(_model(point))
-    model.reshape(list(point.shape))
-    options = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
-    }
-    request = core.compile_model(model, "CPU", options).create_infer_request()
+    request = _openvino_request(_model(point), point.shape, threads)
     request.set_input_tensor(openvino.Tensor(point.x))
     return request.infer, lambda: request.get_output_tensor().data
 

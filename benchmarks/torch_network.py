@@ -1,0 +1,120 @@
+"""A network by PyTorch, layer after layer, as those who know it would write it down."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import cast
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from znni_dask.network.layers import (
+    Activation,
+    Arithmetic,
+    Concat,
+    Conv,
+    ConvTranspose,
+    Layer,
+    MaxPool,
+    Reduce,
+)
+from znni_dask.network.network import Network
+from znni_dask.primitives.base import Array
+
+FORMATS = {"": torch.contiguous_format, " channels last": torch.channels_last_3d}
+
+
+class TorchNetwork:
+    """A network with its weights in one memory format, on so many threads.
+
+    Where ``fragments``, max-pooling is done at every offset of its stride, and the fragments join
+    the batch.
+    """
+
+    def __init__(
+        self, network: Network, threads: int, memory: torch.memory_format, fragments: bool = False
+    ) -> None:
+        self._network, self._memory, self._fragments = network, memory, fragments
+        torch.set_num_threads(threads)
+        self._weights = {
+            name: {key: self._placed(array) for key, array in weights.items()}
+            for name, weights in network.weights.items()
+        }
+
+    def _placed(self, array: Array) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.contiguous(memory_format=self._memory) if tensor.dim() == 5 else tensor
+
+    @torch.inference_mode()
+    def apply(self, x: Array) -> Array:
+        """The output for an input (batch, channel, z, y, x)."""
+        source, last_use = self._network.input.name, self._last_uses()
+        values = {source: self._placed(x)}
+        for node in self._network:
+            if node.inputs:
+                taken = [values[name] for name in node.inputs]
+                values[node.name] = self._layer(node.layer, taken, self._weights.get(node.name, {}))
+                for name in set(node.inputs):
+                    if last_use[name] == node.name:
+                        del values[name]
+        return cast("Array", values[self._network.output].contiguous().numpy())
+
+    def _last_uses(self) -> dict[str, str]:
+        return {name: node.name for node in self._network for name in node.inputs}
+
+    def _layer(
+        self, layer: Layer, taken: list[torch.Tensor], weights: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        x = taken[0]
+        match layer:
+            case Conv():
+                return convolved(layer, x, weights)
+            case ConvTranspose(padding=((0, 0, 0), (0, 0, 0)), dilation=(1, 1, 1)):
+                weight, bias = weights["weight"], weights.get("bias")
+                return functional.conv_transpose3d(x, weight, bias, layer.stride)
+            case MaxPool() if self._fragments:
+                return torch.cat(fragments(layer, x))
+            case MaxPool():
+                return pooled(layer, x)
+            case Activation(function="relu"):
+                return x.relu_()
+            case Arithmetic(function="add"):
+                return x + taken[1]
+            case Concat():
+                return torch.cat(taken, 1)
+            case Reduce(function="mean", axes="zyx"):
+                return x.mean((2, 3, 4), keepdim=True)
+        raise NotImplementedError(f"{layer.kind} ({layer.summary})")
+
+
+def convolved(layer: Conv, x: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A convolution, and its ReLU."""
+    low, high = layer.padding
+    if low != high:
+        raise NotImplementedError(f"padding {layer.padding}")
+    made = functional.conv3d(
+        x, weights["weight"], weights.get("bias"), layer.stride, low, layer.dilation, layer.groups
+    )
+    return made.relu_() if layer.relu else made
+
+
+def pooled(layer: MaxPool, x: torch.Tensor) -> torch.Tensor:
+    """Max-pooling."""
+    low, high = layer.padding
+    if low != high:
+        raise NotImplementedError(f"padding {layer.padding}")
+    return functional.max_pool3d(x, layer.kernel, layer.stride, low, ceil_mode=layer.ceil)
+
+
+def fragments(layer: MaxPool, x: torch.Tensor) -> list[torch.Tensor]:
+    """Max-pooling at every offset of the stride, all of one size."""
+    size = [
+        (n - k + 1) // s for n, k, s in zip(x.shape[2:], layer.kernel, layer.stride, strict=True)
+    ]
+    ends = [(n - 1) * s + k for n, k, s in zip(size, layer.kernel, layer.stride, strict=True)]
+    made = []
+    for offset in product(*map(range, layer.stride)):
+        z, y, x_ = (slice(o, o + n) for o, n in zip(offset, ends, strict=True))
+        made.append(pooled(layer, x[:, :, z, y, x_]))
+    return made
