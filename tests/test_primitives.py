@@ -134,6 +134,7 @@ LAYERS = {
     "layer norm of voxels": (layers.Normalize(4, 1, ""), 1),
     "group norm of voxels": (layers.Normalize(6, 2, ""), 1),
     "whole": (layers.Conv(3, 4, SIZE, whole="zyx"), 1),
+    "whole with relu": (layers.Conv(3, 4, SIZE, whole="zyx", bias=False, relu=True), 1),
     "whole sections": (layers.Conv(3, 4, (1, *SIZE[1:]), whole="yx"), 1),
     "conv without bias": (layers.Conv(2, 3, (1, 1, 3), bias=False), 1),
     "transposed without bias": (

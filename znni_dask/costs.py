@@ -16,6 +16,7 @@ from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_direct_few import ConvDirectFew
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.conv_fft_whole import ConvWholeFFT
+from znni_dask.primitives.conv_matrix import ConvMatrix
 from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.forms import FormChange
 from znni_dask.schedule import Step
@@ -70,6 +71,8 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
         whole = primitive.work(problem, threads)
         together = whole.calls * CALL_SECONDS + (threads > 1) * whole.shared * SHARE_SECONDS
         seconds = threads * (whole.operations / WHOLE_FLOPS_PER_SECOND / whole.threads + together)
+    elif isinstance(primitive, ConvMatrix):
+        seconds = 2 * primitive.flops(problem) / BYTES_PER_SECOND  # two for each weight of 4 bytes
     elif isinstance(primitive, FormChange):
         seconds = primitive.into.nbytes(problem.output) / FORM_BYTES_PER_SECOND
     else:

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from znni_dask.kernels import blocks, direct, pooling, resampling, special, spectra, statistics
+from znni_dask.kernels import (
+    blocks,
+    direct,
+    matrix,
+    pooling,
+    resampling,
+    special,
+    spectra,
+    statistics,
+)
 from znni_dask.kernels.code import LANES
 
 
@@ -22,6 +31,8 @@ def compile_kernels() -> None:
     direct.convolve(x, weight, bias, out, zeros, ones, ones, least, 0, 1)
     direct.convolve_strided(x, weight, bias, out, zeros, ones, ones, least, 0, 1)
     direct.convolve_transposed(x, x, np.zeros(1, np.float32), out, zeros, ones, ones, 0, 1)
+    row = x.reshape(1, 1)
+    matrix.multiply(row, row[0], row, out.reshape(1, 1), least, 0, 1)
     blocked = np.zeros((1, 1, 1, 1, 1, LANES), np.float32)
     blocks.block(x, blocked, 0, 1)
     blocks.unblock(blocked, out, 0, 1)

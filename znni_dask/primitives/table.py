@@ -17,6 +17,7 @@ from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_direct_few import ConvDirectFew
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.conv_fft_whole import ConvWholeFFT
+from znni_dask.primitives.conv_matrix import ConvMatrix
 from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
 from znni_dask.primitives.joining import ArithmeticOfInputs, Broadcasting, Concatenation
@@ -44,6 +45,7 @@ TABLE: tuple[Primitive, ...] = (
     ConvDepthwise(),
     ConvWholeFFT(tasks=False),
     ConvWholeFFT(tasks=True),
+    ConvMatrix(),
     ConvTransposeDirect(),
     ConvTransposeBlocked(),
     MaxPoolingFragments(),
