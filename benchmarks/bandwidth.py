@@ -22,7 +22,6 @@ from layer import empty
 from machine import copy, keep
 from rounds import side_by_side
 from znni_dask.choices import choose_primitives
-from znni_dask.executors import serial
 from znni_dask.geometry import Box, Size, triple
 from znni_dask.kernels.team import Team
 from znni_dask.machine import cores
@@ -32,6 +31,7 @@ from znni_dask.network.layers import Layer
 from znni_dask.patches import Layout
 from znni_dask.primitives.base import Array, Form, Primitive, Problem, Shape
 from znni_dask.primitives.forms import FormChange
+from znni_dask.primitives.fragments import recombine
 from znni_dask.primitives.table import candidates
 from znni_dask.schedule import Schedules
 
@@ -116,7 +116,9 @@ def recombination(team: Team) -> tuple[Callable[[], None], int]:
     fragments[...] = 1
     out = empty((3, *layout.output_size))
     out[...] = 0
-    return lambda: serial._recombine(todo, fragments, (0, 0, 0), out), fragments.nbytes + out.nbytes
+    numbers = {position: i for i, position in enumerate(todo.positions)}
+    moved = fragments.nbytes + out.nbytes
+    return lambda: recombine(fragments, numbers, todo.spacing, out, team), moved
 
 
 def ready(case: Case, team: Team) -> tuple[Callable[[], None], int]:

@@ -9,9 +9,12 @@ import pytest
 
 import graphs
 import oracle
+from peaks import traced_peak
 from znni_dask.choices import choose_primitives
+from znni_dask.executors import serial
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, tiles
+from znni_dask.kernels import team
 from znni_dask.network import window
 from znni_dask.network.build import Builder
 from znni_dask.network.field_of_view import geometry
@@ -251,3 +254,23 @@ def test_geometry_is_a_value_and_boxes_know_their_place():
     assert not box.within((4, 6, 7))
     with pytest.raises(dataclasses.FrozenInstanceError):
         box.start = (0, 0, 0)
+
+
+def test_a_second_patch_allocates_no_array(monkeypatch):
+    b = Builder(channels=1)
+    x = b.max_pool(b.relu(b.conv(b.input, 16, kernel=3)), 2)
+    network = b.network(b.conv(x, 3, kernel=3))
+    layout = Layout(network, (80, 80, 80), "valid")
+    chosen = choose_primitives(layout)
+    schedules, box = Schedules(layout, chosen), Box((0, 0, 0), (40, 48, 56))
+    todo = schedules.schedule(box)
+    volume = np.ones((1, *todo.input.size), np.float32)
+    answer = np.empty((3, *box.size), np.float32)
+    arena = schedules.arena(schedules.sizes(box))
+    with SerialExecutor(network, chosen, arena, threads=2) as executor:
+        executor.run(todo, volume, answer)
+        with monkeypatch.context() as patch:
+            for module in (team, serial):
+                patch.setattr(module, "allocate", None)  # would be called, and fail
+            peak = traced_peak(lambda: executor.run(todo, volume, answer))
+    assert peak < 64 << 10 < answer.nbytes / 8

@@ -24,6 +24,8 @@ from znni_dask.network.layers import NO_PADDING
 from znni_dask.primitives import rows as rows_of_outputs
 from znni_dask.primitives.base import Form, Problem
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
+from znni_dask.primitives.forms import FormChange
+from znni_dask.primitives.fragments import recombine
 from znni_dask.primitives.table import TABLE, candidates, named, table
 
 SIZE = (9, 14, 37)
@@ -512,3 +514,41 @@ def test_raw_grey_values_lose_no_more_by_transforms_than_directly(
         errors.append(np.linalg.norm(plain(out, problem.output) - want))
     by_transforms, directly = errors
     assert by_transforms <= 2 * directly
+
+
+@pytest.mark.parametrize("channels", [1, 16, 37])
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 5), (3, 4, 8), (5, 7, 9)])
+def test_changes_of_form_keep_every_value(channels, size):
+    shape = (2, channels, *size)
+    x = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
+    problem = Problem(layers.Input(channels), (shape,), shape, ((0, 0, 0),), (0, 0, 0), size)
+    (blocked,), out = formed((Form.BLOCKED, Form.PLAIN), [x], shape)
+    made = slack(np.full_like(blocked, np.nan))
+    with Team(3) as team:
+        FormChange(Form.PLAIN).apply(None, problem, [blocked], out, team)
+        FormChange(Form.BLOCKED).apply(None, problem, [slack(x)], made, team)
+    np.testing.assert_array_equal(out, x)
+    np.testing.assert_array_equal(plain(made, shape), x)
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2, 2, 2), (1, 3, 3), (2, 1, 5)])
+@pytest.mark.parametrize("size", [(3, 4, 7), (5, 6, 50)])
+@pytest.mark.parametrize("missing", [False, True])
+def test_recombined_fragments_lie_interleaved_and_leave_other_places_alone(spacing, size, missing):
+    random = np.random.default_rng(8)
+    want = random.standard_normal((3, *size)).astype(np.float32)
+    places = list(np.ndindex(*spacing))[missing:]
+    parts = [-(-n // s) for n, s in zip(size, spacing, strict=True)]
+    fragments = np.full((len(places), 3, *parts), np.nan, np.float32)
+    for fragment, place in zip(fragments, places, strict=True):
+        part = want[
+            (slice(None), *(slice(p, None, s) for p, s in zip(place, spacing, strict=True)))
+        ]
+        fragment[(slice(None), *(slice(n) for n in part.shape[1:]))] = part
+    out = slack(np.full_like(want, 7))
+    numbers = {place: i for i, place in enumerate(places)}
+    with Team(3) as team:
+        recombine(slack(fragments), numbers, spacing, out, team)
+    if missing:
+        want[(slice(None), *(slice(None, None, s) for s in spacing))] = 7
+    np.testing.assert_array_equal(out, want)

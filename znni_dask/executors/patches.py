@@ -11,10 +11,11 @@ from znni_dask import planner
 from znni_dask.choices import chosen_primitives
 from znni_dask.closing import Closing
 from znni_dask.executors.serial import SerialExecutor
-from znni_dask.geometry import Box, Size, hull
+from znni_dask.geometry import Box, Size, hull, volume
+from znni_dask.kernels.memory import allocate
 from znni_dask.patches import Layout
 from znni_dask.plan import Plan
-from znni_dask.primitives.base import Array
+from znni_dask.primitives.base import ITEM_BYTES, Array
 from znni_dask.schedule import Schedules
 from znni_dask.selection import Wanted
 
@@ -28,6 +29,8 @@ class PatchBlocks(Closing):
         self._schedules = Schedules(layout, primitives)
         sizes = self._schedules.envelope(planner.spans(layout, plan.block, plan.patch))
         arena = self._schedules.arena(sizes)
+        largest = ITEM_BYTES * layout.network.out_channels * volume(plan.patch)
+        self._answer = allocate(largest).view(np.float32)
         self._executor = SerialExecutor(layout.network, primitives, arena, plan.threads)
 
     def region(self, block: Box, wanted: Wanted | None = None) -> Box:
@@ -51,7 +54,7 @@ class PatchBlocks(Closing):
         for box in self._patches(block, wanted):
             todo = self._schedules.schedule(box)
             z, y, x = todo.input.seen_from(corner).slices
-            answer = np.empty((channels, *box.size), np.float32)
+            answer = self._answer[: channels * volume(box.size)].reshape(channels, *box.size)
             self._executor.run(todo, values[:, z, y, x], answer)
             take(box, answer)
 
@@ -64,3 +67,4 @@ class PatchBlocks(Closing):
     def close(self) -> None:
         """End the threads and free the memory."""
         self._executor.close()
+        self._answer = np.empty(0, np.float32)

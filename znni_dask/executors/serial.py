@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.closing import Closing
-from znni_dask.geometry import Size, ceil_divide
+from znni_dask.geometry import add
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.memory import allocate
 from znni_dask.kernels.team import Team
 from znni_dask.network.network import Network
 from znni_dask.primitives.base import Array, Form, Primitive, Shape
+from znni_dask.primitives.fragments import recombine
 from znni_dask.schedule import Arena, Schedule, Stored
 
 
@@ -61,7 +62,9 @@ class SerialExecutor(Closing):
                     arrays[output],
                     self._team,
                 )
-            _recombine(todo, arrays[Stored(self.network.output, Form.PLAIN)], offset, out)
+            numbers = {add(position, offset): i for i, position in enumerate(todo.positions)}
+            made = arrays[Stored(self.network.output, Form.PLAIN)]
+            recombine(made, numbers, todo.spacing, out, self._team)
 
     def close(self) -> None:
         """End the threads and free the arena."""
@@ -72,17 +75,3 @@ class SerialExecutor(Closing):
         first = self._places[array]
         part = self._arena[first : first + array.form.nbytes(shape)]
         return part.view(np.float32).reshape(array.form.stored(shape))
-
-
-def _recombine(todo: Schedule, fragments: Array, offset: Size, out: Array) -> None:
-    """Interleave the fragments of one offset (Zlateski et al. 2016, section V)."""
-    size = todo.output.size
-    for fragment, position in zip(fragments, todo.positions, strict=True):
-        start = [p + o for p, o in zip(position, offset, strict=True)]
-        if any(a >= n for a, n in zip(start, size, strict=True)):
-            continue  # of a patch that is not a whole number of fragments
-        here = tuple(slice(a, None, s) for a, s in zip(start, todo.spacing, strict=True))
-        kept = tuple(
-            slice(ceil_divide(n - a, s)) for n, a, s in zip(size, start, todo.spacing, strict=True)
-        )
-        out[(slice(None), *here)] = fragment[(slice(None), *kept)]

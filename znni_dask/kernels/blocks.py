@@ -1,51 +1,93 @@
-"""Compiled loops between arrays of channels and arrays of blocks of channels.
+"""Changes between arrays of channels and arrays of blocks of channels: sixteen voxels of sixteen
+channels are transposed in registers.
 
-Plain arrays are (batch, channel, z, y, x), blocked ones (batch, channels / 16, z, y, x, 16);
-float32, contiguous. Items are (batch, block of channels, z).
+Plain arrays are (batch, channel, voxel), blocked ones (batch, channels / 16, voxel, 16); float32,
+contiguous.
 """
 
 from __future__ import annotations
 
-from numba import njit
+from functools import cache
 
-from znni_dask.kernels.code import LANES
-from znni_dask.kernels.direct import OPTIONS
+from llvmlite import ir
 
+from znni_dask.kernels.code import LANES, VECTOR_BYTES, Function, Vector
+from znni_dask.kernels.compiled import Library, compiled_library
 
-@njit(**OPTIONS)
-def block(x, out, first, last):
-    """Sixteen channels side by side; zero beyond the last."""
-    _, channels, size_z, size_y, size_x = x.shape
-    blocks = out.shape[1]
-    for item in range(first, last):
-        z = item % size_z
-        number = item // size_z % blocks
-        batch = item // (size_z * blocks)
-        for y in range(size_y):
-            to = out[batch, number, z, y]
-            for lane in range(LANES):
-                channel = number * LANES + lane
-                if channel < channels:
-                    row = x[batch, channel, z, y]
-                    for i in range(size_x):
-                        to[i, lane] = row[i]
-                else:
-                    for i in range(size_x):
-                        to[i, lane] = 0
+BLOCK, UNBLOCK = "block", "unblock"
 
 
-@njit(**OPTIONS)
-def unblock(x, out, first, last):
-    """Every channel for itself."""
-    _, channels, size_z, size_y, size_x = out.shape
-    blocks = x.shape[1]
-    for item in range(first, last):
-        z = item % size_z
-        number = item // size_z % blocks
-        batch = item // (size_z * blocks)
-        for y in range(size_y):
-            row = x[batch, number, z, y]
-            for lane in range(min(LANES, channels - number * LANES)):
-                to = out[batch, number * LANES + lane, z, y]
-                for i in range(size_x):
-                    to[i] = row[i, lane]
+@cache
+def blocks_library() -> Library:
+    """The compiled functions."""
+    return compiled_library(blocks_module())
+
+
+def blocks_module() -> ir.Module:
+    """They as they are written.
+
+    Items are (block, sixteen voxels) of one sample of ``channels`` channels, ``groups`` times
+    sixteen voxels each at least; a channel is ``channel_bytes`` long. Lanes beyond the last
+    channel hold the last channel. `UNBLOCK` writes past the caches where ``streamed``: then all
+    addresses must be multiples of 64 bytes.
+    """
+    module = ir.Module("blocks")
+    _write_block(module)
+    _write_unblock(module)
+    return module
+
+
+_PARAMETERS = ("channels", "channel_bytes", "groups", "first", "last")
+
+
+def _write_block(module: ir.Module) -> None:
+    code = Function(module, BLOCK, ("plain", "blocked"), _PARAMETERS)
+    (plain, blocked), (channels, channel_bytes, groups, first, last) = code.addresses, code.numbers
+    with code.loop(first, last) as item:
+        block, group = item // groups, item % groups
+        source = plain + group * VECTOR_BYTES
+        rows = []
+        for lane in range(LANES):
+            channel = (block * LANES + lane).at_most(channels - 1)
+            rows.append(source.load_floats(LANES, channel * channel_bytes))
+        target = blocked + block * (channel_bytes * LANES) + group * (VECTOR_BYTES * LANES)
+        for voxel, vector in enumerate(_transposed(rows)):
+            target.store(vector, voxel * VECTOR_BYTES, streamed=True)
+    code.finish()
+
+
+def _write_unblock(module: ir.Module) -> None:
+    code = Function(module, UNBLOCK, ("blocked", "plain"), ("streamed", *_PARAMETERS))
+    (blocked, plain), (streamed, *numbers) = code.addresses, code.numbers
+    channels, channel_bytes, groups, first, last = numbers
+    with code.loop(first, last) as item:
+        block, group = item // groups, item % groups
+        source = blocked + block * (channel_bytes * LANES) + group * (VECTOR_BYTES * LANES)
+        rows = _transposed([source.load(voxel * VECTOR_BYTES) for voxel in range(LANES)])
+        target = plain + group * VECTOR_BYTES
+        for lane, vector in enumerate(rows):
+            channel = block * LANES + lane
+            place = channel * channel_bytes
+            with code.when(channel < channels):
+                with code.when(streamed.differs(0)):
+                    target.store(vector, place, streamed=True)
+                with code.when(streamed.equals(0)):
+                    target.store_floats(vector, LANES, place)
+    code.finish()
+
+
+def _transposed(rows: list[Vector]) -> list[Vector]:
+    """Vector i holds what lane i of every vector held."""
+    distance = 1
+    while distance < LANES:
+        for low in range(LANES):
+            if low & distance:
+                continue
+            a, b = rows[low], rows[low + distance]
+            lanes = range(LANES)
+            rows[low] = a.chosen(b, [k + LANES - distance if k & distance else k for k in lanes])
+            rows[low + distance] = a.chosen(
+                b, [k + LANES if k & distance else k + distance for k in lanes]
+            )
+        distance *= 2
+    return rows

@@ -117,6 +117,19 @@ class Vector:
         larger = self.build.fcmp_ordered(">", self.value, other.value)
         return self._new(self.build.select(larger, self.value, other.value))
 
+    def largest(self, other: Vector) -> Vector:
+        """The larger, lane by lane; NaN where either is NaN."""
+        module, name = self.build.module, f"llvm.maximum.v{LANES}f32"
+        kind = ir.FunctionType(_VECTOR, [_VECTOR, _VECTOR])
+        function = module.globals.get(name) or ir.Function(module, kind, name)
+        flags = ("nsz",)  # zeros are alike
+        return self._new(self.build.call(function, [self.value, other.value], fastmath=flags))
+
+    def chosen(self, other: Vector, lanes: Sequence[int]) -> Vector:
+        """For every lane one of these sixteen floats, or, from number 16 on, of the other's."""
+        places = ir.Constant(_LANE_NUMBERS, list(lanes))
+        return self._new(self.build.shuffle_vector(self.value, other.value, places))
+
     def first(self, count: Number) -> Vector:
         """The first lanes, so many; zero in the others, whatever was there."""
         lanes = ir.Constant(_LANE_NUMBERS, list(range(LANES)))

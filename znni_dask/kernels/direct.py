@@ -217,6 +217,12 @@ def reach(shift, stride, count, size_x):
 
 
 @njit(**OPTIONS)
+def placed(item, channels, planes):
+    """The sample, channel and plane that an item is."""
+    return item // (planes * channels), item // planes % channels, item % planes
+
+
+@njit(**OPTIONS)
 def convolve_transposed(x, weight, bias, out, offset, up, dilation, first, last):
     """Items are (batch, output channel, z); ``weight`` is (out, in / groups, z, y, x).
 
@@ -229,9 +235,7 @@ def convolve_transposed(x, weight, bias, out, offset, up, dilation, first, last)
     per_group = out_channels // (channels // fan_in)
     line = np.empty(size_x, np.float32)
     for item in range(first, last):
-        z = item % out_z
-        c = item // out_z % out_channels
-        batch = item // (out_z * out_channels)
+        batch, c, z = placed(item, out_channels, out_z)
         group = c // per_group
         plane = out[batch, c, z]
         plane[:] = bias[c]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from znni_dask.kernels.code import LANES
-from znni_dask.kernels.direct import OPTIONS
+from znni_dask.kernels.direct import OPTIONS, placed
 
 
 @njit(**OPTIONS)
@@ -18,9 +17,7 @@ def gather(x, out, index_z, index_y, index_x, value, first, last):
     """``out[z, y, x] = x[index_z[z], index_y[y], index_x[x]]``; ``value`` where one is -1."""
     _, channels, out_z, out_y, out_x = out.shape
     for item in range(first, last):
-        z = item % out_z
-        c = item // out_z % channels
-        batch = item // (out_z * channels)
+        batch, c, z = placed(item, channels, out_z)
         for y in range(out_y):
             target = out[batch, c, z, y]
             if index_z[z] < 0 or index_y[y] < 0:
@@ -32,25 +29,6 @@ def gather(x, out, index_z, index_y, index_x, value, first, last):
 
 
 @njit(**OPTIONS)
-def gather_blocked(x, out, index_z, index_y, index_x, value, first, last):
-    """The same of blocks of channels; items are (batch, block, z)."""
-    _, blocks, out_z, out_y, out_x, _ = out.shape
-    for item in range(first, last):
-        z = item % out_z
-        block = item // out_z % blocks
-        batch = item // (out_z * blocks)
-        for y in range(out_y):
-            for i in range(out_x):
-                target = out[batch, block, z, y, i]
-                if index_z[z] < 0 or index_y[y] < 0 or index_x[i] < 0:
-                    target[:] = value
-                else:
-                    source = x[batch, block, index_z[z], index_y[y], index_x[i]]
-                    for lane in range(LANES):
-                        target[lane] = source[lane]
-
-
-@njit(**OPTIONS)
 def interpolate(x, out, below, above, weight, first, last):
     """Linear interpolation: along axis a output i lies between inputs ``below[a][i]`` and
     ``above[a][i]``, ``weight[a][i]`` of the way (a triple of arrays each)."""
@@ -58,9 +36,7 @@ def interpolate(x, out, below, above, weight, first, last):
     _, _, out_z, out_y, out_x = out.shape
     line = np.empty(size_x, np.float32)
     for item in range(first, last):
-        z = item % out_z
-        c = item // out_z % channels
-        batch = item // (out_z * channels)
+        batch, c, z = placed(item, channels, out_z)
         plane0, plane1 = x[batch, c, below[0][z]], x[batch, c, above[0][z]]
         v = weight[0][z]
         for y in range(out_y):
@@ -81,9 +57,7 @@ def depth_to_space(x, out, offset, factor, first, last):
     """Items are (batch, output channel, z); ``offset`` counts in steps of the output."""
     _, channels, out_z, out_y, out_x = out.shape
     for item in range(first, last):
-        z = item % out_z
-        c = item // out_z % channels
-        batch = item // (out_z * channels)
+        batch, c, z = placed(item, channels, out_z)
         iz, part_z = divmod(z + offset[0], factor[0])
         for y in range(out_y):
             iy, part_y = divmod(y + offset[1], factor[1])

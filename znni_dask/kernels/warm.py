@@ -10,14 +10,16 @@ import numpy as np
 from znni_dask.kernels import (
     blocks,
     direct,
+    fragments,
     matrix,
     pooling,
+    pooling_blocked,
     resampling,
+    resampling_blocked,
     special,
     spectra,
     statistics,
 )
-from znni_dask.kernels.code import LANES
 
 
 def compile_kernels() -> None:
@@ -33,20 +35,19 @@ def compile_kernels() -> None:
     direct.convolve_transposed(x, x, np.zeros(1, np.float32), out, zeros, ones, ones, 0, 1)
     row = x.reshape(1, 1)
     matrix.multiply(row, row[0], row, out.reshape(1, 1), least, 0, 1)
-    blocked = np.zeros((1, 1, 1, 1, 1, LANES), np.float32)
-    blocks.block(x, blocked, 0, 1)
-    blocks.unblock(blocked, out, 0, 1)
+    blocks.blocks_library()
     one, place = np.ones(1, np.float32), np.zeros(1, np.int64)
     pooling.max_pool(x, out, zeros, ones, ones, ones, 0, 1)
-    pooling.max_pool_blocked(blocked, blocked, zeros, ones, ones, ones, 0, 1)
-    pooling.average_pool_blocked(blocked, blocked, zeros, ones, ones, ones, one, one, one, 0, 1)
+    for mean in (False, True):
+        pooling_blocked.pooling_library(mean)
     pooling.average_pool(x, out, zeros, ones, ones, ones, one, one, one, 0, 1)
     resampling.gather(x, out, place, place, place, np.float32(0), 0, 1)
-    resampling.gather_blocked(blocked, blocked, place, place, place, np.float32(0), 0, 1)
+    resampling_blocked.resampling_library()
     resampling.interpolate(x, out, (place,) * 3, (place,) * 3, (one,) * 3, 0, 1)
     resampling.depth_to_space(x, out, zeros, ones, 0, 1)
     spectrum = np.zeros(1, np.complex64)
     spectra.add_products(spectrum.reshape(1, 1, 1, 1), 0, 0, spectrum, spectrum.reshape(1, 1))
+    fragments.fragments_library()
     double = np.zeros(1)
     statistics.moments(x.reshape(1, 1), double, double.copy(), 0, 1)
     statistics.scale_rows(x.reshape(1, 1), double, double, double, 0, 1)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, final
 
-from znni_dask.kernels import blocks
+from znni_dask.geometry import ceil_divide
+from znni_dask.kernels.blocks import BLOCK, UNBLOCK, blocks_library
+from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Input, Layer
-from znni_dask.primitives.base import Array, Form, Primitive, Problem
+from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem
 
 
 @final
@@ -32,9 +34,28 @@ class FormChange(Primitive):
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        change = blocks.block if self.into is Form.BLOCKED else blocks.unblock
+        blocked = self.into is Form.BLOCKED
+        change = blocks_library()[BLOCK if blocked else UNBLOCK]
+        _, channels, *size = problem.output
+        voxels = prod(size)
+        groups = voxels // LANES
+        aligned = voxels % LANES == 0 and out.ctypes.data % VECTOR_BYTES == 0
+        fixed = (() if blocked else (int(aligned),)) + (channels, voxels * ITEM_BYTES, groups)
+        for source, target in zip(inputs[0], out, strict=True):
+            places = source.ctypes.data, target.ctypes.data
 
-        def work(first: int, last: int) -> None:
-            change(inputs[0], out, first, last)
+            def work(first: int, last: int, places: tuple[int, int] = places) -> None:
+                change(*places, *fixed, first, last)
 
-        team.share(work, prod(Form.BLOCKED.stored(problem.output)[:3]))
+            team.share(work, ceil_divide(channels, LANES) * groups)
+        self._change_rest(inputs[0], out, channels, groups * LANES)
+
+    def _change_rest(self, x: Array, out: Array, channels: int, first: int) -> None:
+        """The last few voxels, less than sixteen."""
+        there, here = (array.reshape(*array.shape[:2], -1, *array.shape[5:]) for array in (x, out))
+        for channel in range(channels):
+            block, lane = divmod(channel, LANES)
+            if self.into is Form.BLOCKED:
+                here[:, block, first:, lane] = there[:, channel, first:]
+            else:
+                here[:, channel, first:] = there[:, block, first:, lane]

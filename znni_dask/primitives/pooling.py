@@ -10,24 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from math import prod
 from typing import Any, ClassVar, cast, final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from znni_dask.geometry import Size, add, triple
+from znni_dask.geometry import Size, add, triple, volume
 from znni_dask.kernels import pooling
+from znni_dask.kernels.code import VECTOR_BYTES
+from znni_dask.kernels.pooling_blocked import POOL, Rows, pooling_library
 from znni_dask.kernels.team import Team
-from znni_dask.network.layers import AveragePool, Layer, MaxPool
+from znni_dask.network.layers import ONES, AveragePool, Layer, MaxPool
 from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, indices
 
+_NONE = np.ones(1, np.float32)
 _PADDED = "fragments cannot pad: a padded pooling keeps its own grid"
-
-_KERNELS = {
-    (False, Form.PLAIN): pooling.max_pool,
-    (False, Form.BLOCKED): pooling.max_pool_blocked,
-    (True, Form.PLAIN): pooling.average_pool,
-    (True, Form.BLOCKED): pooling.average_pool_blocked,
-}
 
 
 def _flops(problem: Problem) -> int:
@@ -37,17 +35,93 @@ def _flops(problem: Problem) -> int:
 
 
 def _pool(problem: Problem, x: Array, out: Array, offset: Size, team: Team) -> None:
-    """Pool ``x`` from ``offset`` on."""
+    """Pool plain ``x`` from ``offset`` on."""
     layer = cast("MaxPool | AveragePool", problem.layer)
     taps = [indices(*v) for v in (offset, layer.kernel, layer.stride, layer.dilation)]
     mean = isinstance(layer, AveragePool)
     shares = [_shares(problem, axis) for axis in range(3)] if mean else []
-    pool = _KERNELS[mean, Form.PLAIN if x.ndim == 5 else Form.BLOCKED]
+    pool = pooling.average_pool if mean else pooling.max_pool
 
     def work(first: int, last: int) -> None:
         pool(x, out, *taps, *shares, first, last)
 
     team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
+
+
+def _pool_blocked(problem: Problem, x: Array, out: Array, fragments: Size, team: Team) -> None:
+    """Pool blocks of channels, into so many fragments along each axis."""
+    rows = _rows(problem, fragments)
+    mean = isinstance(problem.layer, AveragePool)
+    z, y, shares_x = [_shares(problem, axis) if mean else _NONE for axis in range(3)]
+    shares = np.multiply.outer(z, y)
+    planes, lines = (
+        _places(problem, axis, fragments, shares.strides[axis] if mean else 0) for axis in (0, 1)
+    )
+    given: list[NDArray[Any]] = [x, out, indices(*rows), planes, lines, shares, shares_x]
+    memory = team.scratch(team.threads * rows.line * VECTOR_BYTES).ctypes.data
+    own = [memory + i * rows.line * VECTOR_BYTES for i in range(team.threads)]
+    pool = pooling_library(mean)[POOL]
+
+    def work(first: int, last: int) -> None:
+        line = own.pop()  # there is one for every thread
+        pool(*(array.ctypes.data for array in given), line, first, last)
+        own.append(line)
+
+    team.share(work, prod(x.shape[:2]) * rows.planes)
+
+
+def _rows(problem: Problem, fragments: Size) -> Rows[int]:
+    """The numbers of a problem in blocks of channels."""
+    layer = cast("MaxPool | AveragePool", problem.layer)
+    size, out = triple(problem.inputs[0][2:]), triple(problem.output[2:])
+    row_bytes = size[2] * VECTOR_BYTES
+    offset, line = problem.offsets[0][2], _line(problem, fragments)
+    left = min(line, max(0, -offset))
+    return Rows(
+        planes=out[0] * fragments[0],
+        rows=out[1] * fragments[1],
+        block_bytes=volume(size) * VECTOR_BYTES,
+        out_block_bytes=volume(out) * VECTOR_BYTES,
+        plane_step=layer.dilation[0] * size[1] * row_bytes,
+        row_step=layer.dilation[1] * row_bytes,
+        line=line,
+        left=left,
+        right=min(line, max(left, size[2] - offset)),
+        begin=offset + left,
+        taps=layer.kernel[2],
+        tap_step=layer.dilation[2],
+        width=out[2],
+        out_step=layer.stride[2],
+        fragments=fragments[2],
+        fragment_bytes=_fragment_bytes(problem, fragments),
+    )
+
+
+def _places(problem: Problem, axis: int, fragments: Size, share: int) -> NDArray[np.int64]:
+    """For every plane (axis 0) or row of all fragments what the compiled loop reads of it;
+    ``share`` bytes lie between shares."""
+    layer = cast("MaxPool | AveragePool", problem.layer)
+    size, out = problem.inputs[0][2:], problem.output[2:]
+    place, part = np.divmod(np.arange(out[axis] * fragments[axis]), fragments[axis])
+    begin = place * layer.stride[axis] + part + problem.offsets[0][axis]
+    dilation, taps = layer.dilation[axis], layer.kernel[axis]
+    low = np.minimum(-(np.minimum(begin, 0) // dilation), taps)
+    high = np.clip(-((begin - size[axis]) // dilation), low, taps)
+    parts = volume(fragments) // prod(fragments[: axis + 1])  # fragments from one part to the next
+    to = part * parts * _fragment_bytes(problem, fragments)
+    to += place * prod(out[axis + 1 :]) * VECTOR_BYTES
+    source = (begin + low * dilation) * prod(size[axis + 1 :]) * VECTOR_BYTES
+    return np.stack([source, high - low, to, place * share], axis=1)
+
+
+def _line(problem: Problem, fragments: Size) -> int:
+    """Voxels behind a row of outputs of all fragments."""
+    window = problem.layer.window(2)
+    return (problem.output[4] - 1) * window.stride + window.extent + fragments[2] - 1
+
+
+def _fragment_bytes(problem: Problem, fragments: Size) -> int:
+    return Form.BLOCKED.nbytes(problem.output) // volume(fragments)
 
 
 def _shares(problem: Problem, axis: int) -> Array:
@@ -81,10 +155,16 @@ class MaxPooling(Primitive):
     def flops(self, problem: Problem) -> int:
         return _flops(problem)
 
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        return _workspace_bytes(problem, self.fragments_of(problem.layer), threads)
+
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        _pool(problem, inputs[0], out, problem.offsets[0], team)
+        if inputs[0].ndim > 5:
+            _pool_blocked(problem, inputs[0], out, ONES, team)
+        else:
+            _pool(problem, inputs[0], out, problem.offsets[0], team)
 
 
 @final
@@ -101,19 +181,28 @@ class AveragePooling(Primitive):
         return _flops(problem)
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        return _shares_bytes(problem)
+        return _workspace_bytes(problem, self.fragments_of(problem.layer), threads)
 
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        _pool(problem, inputs[0], out, problem.offsets[0], team)
+        if inputs[0].ndim > 5:
+            _pool_blocked(problem, inputs[0], out, ONES, team)
+        else:
+            _pool(problem, inputs[0], out, problem.offsets[0], team)
 
 
-def _shares_bytes(problem: Problem) -> int:
-    """Memory of `_shares`: the places of all taps along an axis, compared and counted."""
-    kernel = cast("AveragePool", problem.layer).kernel
-    longest = max(n * k for n, k in zip(problem.output[2:], kernel, strict=True))
-    return 4 * longest * 2 * ITEM_BYTES
+def _workspace_bytes(problem: Problem, fragments: Size, threads: int) -> int:
+    """Memory of the lines, of the places of rows and planes, and of `_shares`: the places of all
+    taps along an axis, compared and counted."""
+    pool = cast("MaxPool | AveragePool", problem.layer)
+    lines = threads * _line(problem, fragments) * VECTOR_BYTES
+    places = 16 * 8 * sum(n * f for n, f in zip(problem.output[2:4], fragments, strict=False))
+    if isinstance(pool, MaxPool):
+        return lines + places
+    longest = max(n * k for n, k in zip(problem.output[2:], pool.kernel, strict=True))
+    shares = problem.output[2] * problem.output[3] * ITEM_BYTES
+    return lines + places + shares + 4 * longest * 2 * ITEM_BYTES
 
 
 class _Fragments(Primitive):
@@ -133,12 +222,18 @@ class _Fragments(Primitive):
     def flops(self, problem: Problem) -> int:
         return _flops(problem)
 
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        return _workspace_bytes(problem, self.fragments_of(problem.layer), threads)
+
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
+        fragments = self.fragments_of(problem.layer)
+        if inputs[0].ndim > 5:
+            _pool_blocked(problem, inputs[0], out, fragments, team)
+            return
         batch = inputs[0].shape[0]
-        offsets = product(*(range(problem.layer.window(axis).stride) for axis in range(3)))
-        for index, offset in enumerate(offsets):
+        for index, offset in enumerate(product(*map(range, fragments))):
             part = out[index * batch : (index + 1) * batch]
             _pool(problem, inputs[0], part, add(problem.offsets[0], triple(offset)), team)
 
@@ -155,6 +250,3 @@ class AveragePoolingFragments(_Fragments):
     """Average-pooling fragments."""
 
     layer: ClassVar[type[Layer]] = AveragePool
-
-    def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        return _shares_bytes(problem)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast, final
+from typing import Any, ClassVar, TypeAlias, cast, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.kernels import resampling
+from znni_dask.kernels.code import VECTOR_BYTES
+from znni_dask.kernels.resampling_blocked import GATHER, INTERPOLATE, resampling_library
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Crop, DepthToSpace, Layer, Pad, Resize, Select
-from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, indices
+from znni_dask.primitives.base import Array, Form, Primitive, Problem, indices
 from znni_dask.primitives.pointwise import copy_channels, crop
 
 _INDEX_BYTES = 8
+_Places: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
 
 
 @final
@@ -58,11 +61,19 @@ def _gather(
     x: Array, out: Array, index: list[NDArray[np.int64]], team: Team, value: float = 0.0
 ) -> None:
     """Take of ``x`` what ``index`` names for every output along each axis; ``value`` for -1."""
+    if x.ndim == 5:
 
-    gather = resampling.gather if x.ndim == 5 else resampling.gather_blocked
+        def work(first: int, last: int) -> None:
+            resampling.gather(x, out, *index, np.float32(value), first, last)
 
-    def work(first: int, last: int) -> None:
-        gather(x, out, *index, np.float32(value), first, last)
+    else:
+        gather, inside = resampling_library()[GATHER], np.flatnonzero(index[2] >= 0)
+        left, right = (inside[0], inside[-1] + 1) if inside.size else (0, 0)
+        given: list[NDArray[Any]] = [x, out, *index, np.full(1, value, np.float32)]
+        numbers = *x.shape[2:5], *out.shape[2:5], int(left), int(right)
+
+        def work(first: int, last: int) -> None:
+            gather(*(array.ctypes.data for array in given), *numbers, first, last)
 
     team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
 
@@ -148,6 +159,9 @@ class LinearResizing(Primitive):
     name: ClassVar[str] = "linear"
     layer: ClassVar[type[Layer]] = Resize
 
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        return None, None
+
     def refusal(self, layer: Layer) -> str | None:
         if reason := super().refusal(layer):
             return reason
@@ -160,24 +174,47 @@ class LinearResizing(Primitive):
         return batch * channels * z * y * (6 * problem.inputs[0][-1] + 2 * x)
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        places = 6 * _INDEX_BYTES * sum(problem.output[2:])
-        return places + threads * problem.inputs[0][-1] * ITEM_BYTES
+        places = 8 * _INDEX_BYTES * sum(problem.output[2:])
+        return places + threads * problem.inputs[0][-1] * VECTOR_BYTES
 
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
         axes = [self._places(problem, axis) for axis in range(3)]
+        x = inputs[0]
+        if x.ndim > 5:
+            self._interpolate_blocked(x, out, axes, team)
+            return
         below, above, weight = (tuple(axis[i] for axis in axes) for i in range(3))
 
         def work(first: int, last: int) -> None:
-            resampling.interpolate(inputs[0], out, below, above, weight, first, last)
+            resampling.interpolate(x, out, below, above, weight, first, last)
 
         team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
 
     @staticmethod
-    def _places(
-        problem: Problem, axis: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    def _interpolate_blocked(x: Array, out: Array, axes: list[_Places], team: Team) -> None:
+        interpolate = resampling_library()[INTERPOLATE]
+        tables = [
+            table
+            for below, above, weight in axes
+            for table in (np.stack([below, above], axis=1), weight)
+        ]
+        line_bytes = x.shape[4] * VECTOR_BYTES
+        memory = team.scratch(team.threads * line_bytes).ctypes.data
+        own = [memory + i * line_bytes for i in range(team.threads)]
+        numbers = *x.shape[2:5], *out.shape[2:5]
+
+        def work(first: int, last: int) -> None:
+            line = own.pop()  # there is one for every thread
+            places = (table.ctypes.data for table in tables)
+            interpolate(x.ctypes.data, out.ctypes.data, line, *places, *numbers, first, last)
+            own.append(line)
+
+        team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
+
+    @staticmethod
+    def _places(problem: Problem, axis: int) -> _Places:
         """For every output the inputs given on both sides of it, and how far it is between."""
         layer = cast("Resize", problem.layer)
         factor, n = layer.factor[axis], problem.whole[axis]
