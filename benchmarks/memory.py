@@ -111,7 +111,7 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
     predicted = max(int(str(row["predicted_bytes"])) for row in rows) / 2**30
     axes.axhline(predicted, color="black", linestyle="--", label="predicted")
     axes.set(xlabel="minutes", ylabel="anonymous memory, GiB", ylim=(0, None), xlim=(0, None))
-    axes.legend(loc="lower right")
+    axes.legend(loc="center", bbox_to_anchor=(0.5, 0.7), ncols=2)
     figure.savefig(path)
 
 
