@@ -232,14 +232,8 @@ class _Sums:
         told, source, weights, start, out = code.addresses
         b0, b1, z0, z1, y0, y1, x0, x1, start_block, start_voxel, clip = code.numbers
         rows = _told(told)
-        if self.lanes is Lanes.INPUTS:
-            starts = [[code.vector()] * self.made] * self.voxels
-        else:
-            starts = [
-                [start.load(start_block * b + start_voxel * v) for b in range(self.made)]
-                for v in range(self.voxels)
-            ]
-        sums = [[code.variable(value) for value in values] for values in starts]
+        zero = code.vector()  # each part is summed apart: sums of sums lose less
+        sums = [[code.variable(zero) for _ in range(self.made)] for _ in range(self.voxels)]
         if self.lanes is not Lanes.INPUTS:
             for v in range(self.voxels):
                 for b in range(self.made):
@@ -268,7 +262,8 @@ class _Sums:
                 out.store_floats(value.at_least(least), self.voxels, rows.target.block * i)
         else:
             for v, of_voxel in enumerate(totals):
-                for b, value in enumerate(of_voxel):
+                for b, part in enumerate(of_voxel):
+                    value = part + start.load(start_block * b + start_voxel * v)
                     place = out + rows.target.x * v
                     place.store(value.at_least(least), rows.target.block * b)
         code.finish()
