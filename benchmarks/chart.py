@@ -116,6 +116,37 @@ def networks(result: Row) -> Iterator[Line]:
         yield [row["network"], f"{row['error']:.1e}"]
 
 
+def throughput(result: Row) -> Iterator[Line]:
+    """Patches of the papers' networks."""
+    yield ["network", "patch", "memory", "voxels/s", "PyTorch", "times"]
+    for row in result["rows"]:
+        if "peer_voxels_per_second" not in row:
+            continue
+        rates = (row[f"{who}voxels_per_second"] for who in ("", "peer_"))
+        memory = f"{row['peak_bytes'] / 1e9:.1f} GB"
+        patch = f"{row['input'][0]}³ → {row['output'][0]}³"
+        yield [
+            row["network"],
+            patch,
+            memory,
+            *(f"{rate:,.0f}" for rate in rates),
+            f"{row['times']:.1f}",
+        ]
+
+
+def complete(result: Row) -> Iterator[Line]:
+    """Networks that everybody computes whole."""
+    yield ["network", "input", "ms", "best peer", "ms", "times"]
+    for row in result["rows"]:
+        if "best_peer" not in row:
+            continue
+        size = "·".join(map(str, row["input"]))
+        peer = row["best_peer"]
+        own, other = (f"{1e3 * s:.0f}" for s in (row["seconds"], row["peers"][peer]))
+        name = row["network"].removesuffix(", batch")
+        yield [name, f"{row['batch']} × {size}", own, peer, other, f"{row['times']:.2f}"]
+
+
 TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
     "sizes": sizes,
     "layers": layers,
@@ -123,6 +154,8 @@ TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
     "bandwidth": bandwidth,
     "accuracy": accuracy,
     "networks": networks,
+    "throughput": throughput,
+    "complete": complete,
 }
 
 
