@@ -5,8 +5,8 @@ a row in some blocks of output channels. Sixteen input channels (`Lanes.INPUTS`)
 some voxels' inputs are multiplied into sums of every output, and what is in the lanes is added up
 last. Sixteen channels that are each convolved for themselves (`Lanes.BOTH`).
 
-A row's taps are taken in parts whose weights stay in the first-level cache while all voxels of the
-row are summed; between parts the sums lie in the output.
+Taps are taken in parts whose weights stay in the first-level cache while all voxels of a row, or of
+several short ones, are summed; between parts the sums lie in the output.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Strides(NamedTuple, Generic[N]):
 class Rows(NamedTuple, Generic[N]):
     """All that a compiled convolution is told: ``channels`` of the input; the outputs along x,
     from ``begin`` to before ``end``, that no padding reaches; how many blocks of channels, taps
-    along z and taps along y make a part."""
+    along z and taps along y make a part; of how many rows sums take a part in turn."""
 
     z: Axis[N]
     y: Axis[N]
@@ -95,6 +95,7 @@ class Rows(NamedTuple, Generic[N]):
     part_blocks: N
     part_z: N
     part_y: N
+    together: N
     relu: N
 
 
@@ -129,16 +130,20 @@ def rows_module(lanes: Lanes, made: int, wide: bool) -> ir.Module:
     told, source, weights, biases, out = code.addresses
     rows = _told(told)
     first, last = code.numbers
-    with code.loop(first, last) as item:
-        y, z = item % rows.y.outputs, item // rows.y.outputs % rows.z.outputs
-        batch = item // (rows.y.outputs * rows.z.outputs)
-        here = source + batch * rows.source.batch + rows.x.offset * rows.source.x
-        for at, axis, stride in ((z, rows.z, rows.source.z), (y, rows.y, rows.source.y)):
-            here = here + _start(axis, at) * stride
-        to = out + batch * rows.target.batch + z * rows.target.z + y * rows.target.y
-        for ranges, begun, clip in _parts(code, rows, z, y):
-            row = _Row(told, rows, weights, biases, here, to, ranges, begun, clip)
-            _write_row(code, sums, row)
+    with code.loop(first, last, rows.together) as start:
+        end = (start + rows.together).at_most(last)
+        for part, begun, clip in _parts(code, rows):
+            with code.loop(start, end) as item:
+                y, z = item % rows.y.outputs, item // rows.y.outputs % rows.z.outputs
+                batch = item // (rows.y.outputs * rows.z.outputs)
+                here = source + batch * rows.source.batch + rows.x.offset * rows.source.x
+                for at, axis, stride in ((z, rows.z, rows.source.z), (y, rows.y, rows.source.y)):
+                    here = here + _start(axis, at) * stride
+                to = out + batch * rows.target.batch + z * rows.target.z + y * rows.target.y
+                taps = (_shared(part[1], _inside(rows.z, z)), _shared(part[2], _inside(rows.y, y)))
+                ranges = (*part[0], *taps[0], *taps[1])
+                row = _Row(told, rows, weights, biases, here, to, ranges, begun, clip)
+                _write_row(code, sums, row)
     code.finish()
     return module
 
@@ -157,25 +162,31 @@ class _Row(NamedTuple):
     clip: Number  # whether what is negative becomes zero
 
 
-def _parts(
-    code: Function, rows: Rows[Number], z: Number, y: Number
-) -> Iterator[tuple[tuple[Integer, ...], ir.Value, Number]]:
-    """Write loops over the parts of a row's taps; of taps that are all padding there is one."""
+Span = tuple[Number, Number]  # first and end
+
+
+def _parts(code: Function, rows: Rows[Number]) -> Iterator[tuple[list[Span], ir.Value, Number]]:
+    """Write loops over the parts of the taps: spans of blocks of channels, of taps along z and y;
+    whether sums begin with it, and whether they are clipped after it."""
     blocks = (rows.channels + (LANES - 1)) // LANES
-    spans = [(code.number(0), blocks), _inside(rows.z, z), _inside(rows.y, y)]
+    counts = (blocks, rows.z.taps.at_least(1), rows.y.taps.at_least(1))  # or nothing is begun
     steps = (rows.part_blocks, rows.part_z, rows.part_y)
-    (b0, b1), (z0, z1), (y0, y1) = spans
+    zero = code.number(0)
     with (
-        code.loop(b0, b1, steps[0]) as block,
-        code.loop(z0, z1.at_least(z0 + 1), steps[1]) as tap_z,
-        code.loop(y0, y1.at_least(y0 + 1), steps[2]) as tap_y,
+        code.loop(zero, counts[0], steps[0]) as block,
+        code.loop(zero, counts[1], steps[1]) as tap_z,
+        code.loop(zero, counts[2], steps[2]) as tap_y,
     ):
         starts = (block, tap_z, tap_y)
-        ends = [(s + n).at_most(end) for s, n, (_, end) in zip(starts, steps, spans, strict=True)]
-        begun = code.all(*(s.equals(low) for s, (low, _) in zip(starts, spans, strict=True)))
-        done = code.all(*(e.equals(high) for e, (_, high) in zip(ends, spans, strict=True)))
-        ranges = tuple(n for pair in zip(starts, ends, strict=True) for n in pair)
-        yield ranges, begun, code.choose(done, rows.relu, code.number(0))
+        ends = [(s + n).at_most(c) for s, n, c in zip(starts, steps, counts, strict=True)]
+        begun = code.all(*(s.equals(zero) for s in starts))
+        done = code.all(*(e.equals(c) for e, c in zip(ends, counts, strict=True)))
+        yield list(zip(starts, ends, strict=True)), begun, code.choose(done, rows.relu, zero)
+
+
+def _shared(one: Span, other: Span) -> Span:
+    """What two spans share; it ends before it begins where that is nothing."""
+    return one[0].at_least(other[0]), one[1].at_most(other[1])
 
 
 def _write_row(code: Function, sums: list[_Sums], row: _Row) -> None:

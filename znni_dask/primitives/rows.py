@@ -24,6 +24,8 @@ from znni_dask.primitives.base import ITEM_BYTES, Array, Problem
 PASS_BYTES = 2 << 10  # what a pass holds beside arrays
 PART_BYTES = 20 << 10  # of weights that stay in the first-level cache
 SHARED_BYTES = 1 << 18  # of input that passes take turns on
+VOXELS_TOGETHER = 64  # whose sums take parts of the taps in turn, where a row has fewer
+PIECES_PER_THREAD = 4
 
 
 class Place(NamedTuple):
@@ -71,6 +73,7 @@ class Pass(NamedTuple):
     out: int
     items: int
     item_bytes: int  # of the input
+    together: int  # items whose sums take parts of the taps in turn
 
     @classmethod
     def of(
@@ -90,6 +93,7 @@ class Pass(NamedTuple):
         told = Rows(
             *(z, y, x, source.strides, out.strides, channels, begin, end),
             *_at_once(lanes, part.made, channels, (z.taps, y.taps, x.taps)),
+            max(1, VOXELS_TOGETHER // max(1, x.outputs)),
             int(relu),
         )
         return cls(
@@ -100,6 +104,7 @@ class Pass(NamedTuple):
             out.address,
             batch * z.outputs * y.outputs,
             channels * x.size * ITEM_BYTES,
+            told.together,
         )
 
     def run(self, first: int, last: int) -> None:
@@ -114,19 +119,22 @@ class Pass(NamedTuple):
 
 
 def share(passes: Sequence[Pass], team: Team) -> None:
-    """Run passes over the same input."""
+    """Run passes over the same input: some rows of it by one after the other, while they are near;
+    so many that sums take parts of the taps together, and that there is work for all threads."""
     items = max(one.items for one in passes)
-    together = items
+    size = ceil_divide(items, PIECES_PER_THREAD * team.threads)
     if len(passes) > 1:
-        together = max(1, SHARED_BYTES // max(one.item_bytes for one in passes))
+        size = min(size, max(1, SHARED_BYTES // max(one.item_bytes for one in passes)))
+    size = max(size, *(one.together for one in passes))
 
     def work(first: int, last: int) -> None:
-        for begin in range(first, last, together):
-            end = min(begin + together, last)
-            for one in passes:
-                one.run(begin * one.items // items, end * one.items // items)
+        for unit in range(first, last):
+            group, number = divmod(unit, len(passes))
+            one = passes[number]
+            begin, end = (min(n * size, items) * one.items // items for n in (group, group + 1))
+            one.run(begin, end)
 
-    team.share(work, items)
+    team.share(work, ceil_divide(items, size) * len(passes))
 
 
 def axes_of(problem: Problem, conv: Conv) -> list[Axis[int]]:
