@@ -27,6 +27,8 @@ bench-full: bench
 	$(BIN)/python benchmarks/bandwidth.py --threads 1
 	$(BIN)/python benchmarks/convolution.py --threads 1
 	$(BIN)/python benchmarks/convolution.py
+	$(BIN)/python benchmarks/networks.py --whole
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/chart.py
 

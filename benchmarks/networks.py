@@ -42,7 +42,7 @@ from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout
 from znni_dask.patchwise import WindowExecutor
 from znni_dask.planner import Request, plan
-from znni_dask.primitives.base import Array
+from znni_dask.primitives.base import Array, Shape
 from znni_dask.schedule import Schedules
 from znni_dask.windows import WholeWindow
 
@@ -125,6 +125,7 @@ class Dense:
     def close(self) -> None:
         """End the threads and free the memory."""
         self._executor.close()
+        del self._executor
 
 
 def published(name: str, team: Team, whole: bool) -> dict[str, Any]:
@@ -134,9 +135,11 @@ def published(name: str, team: Team, whole: bool) -> dict[str, Any]:
     with MemoryMeter() as meter:
         own = Dense(network, OUTPUTS[name], team.threads)
         timings = side_by_side({"own": own.run}, team, ROUNDS)
+    own.close()
     if not timings:
         raise SystemExit(f"{name}: the machine's rate changed during every round")
     voxels, seconds = volume(own.out.shape[1:]), timings["own"].seconds
+    print(f"{name}: {voxels / seconds:,.0f} voxels/s", flush=True)
     layers = dict(layers_by_torch(network, own, team))
     peer = sum(layers.values())
     found: dict[str, Any] = {
@@ -154,7 +157,6 @@ def published(name: str, team: Team, whole: bool) -> dict[str, Any]:
         "peer_seconds_of_layers": layers,
         "times": peer / seconds,
     }
-    own.close()
     if whole:
         found["peer_whole"] = checked_whole(network, own, team)
     return found
@@ -176,20 +178,20 @@ def layers_by_torch(network: Network, own: Dense, team: Team) -> Iterator[tuple[
         else:
             assert isinstance(layer, MaxPool)
             some = max(1, min(batch, POOLED // (channels * edge**3)))
-            calls, share = dict(pooling_by_torch(layer, (some, channels, edge))), some / batch
+            depth = min(edge, max(8, POOLED // (some * channels * edge**2)))
+            calls = dict(pooling_by_torch(layer, (some, channels, depth, edge, edge)))
+            share = some / batch * depth / edge
         with torch.inference_mode():
             timings = side_by_side(calls, team, ROUNDS)
         if not timings:
             raise SystemExit(f"{node.name}: the machine's rate changed during every round")
+        print(f"  {node.name}", end="", flush=True)
         yield node.name, min(t.seconds for t in timings.values()) / share
 
 
-def pooling_by_torch(
-    layer: MaxPool, shape: tuple[int, int, int]
-) -> Iterator[tuple[str, Callable[[], object]]]:
+def pooling_by_torch(layer: MaxPool, shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
     """Pooling into fragments, in both memory formats."""
-    batch, channels, edge = shape
-    x = torch.randn(batch, channels, edge, edge, edge)
+    x = torch.randn(shape)
     for name, memory in FORMATS.items():
         placed = x.contiguous(memory_format=memory)
         yield f"torch{name}", partial(fragments, layer, placed)

@@ -82,7 +82,7 @@ def watched_run(files, cores, threads):
 def test_as_many_threads_compute_as_were_asked_for(threads, files):
     computing, _, planned, there = watched_run(files, None, threads)
     assert computing == [planned] == [threads]
-    assert there > 6  # threads of other pools, which could have
+    assert there > threads + 1  # there are others, of pools, which could have
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="cores are chosen by Linux's means")
