@@ -43,7 +43,7 @@ def layout(size: Size) -> Layout:
     """A network whose halo is 45, over a volume. It is one layer, whose work does not depend on the
     patch, so that how blocks are read decides."""
     b = Builder(1)
-    return Layout(b.network(b.conv(b.input, 1, 91)), size, "reflect")
+    return Layout(b.network(b.conv(b.input, 1, 3, dilation=45)), size, "reflect")
 
 
 def slabs(size: Size, depth: int) -> Iterator[np.ndarray]:

@@ -183,10 +183,12 @@ class _Fits:
         fits = [self._with_reading(candidate, in_flight) for candidate in found.values()]
         return min(fits, key=self.worse, default=None)
 
-    def worse(self, fit: _Fit) -> tuple[bool, float]:
+    def worse(self, fit: _Fit) -> tuple[bool, float, int]:
         """What makes one of two plans that are about as fast the worse."""
         blocks = volume(self._reads[fit.candidate.block].blocks)
-        return blocks < _SEVERAL_BLOCKS, max(fit.reading.amplification, _LITTLE_READ_AGAIN)
+        several = min(blocks, _SEVERAL_BLOCKS)
+        read = max(fit.reading.amplification, _LITTLE_READ_AGAIN)
+        return several < _SEVERAL_BLOCKS, read, -several
 
     def _fits(self, candidate: _Candidate, in_flight: int) -> bool:
         """What one patch inside the volume needs is a lower bound that is cheap to have, so the
