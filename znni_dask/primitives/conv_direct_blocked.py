@@ -6,68 +6,46 @@ be in either form.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, cast, final
 
 from znni_dask.geometry import volume
 from znni_dask.kernels.rows import Lanes
-from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows
-from znni_dask.primitives.base import Array, Form, Primitive, Problem
+from znni_dask.primitives.base import Form, Problem
 
 
 @final
-class ConvDirectBlocked(Primitive):
+class ConvDirectBlocked(rows.InRows):
     """Direct convolution on the CPU, any stride, dilation and padding; no groups."""
 
     name: ClassVar[str] = "direct blocked"
     layer: ClassVar[type[Layer]] = Conv
+    takes: ClassVar[str] = "no groups or whole window"
 
-    def refusal(self, layer: Layer) -> str | None:
-        if (reason := super().refusal(layer)) is not None:
-            return reason
+    def fits(self, layer: Layer) -> bool:
         conv = cast("Conv", layer)
-        if conv.groups != 1 or conv.whole:
-            return f"{self.name} takes no groups or whole window, not {conv.summary}"
-        return None
+        return conv.groups == 1 and not conv.whole
 
     def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
         return None, Form.BLOCKED
 
-    def flops(self, problem: Problem) -> int:
-        batch, _, z, y, x = problem.output
-        return int(2 * problem.layer.multiply_adds() * batch * z * y * x)
+    def count(self, layer: Layer) -> int:
+        return rows.dense_count(cast("Conv", layer).out_channels)
 
     def prepared_bytes(self, layer: Layer) -> int:
         conv = cast("Conv", layer)
         return rows.dense_bytes(conv.out_channels, [conv.in_channels * volume(conv.kernel)])
 
-    def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        return rows.PASS_BYTES * rows.dense_count(problem.output[1])
-
     def prepare(self, layer: Layer, weights: Weights) -> list[rows.Part]:
         """Weights in the order in which they are read, of either form of the input."""
         return rows.dense_parts(weights["weight"], weights.get("bias"))
 
-    def apply(
-        self,
-        prepared: list[rows.Part],
-        problem: Problem,
-        inputs: Sequence[Array],
-        out: Array,
-        team: Team,
-    ) -> None:
+    def passes(
+        self, prepared: list[rows.Part], problem: Problem, source: rows.Place, out: rows.Place
+    ) -> Iterator[rows.Pass]:
         conv = cast("Conv", problem.layer)
-        source, target = rows.Place.of(inputs[0]), rows.Place.of(out)
-        axes, (batch, channels) = rows.axes_of(problem, conv), problem.inputs[0][:2]
-        passes = []
-        for part in prepared:
-            passes.append(
-                rows.Pass.of(
-                    *(Lanes.OUTPUTS, part, axes, batch, channels, source, target), conv.relu
-                )
-            )
-            target = target.on(part.made * target.strides.block)
-        rows.share(passes, team)
+        axes, shape = rows.axes_of(problem, conv), problem.inputs[0]
+        return rows.passes_into(prepared, Lanes.OUTPUTS, axes, shape, source, out, conv.relu)

@@ -6,7 +6,7 @@ channels; what is in them is added up once for every output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, cast, final
 
 import numpy as np
@@ -15,43 +15,35 @@ from znni_dask.geometry import ceil_divide, round_up, volume
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.memory import allocated_bytes
 from znni_dask.kernels.rows import Lanes, most_at_once
-from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows
-from znni_dask.primitives.base import Array, Form, Primitive, Problem
+from znni_dask.primitives.base import Form, Problem
 
 
 @final
-class ConvDirectFew(Primitive):
+class ConvDirectFew(rows.InRows):
     """Direct convolution on the CPU, any stride, dilation and padding; no groups."""
 
     name: ClassVar[str] = "direct to few channels"
     layer: ClassVar[type[Layer]] = Conv
+    takes: ClassVar[str] = "no groups or whole window"
 
-    def refusal(self, layer: Layer) -> str | None:
-        if (reason := super().refusal(layer)) is not None:
-            return reason
+    def fits(self, layer: Layer) -> bool:
         conv = cast("Conv", layer)
-        if conv.groups != 1 or conv.whole:
-            return f"{self.name} takes no groups or whole window, not {conv.summary}"
-        return None
+        return conv.groups == 1 and not conv.whole
 
     def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
         return Form.BLOCKED, Form.PLAIN
 
-    def flops(self, problem: Problem) -> int:
-        batch, _, z, y, x = problem.output
-        return int(2 * problem.layer.multiply_adds() * batch * z * y * x)
+    def count(self, layer: Layer) -> int:
+        return len(_parts(cast("Conv", layer)))
 
     def prepared_bytes(self, layer: Layer) -> int:
         conv = cast("Conv", layer)
         fan_in = ceil_divide(conv.in_channels, LANES) * volume(conv.kernel)
         sizes = [VECTOR_BYTES * outputs for outputs in _parts(conv)]
         return sum(map(allocated_bytes, sizes)) + rows.kept_bytes([n * fan_in for n in sizes])
-
-    def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        return rows.PASS_BYTES * len(_parts(cast("Conv", problem.layer)))
 
     def prepare(self, layer: Layer, weights: Weights) -> list[rows.Part]:
         """Weights in the order in which they are read; biases in all lanes."""
@@ -71,27 +63,13 @@ class ConvDirectFew(Primitive):
             )
         return found
 
-    def apply(
-        self,
-        prepared: list[rows.Part],
-        problem: Problem,
-        inputs: Sequence[Array],
-        out: Array,
-        team: Team,
-    ) -> None:
+    def passes(
+        self, prepared: list[rows.Part], problem: Problem, source: rows.Place, out: rows.Place
+    ) -> Iterator[rows.Pass]:
         conv = cast("Conv", problem.layer)
-        source, target = rows.Place.of(inputs[0]), rows.Place.of(out)
-        target = target._replace(strides=target.strides._replace(block=target.strides.channel))
-        axes, (batch, channels) = rows.axes_of(problem, conv), problem.inputs[0][:2]
-        passes = []
-        for part in prepared:
-            passes.append(
-                rows.Pass.of(
-                    *(Lanes.INPUTS, part, axes, batch, channels, source, target), conv.relu
-                )
-            )
-            target = target.on(part.made * target.strides.block)
-        rows.share(passes, team)
+        out = out._replace(strides=out.strides._replace(block=out.strides.channel))
+        axes, shape = rows.axes_of(problem, conv), problem.inputs[0]
+        return rows.passes_into(prepared, Lanes.INPUTS, axes, shape, source, out, conv.relu)
 
 
 def _parts(conv: Conv) -> list[int]:

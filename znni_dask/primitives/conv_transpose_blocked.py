@@ -6,7 +6,7 @@ these *phases* is a small convolution with stride 1, the kernel turned round.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from math import gcd, prod
 from typing import ClassVar, cast, final
@@ -15,48 +15,39 @@ import numpy as np
 
 from znni_dask.geometry import Size, ceil_divide, triple, volume
 from znni_dask.kernels.rows import Axis, Lanes
-from znni_dask.kernels.team import Team
 from znni_dask.network.layers import ConvTranspose, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows
-from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem
+from znni_dask.primitives.base import ITEM_BYTES, Form, Problem
 from znni_dask.primitives.conv_transpose_direct import offsets_of_output
 
 _MOST_PHASES = 512  # each is a call of its own
 
 
 @final
-class ConvTransposeBlocked(Primitive):
+class ConvTransposeBlocked(rows.InRows):
     """Direct transposed convolution on the CPU, any stride, dilation and padding; no groups."""
 
     name: ClassVar[str] = "direct transposed blocked"
     layer: ClassVar[type[Layer]] = ConvTranspose
+    takes: ClassVar[str] = f"no groups and at most {_MOST_PHASES} phases"
 
-    def refusal(self, layer: Layer) -> str | None:
-        if (reason := super().refusal(layer)) is not None:
-            return reason
+    def fits(self, layer: Layer) -> bool:
         conv = cast("ConvTranspose", layer)
-        if conv.groups != 1 or volume(conv.stride) > _MOST_PHASES:
-            most = f"no groups and at most {_MOST_PHASES} phases"
-            return f"{self.name} takes {most}, not {conv.summary}"
-        return None
+        return conv.groups == 1 and volume(conv.stride) <= _MOST_PHASES
 
     def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
         return None, Form.BLOCKED
 
-    def flops(self, problem: Problem) -> int:
-        batch, _, z, y, x = problem.output
-        return int(2 * problem.layer.multiply_adds() * batch * z * y * x)
+    def count(self, layer: Layer) -> int:
+        conv = cast("ConvTranspose", layer)
+        return volume(conv.stride) * rows.dense_count(conv.out_channels)
 
     def prepared_bytes(self, layer: Layer) -> int:
         conv = cast("ConvTranspose", layer)
         taps = [prod(map(len, phase)) for phase in _phases(conv).values()]
         phase = ITEM_BYTES * conv.out_channels * conv.in_channels * max(taps)
         return phase + rows.dense_bytes(conv.out_channels, [conv.in_channels * n for n in taps])
-
-    def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        conv = cast("ConvTranspose", problem.layer)
-        return rows.PASS_BYTES * volume(conv.stride) * rows.dense_count(conv.out_channels)
 
     def prepare(self, layer: Layer, weights: Weights) -> dict[Size, list[rows.Part]]:
         """The convolution of every phase."""
@@ -68,29 +59,22 @@ class ConvTransposeBlocked(Primitive):
             for phase, taps in _phases(conv).items()
         }
 
-    def apply(
+    def passes(
         self,
         prepared: dict[Size, list[rows.Part]],
         problem: Problem,
-        inputs: Sequence[Array],
-        out: Array,
-        team: Team,
-    ) -> None:
+        source: rows.Place,
+        out: rows.Place,
+    ) -> Iterator[rows.Pass]:
         conv = cast("ConvTranspose", problem.layer)
-        source, whole = rows.Place.of(inputs[0]), rows.Place.of(out)
-        batch, channels = problem.inputs[0][:2]
-        passes = []
+        phases = _phases(conv)
         for phase, parts in prepared.items():
-            firsts, axes = _axes(problem, phase, _phases(conv)[phase])
+            firsts, axes = _axes(problem, phase, phases[phase])
             if min(axis.outputs for axis in axes) < 1:
                 continue
-            target = whole.every(conv.stride, firsts)
-            for part in parts:
-                passes.append(
-                    rows.Pass.of(Lanes.OUTPUTS, part, axes, batch, channels, source, target)
-                )
-                target = target.on(part.made * target.strides.block)
-        rows.share(passes, team)
+            target = out.every(conv.stride, firsts)
+            shape = problem.inputs[0]
+            yield from rows.passes_into(parts, Lanes.OUTPUTS, axes, shape, source, target)
 
 
 def _phases(conv: ConvTranspose) -> dict[Size, tuple[list[int], ...]]:

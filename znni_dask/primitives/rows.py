@@ -6,8 +6,10 @@ input take turns, a few rows at a time, so that these are read from the caches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +20,8 @@ from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.memory import allocate, allocated_bytes
 from znni_dask.kernels.rows import Axis, Lanes, Rows, Strides
 from znni_dask.kernels.team import Team
-from znni_dask.network.layers import Conv
-from znni_dask.primitives.base import ITEM_BYTES, Array, Problem
+from znni_dask.network.layers import Conv, Layer
+from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem
 
 PASS_BYTES = 2 << 10  # what a pass holds beside arrays
 PART_BYTES = 20 << 10  # of weights that stay in the first-level cache
@@ -116,6 +118,61 @@ class Pass(NamedTuple):
             self.part.biases.ctypes.data,
             *(self.out, first, last),
         )
+
+
+class InRows(Primitive):
+    """Abstract: a convolution that is passes over the rows of its output; ``takes`` says of what
+    layers."""
+
+    takes: ClassVar[str]
+
+    def refusal(self, layer: Layer) -> str | None:
+        reason = super().refusal(layer)
+        if reason is None and not self.fits(layer):
+            return f"{self.name} takes {self.takes}, not {layer.summary}"
+        return reason
+
+    @abstractmethod
+    def fits(self, layer: Layer) -> bool:
+        """Whether a layer of its kind is one that it takes."""
+
+    def flops(self, problem: Problem) -> int:
+        batch, _, z, y, x = problem.output
+        return int(2 * problem.layer.multiply_adds() * batch * z * y * x)
+
+    @abstractmethod
+    def count(self, layer: Layer) -> int:
+        """How many passes there are at most."""
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        return PASS_BYTES * self.count(problem.layer)
+
+    @abstractmethod
+    def passes(self, prepared: Any, problem: Problem, source: Place, out: Place) -> Iterator[Pass]:
+        """Those that make the output; neighbours of the same source take turns."""
+
+    def apply(
+        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+    ) -> None:
+        passes = self.passes(prepared, problem, Place.of(inputs[0]), Place.of(out))
+        for _, turns in groupby(passes, key=lambda one: one.source):
+            share(list(turns), team)
+
+
+def passes_into(
+    parts: Sequence[Part],
+    lanes: Lanes,
+    axes: Sequence[Axis[int]],
+    shape: Sequence[int],
+    source: Place,
+    out: Place,
+    relu: bool = False,
+) -> Iterator[Pass]:
+    """Passes over an input of a shape (batch, channels, ...) that make parts one after another."""
+    batch, channels, *_ = shape
+    for part in parts:
+        yield Pass.of(lanes, part, axes, batch, channels, source, out, relu)
+        out = out.on(part.made * out.strides.block)
 
 
 def share(passes: Sequence[Pass], team: Team) -> None:
