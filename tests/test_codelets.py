@@ -13,6 +13,7 @@ from znni_dask.kernels.codelets import LONGEST, refusal
 from znni_dask.kernels.complex_product import Product
 from znni_dask.kernels.lines import complex_line, real_line, restored_line
 from znni_dask.kernels.memory import allocate
+from znni_dask.kernels.sharing import sharing_text
 from znni_dask.kernels.tiles import Tile
 
 LENGTHS = [n for n in range(1, LONGEST + 1) if refusal(n) is None]
@@ -131,8 +132,8 @@ def test_other_processors_can_be_compiled_for(triple, cpu, machine):
     tile = Tile((4, 6, 8), (3, 3, 3))
     modules = [tiles.stages_module(tile, relu, wide=False) for relu in (False, True)]
     modules += [rows.rows_module(lanes, 1, wide=False) for lanes in rows.Lanes]
-    for module in modules:
-        code = compiled.object_code(str(module), target)
+    for text in [*map(str, modules), sharing_text()]:
+        code = compiled.object_code(text, target)
         assert code[:4] == b"\x7fELF"
         assert int.from_bytes(code[18:20], "little") == machine
 

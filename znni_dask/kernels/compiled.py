@@ -15,9 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 from llvmlite import binding as llvm
 from llvmlite import ir
+
+Parameters: TypeAlias = Mapping[str, tuple[Sequence[str], Sequence[str]]]
+"""Of functions by their names: the addresses that they take, and then the numbers."""
 
 
 @dataclass(frozen=True)
@@ -52,36 +56,52 @@ def host() -> Target:
     )
 
 
-class Library:
-    """Functions as machine code of this process. Calling one releases the interpreter lock; it
-    is given addresses and numbers as they were declared."""
+@dataclass(frozen=True)
+class Compiled:
+    """A function as machine code of this process. Calling it releases the interpreter lock; it is
+    given addresses and numbers as they were declared."""
 
-    def __init__(self, code: bytes, parameters: Mapping[str, Sequence[ir.Type]]) -> None:
+    address: int
+    call: Callable[..., None]
+
+    def __call__(self, *arguments: int) -> None:
+        """Compute, in this thread."""
+        self.call(*arguments)
+
+
+class Library:
+    """Functions by their names."""
+
+    def __init__(self, code: bytes, parameters: Parameters) -> None:
         owner = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host().machine)
         owner.add_object_file(llvm.ObjectFileRef.from_data(code))
         owner.finalize_object()
-        self._functions: dict[str, Callable[..., None]] = {}
-        for name, types in parameters.items():
-            kinds = [
-                ctypes.c_void_p if isinstance(t, ir.PointerType) else ctypes.c_int64 for t in types
-            ]
-            function = ctypes.CFUNCTYPE(None, *kinds)(owner.get_function_address(name))
-            function.owner = owner  # type: ignore[attr-defined]  # its code lives as long as it
-            self._functions[name] = function
+        self._functions: dict[str, Compiled] = {}
+        for name, (addresses, numbers) in parameters.items():
+            kinds = [ctypes.c_void_p] * len(addresses) + [ctypes.c_int64] * len(numbers)
+            address = owner.get_function_address(name)
+            call = ctypes.CFUNCTYPE(None, *kinds)(address)
+            call.owner = owner  # type: ignore[attr-defined]  # its code lives as long as it
+            self._functions[name] = Compiled(address, call)
 
-    def __getitem__(self, name: str) -> Callable[..., None]:
-        """A function by its name."""
+    def __getitem__(self, name: str) -> Compiled:
         return self._functions[name]
 
 
 def compiled_library(module: ir.Module) -> Library:
     """A module's functions, compiled for this machine or taken from the cache on disk."""
-    text, target = str(module), host()
-    parameters = {
-        f.name: list(f.function_type.args)
-        for f in module.functions
-        if f.blocks and f.linkage != "internal"
-    }
+    parameters = {}
+    for function in module.functions:
+        if function.blocks and function.linkage != "internal":
+            addresses = [a.name for a in function.args if isinstance(a.type, ir.PointerType)]
+            numbers = [a.name for a in function.args if not isinstance(a.type, ir.PointerType)]
+            parameters[function.name] = addresses, numbers
+    return library_of_text(str(module), parameters)
+
+
+def library_of_text(text: str, parameters: Parameters) -> Library:
+    """The same of functions whose text is LLVM's."""
+    target = host()
     key = hashlib.sha256(repr((text, target, llvm.llvm_version_info)).encode()).hexdigest()
     place = cache_folder() / f"{key}.o"
     try:

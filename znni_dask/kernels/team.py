@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
 
 from znni_dask.closing import Closing
+from znni_dask.kernels import sharing
+from znni_dask.kernels.compiled import Compiled
 from znni_dask.kernels.memory import Bytes, allocate
 from znni_dask.machine import node_for, staying_on
 
 _PIECES_PER_THREAD = 4
+_CALLS_PER_THREAD = 16  # pieces of compiled work, which cost next to nothing to hand out
+_LOOKS = 100_000  # for work, or for its end, before a thread goes to sleep: some 0.1 ms
+_NAP_SECONDS = 5e-5
+_HELPERS = (1 << sharing.TURN_BITS) - 1  # of the state: those who are still at a call
+
+
+class Each(NamedTuple):
+    """An argument that differs from thread to thread: ``step`` more for each after the first."""
+
+    first: int
+    step: int
 
 
 class Team(Closing):
@@ -34,9 +52,9 @@ class Team(Closing):
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._cores = node_for(threads)
-        self._pool = (
-            ThreadPoolExecutor(threads - 1, thread_name_prefix="znni-team") if threads > 1 else None
-        )
+        self._helpers = _Helpers(threads - 1) if threads > 1 else None
+        if self._helpers:
+            weakref.finalize(self, self._helpers.close)  # threads refer to them, not to the team
         self._scratch = allocate(0)
 
     def scratch(self, nbytes: int) -> Bytes:
@@ -55,30 +73,136 @@ class Team(Closing):
     def share(self, work: Callable[[int, int], object], items: int) -> None:
         """Run ``work(first, last)`` over all of ``range(items)``, in pieces, on all threads."""
         with staying_on(self._cores):  # the others begin within, and so stay there, too
-            self._share(work, items)
+            pieces = min(items, self.threads * _PIECES_PER_THREAD)
+            if self._helpers is None or pieces < 2:
+                work(0, items)
+            else:
+                self._helpers.share(work, items, pieces)
 
-    def _share(self, work: Callable[[int, int], object], items: int) -> None:
-        pieces = min(items, self.threads * _PIECES_PER_THREAD)
-        if self._pool is None or pieces < 2:
-            work(0, items)
-            return
-        bounds = [items * i // pieces for i in range(pieces + 1)]
-        waiting = iter(pairwise(bounds))
+    def run(self, function: Compiled, arguments: Sequence[int | Each], items: int) -> None:
+        """Call a compiled function with these arguments, and first and end of some items, over all
+        of ``range(items)``, in pieces, on all threads: for work of microseconds, too."""
+        with staying_on(self._cores):
+            if self._helpers is None or items < 2:
+                function(*(a.first if isinstance(a, Each) else a for a in arguments), 0, items)
+            else:
+                pieces = min(items, self.threads * _CALLS_PER_THREAD)
+                self._helpers.run(function, arguments, items, pieces)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._helpers is not None:
+            self._helpers.close()
+        self._scratch = allocate(0)
+
+
+class _Helpers:
+    """Threads that help the one that calls. Between two calls they look for the next one a while,
+    as waking a thread takes longer than many a layer, and then sleep."""
+
+    def __init__(self, count: int) -> None:
+        self._library = sharing.sharing_library()
+        self._board = allocate(8 * sharing.WORDS).view(np.int64)
+        self._board[:] = 0
+        self._place = self._board.ctypes.data
+        self._lock = threading.Lock()
+        self._turn = 0
+        self._beds: list[threading.Lock] = []  # of those who sleep
+        self._threads = [
+            threading.Thread(target=self._help, args=(n + 1,), name=f"znni-team-{n}", daemon=True)
+            for n in range(count)
+        ]
+        self._begun = self._closed = False
+        self._work: Callable[[], None] = lambda: None
+        self._errors: list[BaseException] = []
+
+    def run(
+        self, function: Compiled, arguments: Sequence[int | Each], items: int, pieces: int
+    ) -> None:
+        """Call a compiled function for all pieces."""
+        each = [a if isinstance(a, Each) else Each(a, 0) for a in arguments]
+        board, count = self._board, len(each)
+        board[sharing.ARGUMENTS : sharing.ARGUMENTS + count] = [a.first for a in each]
+        board[sharing.STEPS : sharing.STEPS + count] = [a.step for a in each]
+        self._announce(function.address, count, items, pieces)
+        self._library[sharing.LEAD](self._place, self._turn, _LOOKS)
+        self._wait()
+
+    def share(self, work: Callable[[int, int], object], items: int, pieces: int) -> None:
+        """Call a function of the interpreter for all pieces."""
+        waiting = iter(pairwise([items * i // pieces for i in range(pieces + 1)]))
 
         def member() -> None:
             for first, last in waiting:  # one iterator for all: whoever is free takes the next
                 work(first, last)
 
-        others = [self._pool.submit(member) for _ in range(self.threads - 1)]
+        self._work = member
+        self._errors.clear()
+        self._announce(0, 0, items, pieces)
+        self._library[sharing.OPEN](self._place, self._turn)
         try:
             member()
         finally:
-            wait(others)
-        for other in others:
-            other.result()
+            self._library[sharing.CLOSE](self._place, _LOOKS)
+            self._wait()
+            self._work = lambda: None
+        if self._errors:
+            raise self._errors[0]
 
     def close(self) -> None:
         """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
-        self._scratch = allocate(0)
+        self._closed = True
+        self._wake()
+        if self._begun:
+            for thread in self._threads:
+                thread.join()
+
+    def _announce(self, *call: int) -> None:
+        """Say what comes next to those who look, and wake those who sleep."""
+        self._board[sharing.NEXT] = 0
+        self._board[sharing.CALL : sharing.CALL + len(call)] = call
+        self._turn = (self._turn + 1) % (1 << sharing.TURN_BITS)
+        self._wake()
+        if not self._begun:
+            self._begun = True
+            for thread in self._threads:
+                thread.start()
+
+    def _wake(self) -> None:
+        with self._lock:
+            for bed in self._beds:
+                bed.release()
+            self._beds.clear()
+
+    def _wait(self) -> None:
+        """Until nobody is at the call any more: what it computes in may be given back then."""
+        interrupted: KeyboardInterrupt | None = None
+        while self._board[sharing.STATE] & _HELPERS:
+            try:
+                time.sleep(_NAP_SECONDS)
+            except KeyboardInterrupt as error:
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
+
+    def _help(self, member: int) -> None:
+        """A thread's life."""
+        told, seen = np.zeros(2, np.int64), -1
+        bed = threading.Lock()
+        bed.acquire()
+        while not self._closed:
+            self._library[sharing.SERVE](self._place, told.ctypes.data, member, _LOOKS)
+            if told[sharing.JOINED]:
+                try:
+                    self._work()
+                except BaseException as error:  # raised again by who shared it
+                    self._errors.append(error)
+                finally:
+                    self._library[sharing.LEAVE](self._place)
+                continue
+            with self._lock:
+                if asleep := seen == self._turn and not self._closed:
+                    self._beds.append(bed)
+                seen = self._turn
+            if asleep:
+                bed.acquire()

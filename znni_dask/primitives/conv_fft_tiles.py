@@ -23,7 +23,7 @@ from znni_dask.kernels import tiles
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.complex_product import PAIR_BYTES, TRIPLE_BYTES
 from znni_dask.kernels.memory import Bytes, allocate, allocated_bytes
-from znni_dask.kernels.team import Team
+from znni_dask.kernels.team import Each, Team
 from znni_dask.kernels.tiles import Tile
 from znni_dask.network.layers import ONES, Conv, Layer
 from znni_dask.network.network import Weights
@@ -159,7 +159,8 @@ class ConvTiledFFT(Primitive):
         conv, tile, stacks = _conv(problem), self._tile(problem), self._stacks(problem)
         blocks, made_blocks = _blocks(conv)
         need = self._need(conv, stacks, team.threads)
-        spectra, answers, remade, *buffers = need.places(team.scratch(need.nbytes).ctypes.data)
+        spectra, answers, remade, buffers = need.places(team.scratch(need.nbytes).ctypes.data)
+        own = Each(buffers, need.thread_bytes)
         kernels, group = prepared.kernels.ctypes.data, made_blocks
         if self.remade:
             taps, kernels, group = kernels, remade, 1
@@ -167,12 +168,7 @@ class ConvTiledFFT(Primitive):
         compiled = tiles.stages(tile, conv.relu)
 
         def share(stage: str, items: int, *fixed: int) -> None:
-            def work(first: int, last: int) -> None:
-                buffer = buffers.pop()  # there is one for every thread
-                compiled[stage](buffer, *fixed, first, last)
-                buffers.append(buffer)
-
-            team.share(work, items)
+            team.run(compiled[stage], (own, *fixed), items)
 
         for here, there in zip(stacks.of_input(inputs[0]), stacks.of_output(out), strict=True):
             share(
@@ -274,11 +270,10 @@ class _Workspace:
         return self.spectra_bytes + self.answers_bytes + self.remade_bytes
 
     def places(self, start: int) -> list[int]:
-        """Where spectra, answers, remade spectra of kernels and every thread's buffer lie, from
-        the address ``start`` on."""
+        """Where spectra, answers, remade spectra of kernels and the threads' buffers lie, from the
+        address ``start`` on."""
         answers = start + self.spectra_bytes
-        own = [start + self._shared_bytes + i * self.thread_bytes for i in range(self.threads)]
-        return [start, answers, answers + self.answers_bytes, *own]
+        return [start, answers, answers + self.answers_bytes, start + self._shared_bytes]
 
 
 def _odd(nbytes: int) -> int:
