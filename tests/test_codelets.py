@@ -13,6 +13,7 @@ from znni_dask.kernels.codelets import LONGEST, refusal
 from znni_dask.kernels.complex_product import Product
 from znni_dask.kernels.lines import complex_line, real_line, restored_line
 from znni_dask.kernels.memory import allocate
+from znni_dask.kernels.patch_matrix import patches_module
 from znni_dask.kernels.sharing import sharing_text
 from znni_dask.kernels.tiles import Tile
 
@@ -132,6 +133,7 @@ def test_other_processors_can_be_compiled_for(triple, cpu, machine):
     tile = Tile((4, 6, 8), (3, 3, 3))
     modules = [tiles.stages_module(tile, relu, wide=False) for relu in (False, True)]
     modules += [rows.rows_module(lanes, 1, wide=False) for lanes in rows.Lanes]
+    modules.append(patches_module())
     for text in [*map(str, modules), sharing_text()]:
         code = compiled.object_code(text, target)
         assert code[:4] == b"\x7fELF"

@@ -12,7 +12,7 @@ import pytest
 import oracle
 from peaks import traced_peak
 from znni_dask.geometry import Box, tiles
-from znni_dask.kernels import compiled
+from znni_dask.kernels import compiled, patch_matrix
 from znni_dask.kernels import rows as rows_kernel
 from znni_dask.kernels import tiles as tiles_kernel
 from znni_dask.kernels.code import LANES
@@ -21,6 +21,7 @@ from znni_dask.kernels.memory import allocate
 from znni_dask.kernels.team import Team
 from znni_dask.network import layers
 from znni_dask.network.layers import NO_PADDING
+from znni_dask.primitives import conv_img2row
 from znni_dask.primitives import rows as rows_of_outputs
 from znni_dask.primitives.base import Form, Problem
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
@@ -294,7 +295,7 @@ def test_any_box_of_the_output_equals_the_oracle(label, name, threads):
 
 IN_ROWS = [
     *(("conv in parts", "direct blocked"), ("conv to few", "direct to few channels")),
-    *(("conv depthwise blocks", "direct depthwise"),),
+    *(("conv depthwise blocks", "direct depthwise"), ("conv in parts", "img2row")),
     *(("transposed blocks", "direct transposed blocked"),),
 ]
 
@@ -304,6 +305,7 @@ IN_ROWS = [
 def test_rows_are_the_same_in_parts_and_turns_of_any_size(label, name, near_bytes, monkeypatch):
     monkeypatch.setattr(rows_of_outputs, "PART_BYTES", near_bytes)
     monkeypatch.setattr(rows_of_outputs, "SHARED_BYTES", near_bytes)
+    monkeypatch.setattr(conv_img2row, "GATHERED_BYTES", near_bytes)
     test_any_box_of_the_output_equals_the_oracle(label, name, 3)
 
 
@@ -324,7 +326,8 @@ def test_processors_with_short_vectors_make_the_same(label, name, monkeypatch, t
     monkeypatch.setenv("ZNNI_CACHE", str(tmp_path))
     for module in (compiled, rows_kernel, tiles_kernel):
         monkeypatch.setattr(module, "host", lambda: other)
-    for module, library in ((rows_kernel, "rows_library"), (tiles_kernel, "stages")):
+    libraries = ((rows_kernel, "rows_library"), (tiles_kernel, "stages"))
+    for module, library in (*libraries, (patch_matrix, "patches_library")):
         anew = cache(getattr(module, library).__wrapped__)  # nothing compiled for this processor
         monkeypatch.setattr(module, library, anew)
     test_any_box_of_the_output_equals_the_oracle(label, name, 1)
@@ -387,6 +390,7 @@ def test_memory_measured_stays_within_memory_predicted(label, name, threads):
         ("direct blocked", layers.Conv(70, 90, (3, 3, 3))),
         ("direct to few channels", layers.Conv(70, 9, (5, 5, 5))),
         ("direct depthwise", layers.Conv(70, 70, (9, 9, 9), groups=70)),
+        ("img2row", layers.Conv(70, 90, (3, 3, 3))),
         ("direct transposed blocked", layers.ConvTranspose(70, 90, (3, 3, 3), (2, 2, 2))),
     ],
 )
@@ -489,6 +493,14 @@ def test_spectra_that_are_remade_take_a_fraction_of_the_memory(threads):
     more = remade.workspace_bytes(problem, threads) - kept.workspace_bytes(problem, threads)
     assert more < spectra / 4
     assert remade.flops(problem) > kept.flops(problem)
+
+
+def test_a_patch_matrix_is_never_there_as_a_whole():
+    layer, output = layers.Conv(80, 80, (3, 3, 3)), (4, 80, 32, 32, 32)
+    zero, size = (0, 0, 0), (34, 34, 34)
+    problem = Problem(layer, ((4, 80, *size),), output, (zero,), zero, size)
+    whole = 4 * 32**3 * 80 * 27 * 4
+    assert named("img2row", layer).workspace_bytes(problem, threads=2) < whole / 500
 
 
 @pytest.mark.parametrize(("channels", "kernel", "tile"), [(1, 5, 20), (16, 3, 16), (16, 7, 24)])

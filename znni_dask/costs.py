@@ -16,6 +16,7 @@ from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_direct_few import ConvDirectFew
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.conv_fft_whole import ConvWholeFFT
+from znni_dask.primitives.conv_img2row import ConvImg2row
 from znni_dask.primitives.conv_matrix import ConvMatrix
 from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.forms import FormChange
@@ -27,6 +28,7 @@ DIRECT_FLOPS_PER_SECOND: dict[type[Primitive], float] = {  # of blocks of channe
     ConvDirectFew: 1.8e11,
     ConvTransposeBlocked: 1.6e11,
     ConvDepthwise: 8e10,
+    ConvImg2row: 1.6e11,
 }
 TRANSFORMS_PER_SECOND = 8e10  # operations of transforms, on one core
 PRODUCTS_PER_SECOND = 2.6e11  # operations of their products, on one core

@@ -17,6 +17,7 @@ from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_direct_few import ConvDirectFew
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.conv_fft_whole import ConvWholeFFT
+from znni_dask.primitives.conv_img2row import ConvImg2row
 from znni_dask.primitives.conv_matrix import ConvMatrix
 from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
@@ -43,6 +44,7 @@ TABLE: tuple[Primitive, ...] = (
     ConvDirectBlocked(),
     ConvDirectFew(),
     ConvDepthwise(),
+    ConvImg2row(),
     ConvWholeFFT(tasks=False),
     ConvWholeFFT(tasks=True),
     ConvMatrix(),
