@@ -16,6 +16,7 @@ from znni_dask.kernels.memory import allocate
 from znni_dask.kernels.patch_matrix import patches_module
 from znni_dask.kernels.sharing import sharing_text
 from znni_dask.kernels.tiles import Tile
+from znni_dask.kernels.turns import turns_text
 
 LENGTHS = [n for n in range(1, LONGEST + 1) if refusal(n) is None]
 PAIR, VECTOR = 8 * LANES, 4 * LANES
@@ -134,7 +135,7 @@ def test_other_processors_can_be_compiled_for(triple, cpu, machine):
     modules = [tiles.stages_module(tile, relu, wide=False) for relu in (False, True)]
     modules += [rows.rows_module(lanes, 1, wide=False) for lanes in rows.Lanes]
     modules.append(patches_module())
-    for text in [*map(str, modules), sharing_text()]:
+    for text in [*map(str, modules), sharing_text(), turns_text()]:
         code = compiled.object_code(text, target)
         assert code[:4] == b"\x7fELF"
         assert int.from_bytes(code[18:20], "little") == machine

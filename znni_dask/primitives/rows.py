@@ -20,6 +20,7 @@ from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.memory import allocate, allocated_bytes
 from znni_dask.kernels.rows import Axis, Lanes, Rows, Strides
 from znni_dask.kernels.team import Team
+from znni_dask.kernels.turns import TAKE, Turn, turns_library
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem
 
@@ -109,14 +110,17 @@ class Pass(NamedTuple):
             told.together,
         )
 
-    def run(self, first: int, last: int) -> None:
-        """Compute some items."""
-        rows.rows_library(self.lanes, self.part.made)[rows.CONVOLVE](
+    @property
+    def turn(self) -> Turn:
+        """It as compiled code is told it."""
+        return Turn(
+            rows.rows_library(self.lanes, self.part.made)[rows.CONVOLVE].address,
             self.told.ctypes.data,
             self.source,
             self.part.weights.ctypes.data,
             self.part.biases.ctypes.data,
-            *(self.out, first, last),
+            self.out,
+            self.items,
         )
 
 
@@ -183,15 +187,9 @@ def share(passes: Sequence[Pass], team: Team) -> None:
     if len(passes) > 1:
         size = min(size, max(1, SHARED_BYTES // max(one.item_bytes for one in passes)))
     size = max(size, *(one.together for one in passes))
-
-    def work(first: int, last: int) -> None:
-        for unit in range(first, last):
-            group, number = divmod(unit, len(passes))
-            one = passes[number]
-            begin, end = (min(n * size, items) * one.items // items for n in (group, group + 1))
-            one.run(begin, end)
-
-    team.share(work, ceil_divide(items, size) * len(passes))
+    turns = np.array([one.turn for one in passes], np.int64)
+    told = turns.ctypes.data, len(passes), items, size
+    team.run(turns_library()[TAKE], told, ceil_divide(items, size) * len(passes))
 
 
 def axes_of(problem: Problem, conv: Conv) -> list[Axis[int]]:
