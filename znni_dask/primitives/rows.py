@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from znni_dask.geometry import Size, ceil_divide
 from znni_dask.kernels import rows
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
+from znni_dask.kernels.compiled import Compiled
 from znni_dask.kernels.memory import allocate, allocated_bytes
 from znni_dask.kernels.rows import Axis, Lanes, Rows, Strides
 from znni_dask.kernels.team import Team
@@ -114,7 +115,7 @@ class Pass(NamedTuple):
     def turn(self) -> Turn:
         """It as compiled code is told it."""
         return Turn(
-            rows.rows_library(self.lanes, self.part.made)[rows.CONVOLVE].address,
+            self._function.address,
             self.told.ctypes.data,
             self.source,
             self.part.weights.ctypes.data,
@@ -122,6 +123,15 @@ class Pass(NamedTuple):
             self.out,
             self.items,
         )
+
+    def run(self, first: int, last: int) -> None:
+        """Compute some items, in this thread."""
+        _, *addresses, _ = self.turn
+        self._function(*addresses, first, last)
+
+    @property
+    def _function(self) -> Compiled:
+        return rows.rows_library(self.lanes, self.part.made)[rows.CONVOLVE]
 
 
 class InRows(Primitive):
