@@ -18,6 +18,7 @@ ROUNDS, TRIES = 5, 12
 AGREE = 0.1
 _LEAST_SECONDS = 0.02  # of one timing: what is shorter is repeated
 _PAUSE_SECONDS = 0.05  # in which threads that wait for more work fall asleep
+_SHORT_SECONDS = 0.5  # of a call: waking threads, which may take 10 ms, counts in no shorter one
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def side_by_side(
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(TRIES):
         before = _rate(team)
-        one = {name: _timed(call, repeats[name]) for name, call in calls.items()}
+        one = {name: _timed(call, *repeats[name]) for name, call in calls.items()}
         after = _rate(team)
         if abs(after / before - 1) <= AGREE:
             for name, timing in one.items():
@@ -57,16 +58,18 @@ def _rate(team: Team) -> float:
     return flops_per_second(team)
 
 
-def _repeats(call: Callable[[], object]) -> int:
-    """How often to repeat a call, which this makes ready."""
+def _repeats(call: Callable[[], object]) -> tuple[int, bool]:
+    """How often to repeat a call, which this makes ready; whether to call it once before."""
     call()
-    seconds, _ = _timed(call, 1)
-    return max(1, round(_LEAST_SECONDS / max(seconds, 1e-6)))
+    seconds, _ = _timed(call, 1, False)
+    return max(1, round(_LEAST_SECONDS / max(seconds, 1e-6))), seconds < _SHORT_SECONDS
 
 
-def _timed(call: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Seconds of one call, and the cores that were busy meanwhile."""
+def _timed(call: Callable[[], object], repeats: int, awake: bool) -> tuple[float, float]:
+    """Seconds of one call, and the cores that were busy meanwhile; ``awake`` after another."""
     time.sleep(_PAUSE_SECONDS)
+    if awake:
+        call()
     begin, begin_busy = time.perf_counter(), time.process_time()
     for _ in range(repeats):
         call()
