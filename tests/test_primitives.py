@@ -39,6 +39,11 @@ LAYERS = {
     "conv padded": (layers.Conv(3, 6, (3, 3, 3), padding=((1, 1, 1), (1, 1, 1))), 1),
     "conv odd padding": (layers.Conv(1, 2, (2, 3, 4), padding=ODD), 1),
     "conv strided": (layers.Conv(2, 4, (3, 3, 3), stride=(2, 1, 3), padding=ODD), 1),
+    "conv strided by more than taps": (layers.Conv(5, 2, (1, 2, 7), stride=(2, 3, 2)), 1),
+    "conv strided dilated": (
+        layers.Conv(19, 18, (3, 3, 4), (2, 1, 2), (1, 2, 3), ODD, relu=True),
+        1,
+    ),
     "conv dilated": (layers.Conv(2, 3, (2, 3, 3), dilation=(3, 2, 4)), 1),
     "conv dilated padded": (
         layers.Conv(2, 3, (1, 3, 5), dilation=(1, 2, 3), padding=((0, 2, 6), (0, 2, 6))),

@@ -22,6 +22,7 @@ from znni_dask.plan import Plan
 from znni_dask.primitives.base import Form, Primitive, Problem
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.forms import FormChange
+from znni_dask.primitives.phases import without_stride
 from znni_dask.primitives.table import candidates, named
 from znni_dask.schedule import Arrangement, Schedules
 
@@ -209,9 +210,9 @@ def tiled(problem: Problem) -> Iterator[ConvTiledFFT]:
     fewest values for its outputs, kernels' spectra kept or, for where memory is short, remade."""
     if not isinstance(problem.layer, Conv):
         return
-    conv = problem.layer
+    conv, kernel = problem.layer, without_stride(problem.layer).kernel
     lengths = [
-        _lengths(ceil_divide(problem.output[2 + axis], conv.dilation[axis]), conv.kernel[axis])
+        _lengths(ceil_divide(problem.output[2 + axis], conv.dilation[axis]), kernel[axis])
         for axis in range(3)
     ]
     for size, remade in product(product(*lengths), (False, True)):

@@ -12,6 +12,7 @@ from znni_dask.kernels import (
     direct,
     fragments,
     matrix,
+    phases,
     pooling,
     pooling_blocked,
     resampling,
@@ -37,6 +38,8 @@ def compile_kernels() -> None:
     matrix.multiply(row, row[0], row, out.reshape(1, 1), least, 0, 1)
     blocks.blocks_library()
     one, place = np.ones(1, np.float32), np.zeros(1, np.int64)
+    apart = np.zeros((1, 1), np.int64)
+    phases.take_apart(x[..., None], out[..., None], apart, apart, apart, 1, 0, 1)
     pooling.max_pool(x, out, zeros, ones, ones, ones, 0, 1)
     for mean in (False, True):
         pooling_blocked.pooling_library(mean)

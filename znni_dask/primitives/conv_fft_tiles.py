@@ -3,7 +3,8 @@
 Overlap-save with tiles of some 8 to 48 voxels along each axis (Zlateski et al. 2016, section
 IV.B, have one tile as large as the image). Tiles stand in stacks along z, and stacks are computed
 in batches: as many tiles at once as make the products with the kernels' spectra fast. A dilated
-convolution is one of every `dilation`-th voxel, for each offset.
+convolution is one of every `dilation`-th voxel, for each offset; one with a stride is one without
+of more channels (`primitives.phases`).
 
 The kernels' spectra, up to a gigabyte a layer, are prepared once and kept, or made anew for every
 batch, one block of output channels at a time: slower, within a fraction of the memory.
@@ -28,6 +29,12 @@ from znni_dask.kernels.tiles import Tile
 from znni_dask.network.layers import ONES, Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives.base import Array, Form, Primitive, Problem
+from znni_dask.primitives.phases import (
+    problem_without_stride,
+    split_input,
+    split_weights,
+    without_stride,
+)
 from znni_dask.primitives.stacks import Stacks, stacks_of
 
 _NAME, _REMADE = "tiled fft ", ", spectra remade"
@@ -56,7 +63,7 @@ class ConvTiledFFT(Primitive):
     """Convolution in tiles of ``tile`` voxels (z, y, x) on the CPU; the tile is part of its name,
     and whether the kernels' spectra are ``remade`` for every batch.
 
-    Takes any kernel, dilation and padding; no stride, no groups.
+    Takes any kernel, stride, dilation and padding; no groups.
     """
 
     tile: Size
@@ -80,12 +87,12 @@ class ConvTiledFFT(Primitive):
         if (reason := super().refusal(layer)) is not None:
             return reason
         conv = cast("Conv", layer)
-        if conv.stride != ONES or conv.groups != 1 or conv.whole:
-            return f"{self.name} takes no stride, groups or whole window, not {conv.summary}"
-        return Tile(self.tile, conv.kernel).refusal()
+        if conv.groups != 1 or conv.whole:
+            return f"{self.name} takes no groups or whole window, not {conv.summary}"
+        return Tile(self.tile, without_stride(conv).kernel).refusal()
 
     def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
-        return Form.BLOCKED, Form.BLOCKED
+        return Form.BLOCKED if cast("Conv", layer).stride == ONES else None, Form.BLOCKED
 
     def flops(self, problem: Problem) -> int:
         work = self.work(problem)
@@ -94,6 +101,8 @@ class ConvTiledFFT(Primitive):
     def work(self, problem: Problem) -> Work:
         """Operations of transforms (5 n log n of n complex numbers, half of real ones) and of
         products (8), and what goes to and from memory."""
+        split = _split_bytes(problem)
+        problem = problem_without_stride(problem)
         conv, tile, stacks = _conv(problem), self._tile(problem), self._stacks(problem)
         blocks, made_blocks = _blocks(conv)
         line = [5 * n * log2(n) if n > 1 else 0.0 for n in tile.size]
@@ -108,7 +117,7 @@ class ConvTiledFFT(Primitive):
         spectrum, real = tile.columns * PAIR_BYTES, tile.size[1] * tile.size[2] * VECTOR_BYTES
         batches = ceil_divide(stacks.count, stacks.batch)
         kernels = self._kernels_bytes(conv, made_blocks)
-        traffic = (read + made) * (2 * spectrum + real) + batches * kernels
+        traffic = (read + made) * (2 * spectrum + real) + batches * kernels + 2 * split
         if self.remade:
             kz, ky, _ = conv.kernel
             pruned = kz * (ky * line[2] / 2 + tile.half * line[1]) + column
@@ -117,25 +126,27 @@ class ConvTiledFFT(Primitive):
         return Work(int(transforms), products, traffic)
 
     def prepared_bytes(self, layer: Layer) -> int:
-        conv = cast("Conv", layer)
+        conv = without_stride(cast("Conv", layer))
         _, made_blocks = _blocks(conv)
         taps = allocated_bytes(made_blocks * conv.in_channels * volume(conv.kernel) * VECTOR_BYTES)
         kept = 0 if self.remade else allocated_bytes(self._kernels_bytes(conv, made_blocks))
         return kept + made_blocks * VECTOR_BYTES + 2 * taps  # one while the other is made
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        split = _split_bytes(problem)
+        problem = problem_without_stride(problem)
         need = self._need(_conv(problem), self._stacks(problem), threads)
-        return need.nbytes + need.table_bytes
+        return split + need.nbytes + need.table_bytes
 
     def prepare(self, layer: Layer, weights: Weights) -> Prepared:
         """Spectra of the kernels, where they are kept. One thread writes them as fast as memory
         takes them."""
-        conv = cast("Conv", layer)
+        conv = without_stride(cast("Conv", layer))
         tile = Tile(self.tile, conv.kernel)
         _, made_blocks = _blocks(conv)
         channels, taps = conv.in_channels, volume(conv.kernel)
         scaled = np.zeros((made_blocks * LANES, channels, taps), np.float32)
-        scaled[: conv.out_channels] = weights["weight"].reshape(conv.out_channels, channels, taps)
+        split_weights(cast("Conv", layer), weights["weight"], scaled[: conv.out_channels])
         scaled /= volume(tile.size)
         side = allocate(scaled.nbytes).view(np.float32).reshape(made_blocks, channels, taps, LANES)
         side[...] = np.moveaxis(scaled.reshape(made_blocks, LANES, channels, taps), 1, -1)
@@ -156,11 +167,17 @@ class ConvTiledFFT(Primitive):
     def apply(
         self, prepared: Prepared, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
+        x, split, strided = inputs[0], _split_bytes(problem), problem
+        problem = problem_without_stride(problem)
         conv, tile, stacks = _conv(problem), self._tile(problem), self._stacks(problem)
         blocks, made_blocks = _blocks(conv)
         need = self._need(conv, stacks, team.threads)
-        spectra, answers, remade, buffers = need.places(team.scratch(need.nbytes).ctypes.data)
+        scratch = team.scratch(split + need.nbytes)
+        spectra, answers, remade, buffers = need.places(scratch[split:].ctypes.data)
         own = Each(buffers, need.thread_bytes)
+        if split:
+            x = scratch[:split].view(np.float32).reshape(Form.BLOCKED.stored(problem.inputs[0]))
+            split_input(strided, inputs[0], x, team)
         kernels, group = prepared.kernels.ctypes.data, made_blocks
         if self.remade:
             taps, kernels, group = kernels, remade, 1
@@ -170,7 +187,7 @@ class ConvTiledFFT(Primitive):
         def share(stage: str, items: int, *fixed: int) -> None:
             team.run(compiled[stage], (own, *fixed), items)
 
-        for here, there in zip(stacks.of_input(inputs[0]), stacks.of_output(out), strict=True):
+        for here, there in zip(stacks.of_input(x), stacks.of_output(out), strict=True):
             share(
                 tiles.PLANES,
                 here.stacked * blocks * stacks.planes,
@@ -283,6 +300,13 @@ def _odd(nbytes: int) -> int:
 
 def _conv(problem: Problem) -> Conv:
     return cast("Conv", problem.layer)
+
+
+def _split_bytes(problem: Problem) -> int:
+    """Memory of the phases of a strided problem's input."""
+    if _conv(problem).stride == ONES:
+        return 0
+    return Form.BLOCKED.nbytes(problem_without_stride(problem).inputs[0])
 
 
 def _blocks(conv: Conv) -> tuple[int, int]:
