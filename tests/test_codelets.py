@@ -14,6 +14,7 @@ from znni_dask.kernels.complex_product import Product
 from znni_dask.kernels.lines import complex_line, real_line, restored_line
 from znni_dask.kernels.memory import allocate
 from znni_dask.kernels.patch_matrix import patches_module
+from znni_dask.kernels.pooling_blocked import pooling_module
 from znni_dask.kernels.sharing import sharing_text
 from znni_dask.kernels.tiles import Tile
 from znni_dask.kernels.turns import turns_text
@@ -134,6 +135,7 @@ def test_other_processors_can_be_compiled_for(triple, cpu, machine):
     tile = Tile((4, 6, 8), (3, 3, 3))
     modules = [tiles.stages_module(tile, relu, wide=False) for relu in (False, True)]
     modules += [rows.rows_module(lanes, 1, wide=False) for lanes in rows.Lanes]
+    modules += [pooling_module(mean, wide=False) for mean in (False, True)]
     modules.append(patches_module())
     for text in [*map(str, modules), sharing_text(), turns_text()]:
         code = compiled.object_code(text, target)

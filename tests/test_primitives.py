@@ -21,7 +21,7 @@ from znni_dask.kernels.memory import allocate
 from znni_dask.kernels.team import Team
 from znni_dask.network import layers
 from znni_dask.network.layers import NO_PADDING
-from znni_dask.primitives import conv_img2row
+from znni_dask.primitives import conv_img2row, pooling
 from znni_dask.primitives import rows as rows_of_outputs
 from znni_dask.primitives.base import Form, Problem
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
@@ -84,6 +84,11 @@ LAYERS = {
     "pool overlapping": (layers.MaxPool((3, 2, 3), (2, 1, 2)), 1),
     "pool padded": (layers.MaxPool((3, 3, 3), (2, 2, 2), padding=((1, 1, 1), (1, 1, 1))), 1),
     "pool dilated": (layers.MaxPool((2, 2, 2), (1, 2, 1), dilation=(2, 1, 3)), 1),
+    "pool dilated padded": (
+        layers.MaxPool((2, 3, 3), (1, 1, 2), dilation=(1, 2, 2), padding=((0, 1, 2), (1, 1, 0))),
+        1,
+    ),
+    "pool of five": (layers.MaxPool((5, 1, 5), (2, 1, 3)), 1),
     "pool rounded up": (
         layers.MaxPool((2, 3, 2), (2, 2, 3), padding=((0, 1, 0), (0, 0, 1)), ceil=True),
         1,
@@ -440,6 +445,22 @@ def test_planes_to_keep_are_those_that_later_outputs_read_again(kernel, stride, 
     _, read = window.needs(0, 5)  # inputs read once outputs 0 to 4 are made
     first, _ = window.needs(5, 6)
     assert candidates(layer)[0].planes_to_keep(layer, 0) == max(0, read - first)
+
+
+@pytest.mark.parametrize("label", ["pool overlapping", "pool dilated padded", "mean padded"])
+def test_pooling_in_strips_of_rows_is_pooling(label, monkeypatch):
+    layer, _ = LAYERS[label]
+    x = np.random.default_rng(11).standard_normal((1, 17, *SIZE)).astype(np.float32)
+    want = expected(layer, [x], {})
+    offset = tuple(layer.window(axis).offset(0, 0) for axis in range(3))
+    problem = Problem(layer, (x.shape,), want.shape, (offset,), (0, 0, 0), SIZE)
+    for strip in (1, 2):
+        monkeypatch.setattr(pooling, "_STRIP_BYTES", 0)
+        monkeypatch.setattr(pooling, "_LEAST_STRIP", strip)
+        given, out = formed((Form.BLOCKED, Form.BLOCKED), [x], problem.output)
+        with Team(2) as team:
+            named("pooling", layer).apply(None, problem, given, out, team)
+        np.testing.assert_allclose(plain(out, problem.output), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", Form)

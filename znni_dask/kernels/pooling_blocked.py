@@ -1,55 +1,72 @@
 """Pooling of blocks of channels, plain or at every offset of the stride.
 
-A window's maximum is that of its rows' maxima, its sum that of their sums. First the rows behind
-a row of outputs are combined voxel by voxel into one line, whose ends are padding; then the
-line's voxels are combined for every output. Fragments differ only in where they begin in the
-line, so that each row is read once for all fragments along x. Answers go past the caches: they
-are not read soon.
+A window's maximum is that along x of those along y of those along z; so is its sum. Rows of the
+input are combined along z, and kept for as long as windows reach them; those behind a row of
+outputs are combined along y into one line, whose ends are padding; the line's voxels are combined
+for every output. Fragments differ only in where windows begin, so nothing is combined twice for
+them. What is read next is fetched meanwhile, and answers go past the caches: they are not read
+soon.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache
+from enum import Enum
+from functools import cache, reduce
 from typing import Generic, NamedTuple, TypeVar
 
 from llvmlite import ir
 
-from znni_dask.kernels.code import VECTOR_BYTES, Address, Function, Number
+from znni_dask.kernels.code import VECTOR_BYTES, Address, Function, Integer, Number, Vector
 from znni_dask.kernels.compiled import Library, compiled_library, host
 
 POOL = "pool"
-PLACE_NUMBERS = 4
+PLANE_NUMBERS, ROW_NUMBERS = 3, 5
 N = TypeVar("N")
 _VOXELS = {True: 8, False: 4}  # at once: with 32 long registers, or without
+_UNROLLED = 4  # taps; more are a loop
+
+
+class Along(Enum):
+    """What is combined: rows of the planes behind an output, of a plane, voxels of a row."""
+
+    Z = "planes"
+    Y = "rows"
+    X = "voxels"
 
 
 class Rows(NamedTuple, Generic[N]):
     """What is pooled, in the order in which the compiled function reads it.
 
-    Planes, and rows of a plane, of all fragments together; the bytes of a block of the input and
-    of the output; steps between a window's taps along z and y. Along x, in voxels: the length of
-    the line, the first of it inside the input and the first beyond, and where in a row the former
-    lies; taps and the step between them, outputs and the step between them; fragments and the
-    bytes of one.
+    Planes, rows of a plane and rows of a strip, of all fragments together; how many combined rows
+    are kept; the bytes of a block of the input and of the output, and of a row of the input; taps
+    along z, y and x. Along x, in voxels: the length of the line, the first of it inside the input
+    and the first beyond, and where in a row the former lies; outputs and the step between them;
+    fragments and the bytes of one. What to fetch: while rows are combined along z, for each the row
+    so many bytes behind it, or, as fragments read all planes but one for the second time, of the
+    last plane alone the row so many behind the last, while voxels are combined; 0 for neither.
     """
 
     planes: N
     rows: N
+    strip: N
+    kept: N
     block_bytes: N
     out_block_bytes: N
-    plane_step: N
-    row_step: N
+    row_bytes: N
+    taps_z: N
+    taps_y: N
+    taps_x: N
     line: N
     left: N
     right: N
     begin: N
-    taps: N
-    tap_step: N
     width: N
     out_step: N
     fragments: N
     fragment_bytes: N
+    fetched_bytes: N
+    fetched_rows: N
 
 
 @cache
@@ -61,41 +78,53 @@ def pooling_library(mean: bool) -> Library:
 def pooling_module(mean: bool, wide: bool) -> ir.Module:
     """It as it is written.
 
-    Items are (batch and block, plane). ``numbers`` is a `Rows`; ``planes`` and ``rows`` hold for
-    every one `PLACE_NUMBERS`: where its first tap inside the input lies, how many lie there,
-    where it goes, and where its share is, all but the second in bytes. ``line`` is the thread's
-    own memory. Of means a window's sum is multiplied by the share of its row and of its place
-    along x.
+    Items are (batch and block, strip of rows, plane). ``numbers`` is a `Rows`; ``planes`` holds
+    for every plane how many of its taps lie inside the input, where it goes and where its share is;
+    ``rows`` for every row the first row of the input that it needs and its strip did not need
+    before, the first that it does not need, and then what ``planes`` holds. ``taps_z`` … are where
+    the taps inside lie: in a block, among the rows kept, in the line. All places are in bytes.
+    ``memory`` is the thread's own: the line, then the rows kept. Of means a window's sum is
+    multiplied by the share of its row and of its place along x.
     """
     module = ir.Module(f"pooling mean {mean}")
-    collect, reduce = (_write_row(module, _VOXELS[wide], mean, last) for last in (False, True))
-    addresses = ("x", "out", "numbers", "planes", "rows", "shares", "shares_x", "line")
-    code = Function(module, POOL, addresses, ("first", "last"))
-    x, out, numbers, planes, rows, shares, shares_x, line = code.addresses
-    r = Rows(*(numbers.number(8 * i) for i in range(len(Rows._fields))))
-    padding = code.vector(_start(mean))
+    along_z, along_y, along_x = (
+        [_write(module, along, mean, _VOXELS[wide], taps) for taps in range(_UNROLLED + 1)]
+        for along in Along
+    )
+    tables = ("numbers", "planes", "rows", "taps_z", "taps_y", "taps_x", "shares", "shares_x")
+    code = Function(module, POOL, ("x", "out", *tables, "memory"), ("first", "last"))
+    x, out, numbers, planes, rows, taps_z, taps_y, taps_x, shares, shares_x, line = code.addresses
+    r = Rows(*_told(numbers, 0, len(Rows._fields)))
+    kept, inside = line + r.line * VECTOR_BYTES, line + r.left * VECTOR_BYTES
+    width, strips = r.right - r.left, (r.rows + r.strip - 1) // r.strip
+    one = code.number(VECTOR_BYTES)
+    for low, high in ((0, r.left), (r.right, r.line)):
+        with code.loop(low, high) as voxel:
+            line.store(code.vector(_start(mean)), voxel * VECTOR_BYTES)
     with code.loop(*code.numbers) as item:
-        block, plane = item // r.planes, item % r.planes
-        from_z, taps_z, to_z, share_z = _place(planes, plane)
-        source_z = x + block * r.block_bytes + from_z + r.begin * VECTOR_BYTES
+        block, plane = item // r.planes // strips, item % r.planes
+        count_z, to_z, share_z = _told(planes, plane, PLANE_NUMBERS)
+        source = x + block * r.block_bytes + r.begin * VECTOR_BYTES
         target_z = out + block * r.out_block_bytes + to_z
-        with code.loop(0, r.rows) as row:
-            from_y, taps_y, to_y, share_y = _place(rows, row)
-            source = source_z + from_y
-            right = (taps_z * taps_y * r.line).at_most(r.right)  # without taps all is padding
-            left = right.at_most(r.left)
-            for low, high in ((code.number(0), left), (right, r.line)):
-                with code.loop(low, high) as voxel:
-                    line.store(padding, voxel * VECTOR_BYTES)
-            steps = (taps_z, taps_y, r.plane_step, r.row_step)
-            to, share = line + left * VECTOR_BYTES, shares + share_z + share_y
-            code.call(collect, source, to, share, right - left, VECTOR_BYTES, *steps)
-            target = target_z + to_y
+        places = taps_z + plane * r.taps_z * 8
+        last_plane = source + places.number(r.taps_z * 8 - 8)
+        begin = item // r.planes % strips * r.strip
+        with code.loop(begin, (begin + r.strip).at_most(r.rows)) as row:
+            new, end, count_y, to_y, share_y = _told(rows, row, ROW_NUMBERS)
+            with code.loop(new, end) as y:
+                here, to = source + y * r.row_bytes, kept + y % r.kept * (r.line * VECTOR_BYTES)
+                told = here, to, places, shares, shares, here, width, one, r.fetched_bytes
+                _combine(code, along_z, count_z, *told)
+            places_y, step = taps_y + row * r.taps_y * 8, r.out_step * VECTOR_BYTES
+            told = kept, inside, places_y, shares, shares, kept, width, one, code.number(0)
+            _combine(code, along_y, count_y, *told)
+            target, share = target_z + to_y, shares + share_z + share_y
+            ahead = last_plane + (end + r.fetched_rows - 1) * r.row_bytes
             with code.loop(0, r.fragments) as part:
-                begin, to = line + part * VECTOR_BYTES, target + part * r.fragment_bytes
-                steps = (code.number(1), r.taps, code.number(0), r.tap_step * VECTOR_BYTES)
-                out_step = r.out_step * VECTOR_BYTES
-                code.call(reduce, begin, to, shares_x, r.width, out_step, *steps)
+                here, to = line + part * VECTOR_BYTES, target + part * r.fragment_bytes
+                next_part = ahead + part * r.width * VECTOR_BYTES
+                told = here, to, taps_x, share, shares_x, next_part, r.width, step, r.fetched_rows
+                _combine(code, along_x, r.taps_x, *told)
     code.finish()
     return module
 
@@ -105,41 +134,72 @@ def _start(mean: bool) -> float:
     return 0.0 if mean else -math.inf
 
 
-def _place(places: Address, which: Number) -> tuple[Number, ...]:
-    begin = places + which * (8 * PLACE_NUMBERS)
-    return tuple(begin.number(8 * i) for i in range(PLACE_NUMBERS))
+def _told(table: Address, which: Integer, size: int) -> list[Number]:
+    place = table + which * (8 * size)
+    return [place.number(8 * i) for i in range(size)]
 
 
-def _write_row(module: ir.Module, voxels: int, mean: bool, last: bool) -> Function:
-    """A row of ``width`` voxels, ``step`` bytes apart: all taps of each, some voxels at a time.
-    The ``last`` function has a share for each voxel and writes past the caches."""
+def _combine(
+    code: Function, functions: list[Function], taps: Number, *told: Address | Number
+) -> None:
+    """Call the function for so many taps."""
+    loop, *unrolled = functions
+    for count, function in enumerate(unrolled, 1):
+        with code.when(taps.equals(count)):
+            code.call(function, *told, taps)
+    for others in (taps < 1, taps > _UNROLLED):
+        with code.when(others):
+            code.call(loop, *told, taps)
+
+
+def _write(module: ir.Module, along: Along, mean: bool, voxels: int, unrolled: int) -> Function:
+    """Combines the taps of each of ``width`` voxels, ``step`` bytes apart, some voxels at a time:
+    taps lie at ``places`` behind ``source``, and are as many as are ``unrolled``, or any number
+    where none are. Along x sums are multiplied by a share, and go past the caches."""
     code = Function(
         module,
-        "reduce" if last else "collect",
-        ("source", "target", "share"),
-        ("width", "step", "outer", "inner", "outer_step", "inner_step"),
+        f"{along.value}{unrolled}",
+        ("source", "target", "places", "share", "shares", "ahead"),
+        ("width", "step", "fetched", "taps"),
         inner=True,
     )
-    source, target, share = code.addresses
-    width, step, outer, inner, outer_step, inner_step = code.numbers
-    start = code.vector(_start(mean))
+    source, target, places, share, shares, ahead = code.addresses
+    width, step, fetched, taps = code.numbers
+    start, last = code.vector(_start(mean)), along is Along.X
+    sources = [source + places.number(8 * tap) for tap in range(unrolled)]
+    factor = share.spread() if mean and last else start
+
+    def both(one: Vector, other: Vector) -> Vector:
+        return one + other if mean else other.largest(one)
+
+    def combined(first: Number, count: int) -> list[Vector]:
+        begins = [(first + n) * step for n in range(count)]
+        if sources:
+            return [reduce(both, [tap.load(begin) for tap in sources]) for begin in begins]
+        found = [code.variable(start) for _ in begins]
+        with code.loop(0, taps) as tap:
+            here = source + places.number(tap * 8)
+            for variable, begin in zip(found, begins, strict=True):
+                variable.set(both(variable.get(), here.load(begin)))
+        return [variable.get() for variable in found]
 
     def write(first: Number, count: int) -> None:
-        begin = source + first * step
-        found = [code.variable(start) for _ in range(count)]
-        with code.loop(0, outer) as a, code.loop(0, inner) as b:
-            tap = begin + a * outer_step + b * inner_step
-            for n, variable in enumerate(found):
-                x, there = tap.load(step * n), variable.get()
-                variable.set(there + x if mean else x.largest(there))
-        for n, variable in enumerate(found):
-            value, place = variable.get(), first + n
-            if mean:
-                value = value * share.spread(place * 4 if last else 0)
-            target.store(value, place * VECTOR_BYTES, streamed=last)
+        places = [(first + n) * VECTOR_BYTES for n in range(count)]
+        with code.when(fetched.differs(0)):
+            for place in places:
+                if last:
+                    ahead.prefetch(place)
+                elif along is Along.Z:
+                    for tap in sources:
+                        tap.prefetch(place + fetched)
+        found = combined(first, count)
+        for n, (value, place) in enumerate(zip(found, places, strict=True)):
+            weighted = value * factor * shares.spread((first + n) * 4) if mean and last else value
+            target.store(weighted, place, streamed=last)
 
-    with code.when(width > voxels - 1), code.loop(0, width, voxels) as i:
-        write(i.at_most(width - voxels), voxels)  # some of the last ones are made twice
-    with code.when(width < voxels), code.loop(0, width) as i:
+    whole = width // voxels * voxels
+    with code.loop(0, whole, voxels) as i:
+        write(i, voxels)
+    with code.loop(whole, width) as i:
         write(i, 1)
     return code.finish()

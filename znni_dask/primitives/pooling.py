@@ -16,14 +16,17 @@ from typing import Any, ClassVar, cast, final
 import numpy as np
 from numpy.typing import NDArray
 
-from znni_dask.geometry import Size, add, triple, volume
+from znni_dask.geometry import Size, add, ceil_divide, triple, volume
 from znni_dask.kernels import pooling
 from znni_dask.kernels.code import VECTOR_BYTES
 from znni_dask.kernels.pooling_blocked import POOL, Rows, pooling_library
-from znni_dask.kernels.team import Team
+from znni_dask.kernels.team import Each, Team
 from znni_dask.network.layers import ONES, AveragePool, Layer, MaxPool
 from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, indices
 
+_STRIP_BYTES = 1 << 19  # of the rows that one strip of outputs reads again in the next plane
+_LEAST_STRIP = 8  # rows: those of windows that reach beyond a strip are combined twice
+_AHEAD_BYTES = 8192  # which is how far ahead rows are fetched at least
 _NONE = np.ones(1, np.float32)
 _PADDED = "fragments cannot pad: a padded pooling keeps its own grid"
 
@@ -54,20 +57,14 @@ def _pool_blocked(problem: Problem, x: Array, out: Array, fragments: Size, team:
     mean = isinstance(problem.layer, AveragePool)
     z, y, shares_x = [_shares(problem, axis) if mean else _NONE for axis in range(3)]
     shares = np.multiply.outer(z, y)
-    planes, lines = (
-        _places(problem, axis, fragments, shares.strides[axis] if mean else 0) for axis in (0, 1)
-    )
-    given: list[NDArray[Any]] = [x, out, indices(*rows), planes, lines, shares, shares_x]
-    memory = team.scratch(team.threads * rows.line * VECTOR_BYTES).ctypes.data
-    own = [memory + i * rows.line * VECTOR_BYTES for i in range(team.threads)]
-    pool = pooling_library(mean)[POOL]
-
-    def work(first: int, last: int) -> None:
-        line = own.pop()  # there is one for every thread
-        pool(*(array.ctypes.data for array in given), line, first, last)
-        own.append(line)
-
-    team.share(work, prod(x.shape[:2]) * rows.planes)
+    steps = shares.strides if mean else (0, 0)
+    tables = _tables(problem, fragments, rows, steps)
+    given: list[NDArray[Any]] = [x, out, indices(*rows), *tables, shares, shares_x]
+    own_bytes = _own_bytes(problem, fragments)
+    memory = team.scratch(team.threads * own_bytes).ctypes.data
+    told: list[int | Each] = [array.ctypes.data for array in given]
+    items = prod(x.shape[:2]) * rows.planes * ceil_divide(rows.rows, rows.strip)
+    team.run(pooling_library(mean)[POOL], [*told, Each(memory, own_bytes)], items)
 
 
 def _rows(problem: Problem, fragments: Size) -> Rows[int]:
@@ -77,47 +74,71 @@ def _rows(problem: Problem, fragments: Size) -> Rows[int]:
     row_bytes = size[2] * VECTOR_BYTES
     offset, line = problem.offsets[0][2], _line(problem, fragments)
     left = min(line, max(0, -offset))
+    parts = volume(fragments)
     return Rows(
         planes=out[0] * fragments[0],
         rows=out[1] * fragments[1],
+        strip=max(_LEAST_STRIP, _STRIP_BYTES // (row_bytes * layer.kernel[0])),
+        kept=layer.window(1).extent,
         block_bytes=volume(size) * VECTOR_BYTES,
         out_block_bytes=volume(out) * VECTOR_BYTES,
-        plane_step=layer.dilation[0] * size[1] * row_bytes,
-        row_step=layer.dilation[1] * row_bytes,
+        row_bytes=row_bytes,
+        taps_z=layer.kernel[0],
+        taps_y=layer.kernel[1],
+        taps_x=layer.kernel[2],
         line=line,
         left=left,
         right=min(line, max(left, size[2] - offset)),
         begin=offset + left,
-        taps=layer.kernel[2],
-        tap_step=layer.dilation[2],
         width=out[2],
         out_step=layer.stride[2],
         fragments=fragments[2],
         fragment_bytes=_fragment_bytes(problem, fragments),
+        fetched_bytes=row_bytes if parts == 1 else 0,
+        fetched_rows=ceil_divide(_AHEAD_BYTES, row_bytes) if parts > 1 else 0,
     )
 
 
-def _places(problem: Problem, axis: int, fragments: Size, share: int) -> NDArray[np.int64]:
-    """For every plane (axis 0) or row of all fragments what the compiled loop reads of it;
-    ``share`` bytes lie between shares."""
+def _tables(
+    problem: Problem, fragments: Size, rows: Rows[int], share_bytes: Sequence[int]
+) -> list[NDArray[np.int64]]:
+    """What the compiled loop is told of every plane and of every row of all fragments, and where
+    taps along each axis lie."""
     layer = cast("MaxPool | AveragePool", problem.layer)
-    size, out = problem.inputs[0][2:], problem.output[2:]
-    place, part = np.divmod(np.arange(out[axis] * fragments[axis]), fragments[axis])
-    begin = place * layer.stride[axis] + part + problem.offsets[0][axis]
-    dilation, taps = layer.dilation[axis], layer.kernel[axis]
-    low = np.minimum(-(np.minimum(begin, 0) // dilation), taps)
-    high = np.clip(-((begin - size[axis]) // dilation), low, taps)
-    parts = volume(fragments) // prod(fragments[: axis + 1])  # fragments from one part to the next
-    to = part * parts * _fragment_bytes(problem, fragments)
-    to += place * prod(out[axis + 1 :]) * VECTOR_BYTES
-    source = (begin + low * dilation) * prod(size[axis + 1 :]) * VECTOR_BYTES
-    return np.stack([source, high - low, to, place * share], axis=1)
+    steps = rows.row_bytes * problem.inputs[0][3], rows.line * VECTOR_BYTES
+    told, taps = [], []
+    for axis in (0, 1):
+        n, dilation = problem.inputs[0][2 + axis], layer.dilation[axis]
+        place, part = np.divmod(
+            np.arange(problem.output[2 + axis] * fragments[axis]), fragments[axis]
+        )
+        begin = place * layer.stride[axis] + part + problem.offsets[0][axis]
+        low = np.minimum(-(np.minimum(begin, 0) // dilation), layer.kernel[axis])
+        count = np.clip(-((begin - n) // dilation), low, layer.kernel[axis]) - low
+        parts = volume(fragments) // prod(fragments[: axis + 1])  # fragments from part to part
+        to = part * parts * _fragment_bytes(problem, fragments)
+        to += place * prod(problem.output[3 + axis :]) * VECTOR_BYTES
+        told.append([count, to, place * share_bytes[axis]])
+        at = (begin + low * dilation)[:, None] + np.arange(layer.kernel[axis]) * dilation
+        taps.append((at if axis == 0 else at % rows.kept) * steps[axis])
+    end = np.clip(begin + (layer.kernel[1] - 1) * layer.dilation[1] + 1, 0, n)
+    new = np.maximum(begin, 0)
+    again = np.arange(rows.rows) % rows.strip > 0  # such rows find some rows combined already
+    new[again] = np.maximum(new[1:], end[:-1])[again[1:]]
+    taps.append(np.arange(layer.kernel[2]) * layer.dilation[2] * VECTOR_BYTES)
+    planes, lines = np.stack(told[0], axis=1), np.stack([new, end, *told[1]], axis=1)
+    return [np.ascontiguousarray(table, np.int64) for table in (planes, lines, *taps)]
 
 
 def _line(problem: Problem, fragments: Size) -> int:
     """Voxels behind a row of outputs of all fragments."""
     window = problem.layer.window(2)
     return (problem.output[4] - 1) * window.stride + window.extent + fragments[2] - 1
+
+
+def _own_bytes(problem: Problem, fragments: Size) -> int:
+    """A thread's memory: a line, and the rows combined along z that windows reach."""
+    return (1 + problem.layer.window(1).extent) * _line(problem, fragments) * VECTOR_BYTES
 
 
 def _fragment_bytes(problem: Problem, fragments: Size) -> int:
@@ -196,8 +217,11 @@ def _workspace_bytes(problem: Problem, fragments: Size, threads: int) -> int:
     """Memory of the lines, of the places of rows and planes, and of `_shares`: the places of all
     taps along an axis, compared and counted."""
     pool = cast("MaxPool | AveragePool", problem.layer)
-    lines = threads * _line(problem, fragments) * VECTOR_BYTES
-    places = 16 * 8 * sum(n * f for n, f in zip(problem.output[2:4], fragments, strict=False))
+    lines = threads * _own_bytes(problem, fragments)
+    places = 8 * sum(
+        n * f * (16 + 3 * k)
+        for n, f, k in zip(problem.output[2:4], fragments, pool.kernel, strict=False)
+    )
     if isinstance(pool, MaxPool):
         return lines + places
     longest = max(n * k for n, k in zip(problem.output[2:], pool.kernel, strict=True))
