@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from znni_dask.kernels.tiles import STACK_NUMBERS, Tile
 from znni_dask.primitives.base import Array, Problem
 
 Numbers = NDArray[np.int64]
+_AXES_KEPT = 256  # tables of one axis: small, and the same for every patch of a size
 
 
 class Batch(NamedTuple):
@@ -72,32 +73,38 @@ class _Axis:
         pieces = more * ceil_divide(there + 1, self.piece)
         return pieces + (short * ceil_divide(there, self.piece) if there else 0)
 
-    def outputs(self, length: int) -> Numbers:
-        """Of every piece ``length`` outputs; -1 where there is none."""
-        places = self._places(length)
-        return np.where(places < self.made, places, -1)
-
-    def inputs(self, length: int) -> Numbers:
-        """Of every piece ``length`` inputs; -1 where they are padding, or read by no output."""
-        places = self._places(length)
-        read = self.made + (self.kernel - 1) * self.dilation
-        inside = (places < read) & (places + self.offset >= 0)
-        inside &= places + self.offset < self.there
-        return np.where(inside, places + self.offset, -1)
-
-    def _places(self, length: int) -> Numbers:
+    def places(self, length: int) -> Numbers:
+        """Of every piece ``length`` voxels, from its first output on."""
         first = np.array([phase + begin * self.dilation for phase, begin in self.pieces])
         return first[:, None] + np.arange(length) * self.dilation
 
-    def reach(self, length: int, inputs: bool) -> Numbers:
-        """Of every piece which of ``length`` voxels count, first and end, and where it begins."""
-        there = self.inputs(length) if inputs else self.outputs(length)
-        counts = there >= 0
-        any_there = counts.any(axis=1)
-        first = np.where(any_there, counts.argmax(axis=1), 0)
-        end = np.where(any_there, length - counts[:, ::-1].argmax(axis=1), 0)
-        begin = self._places(1)[:, 0] + (self.offset if inputs else 0)
-        return np.stack([first, end, begin], axis=1)
+
+@lru_cache(_AXES_KEPT)
+def _outputs(axis: _Axis, length: int) -> Numbers:
+    """Of every piece ``length`` outputs; -1 where there is none."""
+    places = axis.places(length)
+    return np.where(places < axis.made, places, -1)
+
+
+@lru_cache(_AXES_KEPT)
+def _inputs(axis: _Axis, length: int) -> Numbers:
+    """Of every piece ``length`` inputs; -1 where they are padding, or read by no output."""
+    places = axis.places(length)
+    read = axis.made + (axis.kernel - 1) * axis.dilation
+    inside = (places < read) & (places + axis.offset >= 0)
+    inside &= places + axis.offset < axis.there
+    return np.where(inside, places + axis.offset, -1)
+
+
+@lru_cache(_AXES_KEPT)
+def _reach(axis: _Axis, length: int, inputs: bool) -> Numbers:
+    """Of every piece which of ``length`` voxels count, first and end, and where it begins."""
+    counts = (_inputs if inputs else _outputs)(axis, length) >= 0
+    any_there = counts.any(axis=1)
+    first = np.where(any_there, counts.argmax(axis=1), 0)
+    end = np.where(any_there, length - counts[:, ::-1].argmax(axis=1), 0)
+    begin = axis.places(1)[:, 0] + (axis.offset if inputs else 0)
+    return np.stack([first, end, begin], axis=1)
 
 
 @dataclass(frozen=True)
@@ -129,14 +136,15 @@ class Stacks:
         """Batch by batch where the planes behind stacks lie in a blocked array."""
         z, y, x = self.axes
         _, ny, nx = self.tile.size
-        return self._batches(array, z.inputs(self.planes), y.reach(ny, True), x.reach(nx, True))
+        planes = _inputs(z, self.planes)
+        return self._batches(array, planes, _reach(y, ny, True), _reach(x, nx, True))
 
     def of_output(self, array: Array) -> Iterator[Batch]:
         """Batch by batch where the planes that stacks make lie in a blocked array."""
         z, y, x = self.axes
         _, my, mx = self.tile.made
-        made = z.outputs(self.planes_made)
-        return self._batches(array, made, y.reach(my, False), x.reach(mx, False))
+        planes = _outputs(z, self.planes_made)
+        return self._batches(array, planes, _reach(y, my, False), _reach(x, mx, False))
 
     def _batches(
         self, array: Array, planes: Numbers, rows: Numbers, columns: Numbers
@@ -149,6 +157,7 @@ class Stacks:
             yield Batch(table[part], told[part], (block, row, voxel))
 
 
+@lru_cache(_AXES_KEPT)
 def stacks_of(problem: Problem, tile: Tile, dilation: Size, at_once: int) -> Stacks:
     """The stacks that make a problem's output in batches of about ``at_once`` tiles."""
     batch, _, *made = problem.output
