@@ -80,7 +80,7 @@ class TorchNetwork:
             case Activation(function="relu"):
                 return x.relu_()
             case Arithmetic(function="add"):
-                return x + taken[1]
+                return (x + taken[1]).relu_() if layer.relu else x + taken[1]
             case Concat():
                 return torch.cat(taken, 1)
             case Reduce(function="mean", axes="zyx"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -79,6 +80,9 @@ def _apply(layer, inputs, weights):
             variance = ((grouped - mean) ** 2).mean(axis=axes, keepdims=True)
             x = ((grouped - mean) / np.sqrt(variance + layer.epsilon)).reshape(x.shape)
             return x * weights["scale"][:, None, None, None] + weights["shift"][:, None, None, None]
+        case layers.Arithmetic(relu=True):
+            made = _apply(replace(layer, relu=False), inputs, weights)
+            return np.where(made < 0, 0, made)
         case layers.Arithmetic():
             if layer.function == "where":
                 return np.where(inputs[0] != 0, inputs[1], inputs[2])

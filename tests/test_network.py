@@ -260,6 +260,24 @@ def test_batch_normalisation_and_relu_fold_into_the_convolution_before_them(tran
     )
 
 
+def test_relu_folds_into_the_sum_before_it_where_that_has_no_other_reader(tmp_path):
+    for others in (False, True):
+        b = Builder(3)
+        x = b.plus(b.input, b.conv(b.input, 3, 1))
+        y = b.relu(x)
+        network = b.network(b.plus(x, y) if others else y)
+        folded = simplify(network)
+        assert len(folded.nodes) == len(network.nodes) - (not others)
+        volume = np.random.default_rng(0).standard_normal((3, 2, 3, 4))
+        np.testing.assert_allclose(
+            oracle.whole(folded, volume), oracle.whole(network, volume), rtol=1e-6
+        )
+        save(folded, tmp_path / "folded.onnx")
+        assert simplify(load_network(tmp_path / "folded.onnx")).nodes[-1].layer == (
+            folded.nodes[-1].layer
+        )
+
+
 def test_an_affine_map_stays_where_its_convolution_has_another_reader():
     b = Builder(1)
     x = b.conv(b.input, 2, 1)

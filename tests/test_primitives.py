@@ -21,7 +21,7 @@ from znni_dask.kernels.memory import allocate
 from znni_dask.kernels.team import Team
 from znni_dask.network import layers
 from znni_dask.network.layers import NO_PADDING
-from znni_dask.primitives import conv_img2row, pooling
+from znni_dask.primitives import conv_img2row, pooling, reducing
 from znni_dask.primitives import rows as rows_of_outputs
 from znni_dask.primitives.base import Form, Problem
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
@@ -123,6 +123,8 @@ LAYERS = {
         name: (layers.Arithmetic(name), 3 if name in ("add", "max", "where") else 2)
         for name in JOINS
     },
+    "sum of three, relu": (layers.Arithmetic("add", relu=True), 3),
+    "where, relu": (layers.Arithmetic("where", relu=True), 3),
     "concat": (layers.Concat(), 3),
     "broadcast": (layers.Broadcast(), 2),
     "pad": (layers.Pad(ODD, -1.5), 1),
@@ -552,6 +554,12 @@ def test_raw_grey_values_lose_no_more_by_transforms_than_directly(
         errors.append(np.linalg.norm(plain(out, problem.output) - want))
     by_transforms, directly = errors
     assert by_transforms <= 2 * directly
+
+
+@pytest.mark.parametrize("rows_at_once", [0, 3, 100])
+def test_reductions_over_space_are_the_same_in_pieces_of_any_size(rows_at_once, monkeypatch):
+    monkeypatch.setattr(reducing, "PIECE", rows_at_once * int(np.prod(SIZE)))
+    test_any_box_of_the_output_equals_the_oracle("mean of space", "reduction", 3)
 
 
 @pytest.mark.parametrize("channels", [1, 16, 37])

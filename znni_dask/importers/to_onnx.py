@@ -119,7 +119,7 @@ class _Graph:
         """Write one layer; its output is named after it."""
         name = node.name
         match node.layer:
-            case layers.Conv(relu=True) as layer:
+            case layers.Conv(relu=True) | layers.Arithmetic(relu=True) as layer:
                 self.add(Node(f"{name}.sum", replace(layer, relu=False), node.inputs), weights)
                 self._emit("Relu", [f"{name}.sum"], name)
             case layers.Conv() as layer if layer.whole:

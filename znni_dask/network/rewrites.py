@@ -13,6 +13,7 @@ from znni_dask.network.layers import (
     ONES,
     Activation,
     Affine,
+    Arithmetic,
     AveragePool,
     Conv,
     ConvTranspose,
@@ -24,8 +25,9 @@ from znni_dask.network.network import Network, Node, Weights
 
 
 def simplify(network: Network) -> Network:
-    """Fold every affine map (batch normalisation) and every ReLU into the convolution before it,
-    and affine maps into one another, where there is no other reader."""
+    """Fold every affine map (batch normalisation) into the convolution before it, every ReLU into
+    the convolution or the sum before it, and affine maps into one another, where there is no other
+    reader."""
     nodes: list[Node] = []
     weights: dict[str, Weights] = dict(network.weights)
     renamed: dict[str, str] = {}
@@ -37,7 +39,8 @@ def simplify(network: Network) -> Network:
         if _folds(network, node, layer):
             renamed[node.name] = target
             if isinstance(node.layer, Activation):
-                nodes[index] = replace(nodes[index], layer=replace(cast("Conv", layer), relu=True))
+                before = cast("Conv | Arithmetic", layer)
+                nodes[index] = replace(nodes[index], layer=replace(before, relu=True))
                 continue
             affine = weights.pop(node.name)
             if isinstance(layer, Conv | ConvTranspose):
@@ -104,10 +107,11 @@ def _folds(network: Network, node: Node, before: Layer) -> bool:
     source = node.inputs[0]
     if len(network.readers[source]) > 1 or source in network.outputs.values():
         return False
-    if isinstance(before, Conv) and before.relu:
+    if isinstance(before, Conv | Arithmetic) and before.relu:
         return False
     if isinstance(node.layer, Activation):
-        return node.layer.function == "relu" and isinstance(before, Conv)
+        summed = isinstance(before, Arithmetic) and before.function == "add"
+        return node.layer.function == "relu" and (isinstance(before, Conv) or summed)
     return isinstance(node.layer, Affine) and isinstance(before, Conv | ConvTranspose | Affine)
 
 

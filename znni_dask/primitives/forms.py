@@ -48,7 +48,8 @@ class FormChange(Primitive):
                 change(*places, *fixed, first, last)
 
             team.share(work, ceil_divide(channels, LANES) * groups)
-        self._change_rest(inputs[0], out, channels, groups * LANES)
+        if voxels % LANES:
+            self._change_rest(inputs[0], out, channels, groups * LANES)
 
     def _change_rest(self, x: Array, out: Array, channels: int, first: int) -> None:
         """The last few voxels, less than sixteen."""

@@ -61,7 +61,8 @@ class ArithmeticOfInputs(Primitive):
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        function = cast("Arithmetic", problem.layer).function
+        layer = cast("Arithmetic", problem.layer)
+        function = layer.function
         views = [
             _spread(x, offset, out.shape) for x, offset in zip(inputs, problem.offsets, strict=True)
         ]
@@ -71,6 +72,8 @@ class ArithmeticOfInputs(Primitive):
                 batch, channel, z = np.unravel_index(item, out.shape[:3])
                 plane = [view[batch, channel, z] for view in views]
                 out[batch, channel, z] = np.where(plane[0] != 0, plane[1], plane[2])
+                if layer.relu:
+                    np.maximum(out[batch, channel, z], 0, out=out[batch, channel, z])
 
         if function == "where":
             team.share(choose, prod(out.shape[:3]))
@@ -84,6 +87,8 @@ class ArithmeticOfInputs(Primitive):
                     ufunc(views[0][at], views[1][at], out=out[at])
                     for view in views[2:]:
                         ufunc(out[at], view[at], out=out[at])
+                    if layer.relu:
+                        np.maximum(out[at], 0, out=out[at])
 
         team.share(work, out.shape[0] * out.shape[1])
 

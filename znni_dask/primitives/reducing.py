@@ -13,13 +13,13 @@ from typing import Any, ClassVar, cast, final
 import numpy as np
 from numpy.typing import NDArray
 
-from znni_dask.geometry import AXES
+from znni_dask.geometry import AXES, ceil_divide
 from znni_dask.kernels import statistics
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Layer, Normalize, Reduce, Softmax
 from znni_dask.network.network import Weights
 from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem
-from znni_dask.primitives.pointwise import bring, crop
+from znni_dask.primitives.pointwise import PIECE, bring, crop
 
 Doubles = NDArray[np.float64]
 _DOUBLE_BYTES = 8
@@ -61,7 +61,8 @@ class Reducing(Primitive):
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
         _, channels, z, y, x = problem.inputs[0]
-        piece = channels * y * x if cast("Reduce", problem.layer).axes == "c" else z * y * x
+        channelwise = cast("Reduce", problem.layer).axes == "c"
+        piece = channels * y * x if channelwise else max(PIECE, z * y * x)
         return threads * 2 * piece * _DOUBLE_BYTES
 
     def apply(
@@ -79,15 +80,17 @@ class Reducing(Primitive):
 
             team.share(over_channels, out.shape[0] * out.shape[2])
             return
-        axes = _space(layer.axes)
+        axes = tuple(1 + axis for axis in _space(layer.axes))
+        rows = inputs[0].reshape(-1, *inputs[0].shape[2:])
+        made = out.reshape(-1, *out.shape[2:])
+        at_once = max(1, PIECE // prod(rows.shape[1:]))
 
         def over_space(first: int, last: int) -> None:
-            for item in range(first, last):
-                at = divmod(item, out.shape[1])
-                values = inputs[0][at].astype(np.float64)
-                out[at] = reduction(values, axis=axes, keepdims=True)
+            for row in range(first * at_once, min(last * at_once, len(rows)), at_once):
+                values = rows[row : row + at_once].astype(np.float64)
+                made[row : row + at_once] = reduction(values, axis=axes, keepdims=True)
 
-        team.share(over_space, out.shape[0] * out.shape[1])
+        team.share(over_space, ceil_divide(len(rows), at_once))
 
 
 @final

@@ -20,10 +20,11 @@ class Arithmetic(Layer):
     for all channels, one that was reduced to a single voxel for all voxels.
 
     Comparisons give 1 or 0; "where" takes the second input where the first is not 0, the third
-    elsewhere.
+    elsewhere. ``relu``: what is negative becomes zero.
     """
 
     function: Join
+    relu: bool = False
 
     def channels(self, inputs: Sequence[int]) -> int:
         wanted = _INPUTS.get(self.function, 2)
@@ -42,6 +43,10 @@ class Arithmetic(Layer):
     @property
     def kind(self) -> str:
         return self.function
+
+    @property
+    def summary(self) -> str:
+        return "relu" if self.relu else ""
 
 
 @final
