@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
 from math import inf
+from typing import TypeAlias
 
 from znni_dask.costs import setup_seconds, step_seconds
 from znni_dask.errors import NetworkError, OptionError
@@ -49,6 +50,9 @@ def choose_primitives(layout: Arrangement, fragments: bool = True) -> dict[str, 
     if fragments and not Schedules(layout, chosen).joins_agree:
         return choose_primitives(layout, fragments=False)
     return chosen
+
+
+_Libraries: TypeAlias = dict[type[Primitive], int]  # whose, and their memory
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Menu:
 
     def fastest(self) -> dict[str, Primitive]:
         """For every layer the primitive that takes least time by its estimate."""
-        return _primitives(self._at(inf, 0.0, libraries=True))
+        return _primitives(self._at(inf, 0.0, self._libraries))
 
     def fastest_within(self, room_bytes: float) -> dict[str, Primitive] | None:
         """The same, so that together they need no more than ``room_bytes`` for what they prepare
@@ -100,20 +104,23 @@ class Menu:
 
         The largest workspace is limited to some share of the room, and bytes that are prepared
         have the price at which the rest suffices (a Lagrange multiplier, as Everett 1963): so it
-        is near the best, and the best where there is room enough. That is tried with the libraries
-        that primitives compute with, and without.
+        is near the best, and the best where there is room enough. That is tried without the
+        libraries that primitives compute with, and with those that are worth it if they took none.
         """
-        found = [
-            chosen
-            for libraries, room in ((True, room_bytes - self._library_bytes), (False, room_bytes))
-            for share in _WORKSPACE_SHARES
-            if (chosen := self._within(room, share * room, libraries)) is not None
-        ]
+        found = []
+        for share in _WORKSPACE_SHARES:
+            free = self._within(room_bytes, share * room_bytes, self._libraries) or {}
+            kinds = {type(o.primitive) for o in free.values()} & self._libraries.keys()
+            wanted = {kind: self._libraries[kind] for kind in kinds}
+            for libraries in [{}, wanted] if wanted else [{}]:
+                room = room_bytes - sum(libraries.values())
+                if (chosen := self._within(room, share * room, libraries)) is not None:
+                    found.append(chosen)
         best = min(found, key=lambda c: sum(o.seconds for o in c.values()), default=None)
         return None if best is None else _primitives(best)
 
     def _within(
-        self, room_bytes: float, workspace_bytes: float, libraries: bool
+        self, room_bytes: float, workspace_bytes: float, libraries: _Libraries
     ) -> dict[str, _Option] | None:
         """The fastest whose workspaces are no larger, and that fit together."""
 
@@ -138,8 +145,11 @@ class Menu:
                 low = middle
         return best
 
-    def _at(self, workspace_bytes: float, price: float, libraries: bool) -> dict[str, _Option]:
-        """Layer by layer what costs least, where every prepared byte has a price in seconds."""
+    def _at(
+        self, workspace_bytes: float, price: float, libraries: _Libraries
+    ) -> dict[str, _Option]:
+        """Layer by layer what costs least, where every prepared byte has a price in seconds; of
+        what computes with libraries only what has these."""
         forms = {self.schedules.layout.network.input.name: Form.PLAIN}
         chosen: dict[str, _Option] = {}
         for course in self._courses:
@@ -150,7 +160,11 @@ class Menu:
                 change = 0.0 if takes in (None, there) else course.change_seconds[takes]
                 return option.seconds + change + price * option.prepared_bytes
 
-            options = [o for o in course.options if libraries or not o.primitive.library_bytes]
+            options = [
+                o
+                for o in course.options
+                if not o.primitive.library_bytes or type(o.primitive) in libraries
+            ]
             small = [o for o in options if o.workspace_bytes <= workspace_bytes]
             least = min(options, key=lambda o: o.workspace_bytes)
             best = min(small or [least], key=cost)
@@ -159,11 +173,11 @@ class Menu:
             forms[course.node.name] = makes or takes or there
         return chosen
 
-    @property
-    def _library_bytes(self) -> int:
-        """Memory of all libraries that options compute with."""
+    @cached_property
+    def _libraries(self) -> _Libraries:
+        """All that options compute with."""
         primitives = (option.primitive for course in self._courses for option in course.options)
-        return sum({type(p): p.library_bytes for p in primitives}.values())
+        return {type(p): p.library_bytes for p in primitives if p.library_bytes}
 
     @cached_property
     def _courses(self) -> tuple[_Course, ...]:

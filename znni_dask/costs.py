@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import prod
+from typing import cast
 
-from znni_dask.network.layers import Layer
+from znni_dask.geometry import round_up
+from znni_dask.kernels.code import LANES
+from znni_dask.network.layers import Conv, Layer
 from znni_dask.primitives.base import Form, Primitive, Problem
 from znni_dask.primitives.conv_depthwise import ConvDepthwise
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
@@ -18,6 +21,7 @@ from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.conv_fft_whole import ConvWholeFFT
 from znni_dask.primitives.conv_img2row import ConvImg2row
 from znni_dask.primitives.conv_matrix import ConvMatrix
+from znni_dask.primitives.conv_torch import ConvTorch
 from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.forms import FormChange
 from znni_dask.schedule import Step
@@ -35,6 +39,8 @@ PRODUCTS_PER_SECOND = 2.6e11  # operations of their products, on one core
 WHOLE_FLOPS_PER_SECOND = 2e10  # of transforms of whole images and their products, on one core
 CALL_SECONDS = 3e-6  # of each of their calls from Python, which do not run side by side
 SHARE_SECONDS = 4e-5  # sharing work among threads
+TORCH_FLOPS_PER_SECOND = 8e10  # by PyTorch, on one core, copies included
+TORCH_SECONDS = 3.0  # importing it
 BYTES_PER_SECOND = 2e10  # to and from memory, on one core
 FORM_BYTES_PER_SECOND = 2e9  # of changes of form, on one core
 RUN_OVERHEAD = 64  # voxels: what starting a plane costs, in voxels of that plane
@@ -52,6 +58,8 @@ def setup_seconds(primitive: Primitive, layer: Layer) -> float:
     """Seconds before a layer can be computed for the first time."""
     if isinstance(primitive, ConvTiledFFT):
         return COMPILE_SECONDS + primitive.prepared_bytes(layer) / BYTES_PER_SECOND
+    if isinstance(primitive, ConvTorch):
+        return TORCH_SECONDS
     return PLANNING_SECONDS if isinstance(primitive, ConvWholeFFT) else 0.0
 
 
@@ -73,6 +81,12 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
         whole = primitive.work(problem, threads)
         together = whole.calls * CALL_SECONDS + (threads > 1) * whole.shared * SHARE_SECONDS
         seconds = threads * (whole.operations / WHOLE_FLOPS_PER_SECOND / whole.threads + together)
+    elif isinstance(primitive, ConvTorch):
+        channels = problem.output[1] // cast("Conv", problem.layer).groups
+        wasted = round_up(channels, LANES) / channels  # as groups do not share vectors
+        copied = Form.PLAIN.nbytes(problem.inputs[0]) + Form.PLAIN.nbytes(problem.output)
+        seconds = wasted * primitive.flops(problem) / TORCH_FLOPS_PER_SECOND
+        seconds += 4 * copied / BYTES_PER_SECOND
     elif isinstance(primitive, ConvMatrix):
         seconds = 2 * primitive.flops(problem) / BYTES_PER_SECOND  # two for each weight of 4 bytes
     elif isinstance(primitive, FormChange):

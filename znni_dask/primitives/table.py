@@ -19,6 +19,7 @@ from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.conv_fft_whole import ConvWholeFFT
 from znni_dask.primitives.conv_img2row import ConvImg2row
 from znni_dask.primitives.conv_matrix import ConvMatrix
+from znni_dask.primitives.conv_torch import ConvTorch
 from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
 from znni_dask.primitives.joining import ArithmeticOfInputs, Broadcasting, Concatenation
@@ -48,6 +49,7 @@ TABLE: tuple[Primitive, ...] = (
     ConvWholeFFT(tasks=False),
     ConvWholeFFT(tasks=True),
     ConvMatrix(),
+    ConvTorch(),
     ConvTransposeDirect(),
     ConvTransposeBlocked(),
     MaxPoolingFragments(),

@@ -1,0 +1,179 @@
+"""Convolution by PyTorch, which computes it with oneDNN: where the extra ``torch`` is installed.
+
+Every thread of the team computes slabs of its own, on that thread alone: torch starts none, and
+what it is told of threads is taken back. Its arrays are views of ours; a slab of the input is
+copied, with its padding, because torch wants channels last and pads both sides alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, ClassVar, NamedTuple, cast, final
+
+import numpy as np
+
+from znni_dask.errors import OptionError
+from znni_dask.geometry import Size, ceil_divide, round_up, triple
+from znni_dask.kernels.code import VECTOR_BYTES
+from znni_dask.kernels.team import Team
+from znni_dask.network.layers import Conv, Layer
+from znni_dask.network.network import Weights
+from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, Shape
+
+LIBRARY_BYTES = 160 << 20  # memory that torch takes, with all it imports
+SLAB_BYTES = 32 << 20  # of the padded input that a thread has at once
+_HEAP_BYTES = 64 << 20  # of a thread, where glibc keeps for it what torch gave back
+
+
+@final
+class ConvTorch(Primitive):
+    """Convolution on the CPU by PyTorch, any stride, dilation, groups and padding."""
+
+    name: ClassVar[str] = "torch"
+    layer: ClassVar[type[Layer]] = Conv
+    library_bytes: ClassVar[int] = LIBRARY_BYTES
+
+    def refusal(self, layer: Layer) -> str | None:
+        if (reason := super().refusal(layer)) is not None:
+            return reason
+        if not _installed():
+            return f"{self.name} is not installed: pip install 'znni_dask[torch]'"
+        if cast("Conv", layer).whole:
+            return f"{self.name} takes no whole window, not {layer.summary}"
+        return None
+
+    def flops(self, problem: Problem) -> int:
+        batch, _, z, y, x = problem.output
+        return int(2 * problem.layer.multiply_adds() * batch * z * y * x)
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        """Of every thread a slab, and what torch makes of it, in forms of its own: the slab, the
+        kernels, twice, the answer, and the answer as it is copied from."""
+        slab = _Slab.of(problem, threads)
+        weights = super().prepared_bytes(problem.layer)
+        made = Form.PLAIN.nbytes(slab.made)
+        return threads * (2 * (slab.nbytes + weights + made) + _HEAP_BYTES)
+
+    def prepare(self, layer: Layer, weights: Weights) -> tuple[Any, Any]:
+        """Kernels, channels last, and biases, as tensors; raises `OptionError` where torch has no
+        oneDNN."""
+        import torch
+
+        if not torch.backends.mkldnn.is_available():
+            raise OptionError(
+                f"torch {torch.__version__} was built without oneDNN, so its memory is not known: "
+                "install another, or plan without it"
+            )
+        weight, bias = torch.from_numpy(weights["weight"]), weights.get("bias")
+        with _one_thread(torch.get_num_threads()):
+            weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        return weight, None if bias is None else torch.from_numpy(bias)
+
+    def apply(
+        self,
+        prepared: tuple[Any, Any],
+        problem: Problem,
+        inputs: Sequence[Array],
+        out: Array,
+        team: Team,
+    ) -> None:
+        import torch
+
+        conv, slab = cast("Conv", problem.layer), _Slab.of(problem, team.threads)
+        memory = team.scratch(team.threads * slab.nbytes)
+        buffers = [memory[i * slab.nbytes :] for i in range(team.threads)]
+        source, made = torch.from_numpy(inputs[0]), torch.from_numpy(out)
+        turns = ceil_divide(problem.output[2], slab.made[2])
+        threads = torch.get_num_threads()
+
+        def work(first: int, last: int) -> None:
+            buffer = buffers.pop()  # there is one for every thread
+            with _one_thread(threads):
+                for unit in range(first, last):
+                    sample, turn = divmod(unit, turns)
+                    begin = turn * slab.made[2]
+                    end = min(begin + slab.made[2], problem.output[2])
+                    x = slab.filled(buffer, source[sample], problem, begin, end - begin)
+                    found = torch.nn.functional.conv3d(
+                        x, *prepared, conv.stride, 0, conv.dilation, conv.groups
+                    )
+                    if conv.relu:
+                        found.relu_()
+                    made[sample, :, begin:end].copy_(found[0])
+            buffers.append(buffer)
+
+        team.share(work, problem.output[0] * turns)
+
+
+class _Slab(NamedTuple):
+    """Some planes of one sample's output, and the part of the padded input behind them."""
+
+    read: Shape
+    made: Shape
+
+    @classmethod
+    def of(cls, problem: Problem, threads: int) -> _Slab:
+        """As many planes as there is room for, while there is a slab for every thread."""
+        batch, channels, planes, *plane = problem.output
+        each = ceil_divide(planes * batch, max(threads, batch))
+        read = cls._behind(problem, (1, *plane))
+        room = SLAB_BYTES // (ITEM_BYTES * problem.inputs[0][1] * read[1] * read[2])
+        window = problem.layer.window(0)
+        made = (min(each, 1 + max(0, room - window.extent) // window.stride), *plane)
+        z, y, x = cls._behind(problem, made)
+        return cls((1, problem.inputs[0][1], z, y, x), (1, channels, *triple(made)))
+
+    @staticmethod
+    def _behind(problem: Problem, made: Sequence[int]) -> Size:
+        windows = [problem.layer.window(axis) for axis in range(3)]
+        return triple(
+            (n - 1) * window.stride + window.extent for n, window in zip(made, windows, strict=True)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the part of the input."""
+        return round_up(Form.PLAIN.nbytes(self.read), VECTOR_BYTES)
+
+    def filled(self, buffer: Any, source: Any, problem: Problem, begin: int, planes: int) -> Any:
+        """What lies behind ``planes`` planes of output from ``begin`` on, with its padding; a
+        tensor in ``buffer``, channels last."""
+        import torch
+
+        size = self._behind(problem, (planes, *self.made[3:]))
+        channels = self.read[1]
+        count = int(np.prod(size)) * channels
+        stored = buffer[: ITEM_BYTES * count].view(np.float32).reshape(1, *size, channels)
+        slab = torch.from_numpy(stored).permute(0, 4, 1, 2, 3)
+        starts = list(problem.offsets[0])
+        starts[0] += begin * problem.layer.window(0).stride
+        known, there = [], []
+        for start, length, n in zip(starts, size, problem.inputs[0][2:], strict=True):
+            first, last = max(start, 0), max(0, min(start + length, n))
+            known.append(slice(first, max(first, last)))
+            there.append(slice(first - start, max(first, last) - start))
+        if any(s.stop - s.start < n for s, n in zip(there, size, strict=True)):
+            slab.zero_()
+        slab[0, :, there[0], there[1], there[2]].copy_(source[:, known[0], known[1], known[2]])
+        return slab
+
+
+@contextmanager
+def _one_thread(before: int) -> Iterator[None]:
+    """Have torch use this thread alone; told so in one thread, it also tells threads that begin."""
+    import torch
+
+    torch.get_num_threads()  # the first call in a thread sets what was asked for in others
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("torch") is not None
