@@ -37,7 +37,7 @@ TURN_BITS = 32
 
 _PARAMETERS = {  # addresses, then numbers
     OPEN: (("board",), ("turn",)),
-    LEAD: (("board",), ("turn", "looks")),
+    LEAD: (("board",), ("looks",)),
     CLOSE: (("board",), ("looks",)),
     SERVE: (("board", "told"), ("member", "looks")),
     LEAVE: (("board",), ()),
@@ -51,8 +51,7 @@ define void @{OPEN}(ptr %board, i64 %turn) {{
   ret void
 }}
 
-define void @{LEAD}(ptr %board, i64 %turn, i64 %looks) {{
-  call void @{OPEN}(ptr %board, i64 %turn)
+define void @{LEAD}(ptr %board, i64 %looks) {{
   call void @pieces(ptr %board, i64 0)
   call void @{CLOSE}(ptr %board, i64 %looks)
   ret void
@@ -132,10 +131,11 @@ define void @{LEAVE}(ptr %board) {{
 def sharing_library() -> Library:
     """The compiled functions.
 
-    `LEAD` opens a call as turn ``turn``, takes pieces and closes it; `OPEN` and `CLOSE` are its
-    ends. Closing waits for helpers, but looks no more than ``looks`` times: then the caller waits,
-    until nothing but the turn is left in the state. `SERVE` takes part in calls until it has looked
-    ``looks`` times in vain, or has joined one of the interpreter's, which it leaves by `LEAVE`.
+    `OPEN` opens a call, as turn ``turn``; `LEAD` takes pieces of it and closes it, `CLOSE` only
+    closes it. That waits for helpers, but looks no more than ``looks`` times: then the caller
+    waits, until nothing but the turn is left in the state. `SERVE` takes part in calls until it has
+    looked ``looks`` times in vain, or has joined one of the interpreter's, which it leaves by
+    `LEAVE`.
     """
     return library_of_text(sharing_text(), _PARAMETERS)
 

@@ -124,8 +124,8 @@ class _Helpers:
         board, count = self._board, len(each)
         board[sharing.ARGUMENTS : sharing.ARGUMENTS + count] = [a.first for a in each]
         board[sharing.STEPS : sharing.STEPS + count] = [a.step for a in each]
-        self._announce(function.address, count, items, pieces)
-        self._library[sharing.LEAD](self._place, self._turn, _LOOKS)
+        self._open(function.address, count, items, pieces)
+        self._library[sharing.LEAD](self._place, _LOOKS)
         self._wait()
 
     def share(self, work: Callable[[int, int], object], items: int, pieces: int) -> None:
@@ -138,8 +138,7 @@ class _Helpers:
 
         self._work = member
         self._errors.clear()
-        self._announce(0, 0, items, pieces)
-        self._library[sharing.OPEN](self._place, self._turn)
+        self._open(0, 0, items, pieces)
         try:
             member()
         finally:
@@ -157,11 +156,13 @@ class _Helpers:
             for thread in self._threads:
                 thread.join()
 
-    def _announce(self, *call: int) -> None:
-        """Say what comes next to those who look, and wake those who sleep."""
+    def _open(self, *call: int) -> None:
+        """Open a call to those who look, and only then wake those who sleep: one that finds nothing
+        where it was woken falls asleep again."""
         self._board[sharing.NEXT] = 0
         self._board[sharing.CALL : sharing.CALL + len(call)] = call
         self._turn = (self._turn + 1) % (1 << sharing.TURN_BITS)
+        self._library[sharing.OPEN](self._place, self._turn)
         self._wake()
         if not self._begun:
             self._begun = True
