@@ -13,6 +13,7 @@ import oracle
 from peaks import traced_peak
 from znni_dask.geometry import Box, tiles
 from znni_dask.kernels import compiled, patch_matrix
+from znni_dask.kernels import planes as planes_kernel
 from znni_dask.kernels import rows as rows_kernel
 from znni_dask.kernels import tiles as tiles_kernel
 from znni_dask.kernels.code import LANES
@@ -24,6 +25,7 @@ from znni_dask.network.layers import NO_PADDING
 from znni_dask.primitives import conv_img2row, pooling, reducing
 from znni_dask.primitives import rows as rows_of_outputs
 from znni_dask.primitives.base import Form, Problem
+from znni_dask.primitives.conv_fft_planes import ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.forms import FormChange
 from znni_dask.primitives.fragments import recombine
@@ -161,6 +163,7 @@ POSITIVE = ("log", "sqrt", "pow", "reciprocal", "div")
 TILES = (
     *(ConvTiledFFT((5, 8, 12)), ConvTiledFFT((10, 15, 28)), ConvTiledFFT((1, 6, 8))),
     ConvTiledFFT((5, 12, 10), remade=True),
+    *(ConvPlanesFFT((8, 12)), ConvPlanesFFT((15, 28))),
 )
 
 
@@ -336,10 +339,11 @@ def test_processors_with_short_vectors_make_the_same(label, name, monkeypatch, t
     other = compiled.Target(triple, cpu)
     assert not other.wide
     monkeypatch.setenv("ZNNI_CACHE", str(tmp_path))
-    for module in (compiled, rows_kernel, tiles_kernel):
+    for module in (compiled, planes_kernel, rows_kernel, tiles_kernel):
         monkeypatch.setattr(module, "host", lambda: other)
     libraries = ((rows_kernel, "rows_library"), (tiles_kernel, "stages"))
-    for module, library in (*libraries, (patch_matrix, "patches_library")):
+    others = ((patch_matrix, "patches_library"), (planes_kernel, "stages"))
+    for module, library in (*libraries, *others):
         anew = cache(getattr(module, library).__wrapped__)  # nothing compiled for this processor
         monkeypatch.setattr(module, library, anew)
     test_any_box_of_the_output_equals_the_oracle(label, name, 1)
@@ -531,13 +535,24 @@ def test_a_patch_matrix_is_never_there_as_a_whole():
     assert named("img2row", layer).workspace_bytes(problem, threads=2) < whole / 500
 
 
-@pytest.mark.parametrize(("channels", "kernel", "tile"), [(1, 5, 20), (16, 3, 16), (16, 7, 24)])
+@pytest.mark.parametrize(
+    ("channels", "kernel", "transforms"),
+    [
+        *((1, 5, ConvTiledFFT((20,) * 3)), (16, 3, ConvTiledFFT((16,) * 3))),
+        *((16, 7, ConvTiledFFT((24,) * 3)), (1, 3, ConvPlanesFFT((16, 16)))),
+        (1, 8, ConvPlanesFFT((24, 24))),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 @pytest.mark.parametrize("deviation", [1, 50])
 @pytest.mark.parametrize("balanced", [False, True], ids=["random", "zero-sum"])
 def test_raw_grey_values_lose_no_more_by_transforms_than_directly(
-    channels, kernel, tile, deviation, balanced
+    channels, kernel, transforms, deviation, balanced
 ):
-    layer, size = layers.Conv(channels, 16, (kernel,) * 3, bias=False), 2 * tile - kernel
+    layer, size = (
+        layers.Conv(channels, 16, (kernel,) * 3, bias=False),
+        2 * transforms.tile[-1] - kernel,
+    )
     random, made = np.random.default_rng(7), size - kernel + 1
     x = 1000 + deviation * random.standard_normal((1, channels, *(size,) * 3), np.float32)
     weights = weights_of(layer, random)
@@ -545,9 +560,10 @@ def test_raw_grey_values_lose_no_more_by_transforms_than_directly(
         weights["weight"] -= weights["weight"].mean(axis=(1, 2, 3, 4), keepdims=True)
     box = Box((2, 3, 1), (2 + made // 2, made, made))
     errors = []
-    for primitive in (ConvTiledFFT((tile,) * 3), named("direct blocked", layer)):
+    for primitive in (transforms, named("direct blocked", layer)):
         problem, parts = problem_of(layer, primitive, 1, [channels], (size,) * 3, box)
-        given, out = formed((Form.BLOCKED, Form.BLOCKED), [cut(x, parts)], problem.output)
+        forms = forms_of(primitive, layer, [channels])[-1]
+        given, out = formed(forms, [cut(x, parts)], problem.output)
         with Team(1) as team:
             primitive.apply(primitive.prepare(layer, weights), problem, given, out, team)
         want = expected(layer, [cut(x, parts)], weights)

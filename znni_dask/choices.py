@@ -21,6 +21,7 @@ from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Node
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import Form, Primitive, Problem
+from znni_dask.primitives.conv_fft_planes import LONGEST_OF_PLANES, ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.forms import FormChange
 from znni_dask.primitives.phases import without_stride
@@ -219,27 +220,29 @@ def _primitives(chosen: dict[str, _Option]) -> dict[str, Primitive]:
     return {name: option.primitive for name, option in chosen.items()}
 
 
-def tiled(problem: Problem) -> Iterator[ConvTiledFFT]:
+def tiled(problem: Problem) -> Iterator[ConvTiledFFT | ConvPlanesFFT]:
     """Tiled convolutions worth trying for a problem: of each axis the lengths that transform
     fewest values for its outputs, kernels' spectra kept or, for where memory is short, remade."""
     if not isinstance(problem.layer, Conv):
         return
     conv, kernel = problem.layer, without_stride(problem.layer).kernel
-    lengths = [
-        _lengths(ceil_divide(problem.output[2 + axis], conv.dilation[axis]), kernel[axis])
-        for axis in range(3)
-    ]
-    for size, remade in product(product(*lengths), (False, True)):
-        primitive = ConvTiledFFT(triple(size), remade)
-        if primitive.refusal(conv) is None:
-            yield primitive
+
+    def lengths(axis: int, most: int = LONGEST) -> list[int]:
+        outputs = ceil_divide(problem.output[2 + axis], conv.dilation[axis])
+        return _lengths(outputs, kernel[axis], most)
+
+    sizes = product(*map(lengths, range(3)))
+    found = (ConvTiledFFT(triple(size), remade) for size in sizes for remade in (False, True))
+    in_planes = map(ConvPlanesFFT, product(*(lengths(n, LONGEST_OF_PLANES) for n in (1, 2))))
+    yield from (p for p in found if p.refusal(conv) is None)
+    yield from (p for p in in_planes if p.refusal(conv) is None)
 
 
 @lru_cache(1 << 10)
-def _lengths(outputs: int, kernel: int) -> list[int]:
+def _lengths(outputs: int, kernel: int, most: int) -> list[int]:
     if kernel == 1 and outputs == 1:
         return [1]
-    longest = max(2 * (outputs + kernel - 1), 2 * kernel)
+    longest = min(most, max(2 * (outputs + kernel - 1), 2 * kernel))
     even = [n for n in _LENGTHS if kernel <= n <= longest and n % 2 == 0]
     found = sorted(even, key=lambda n: (n * ceil_divide(outputs, n - kernel + 1), n))[:_TRIED]
     return sorted({*found, 1} if kernel == 1 else found)

@@ -17,6 +17,7 @@ from znni_dask.primitives.base import Form, Primitive, Problem
 from znni_dask.primitives.conv_depthwise import ConvDepthwise
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_direct_few import ConvDirectFew
+from znni_dask.primitives.conv_fft_planes import ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.conv_fft_whole import ConvWholeFFT
 from znni_dask.primitives.conv_img2row import ConvImg2row
@@ -36,6 +37,8 @@ DIRECT_FLOPS_PER_SECOND: dict[type[Primitive], float] = {  # of blocks of channe
 }
 TRANSFORMS_PER_SECOND = 8e10  # operations of transforms, on one core
 PRODUCTS_PER_SECOND = 2.6e11  # operations of their products, on one core
+PLANES_TRANSFORMS_PER_SECOND = 1.6e11  # of planes of tiles, which stay in the caches, on one core
+PLANES_PRODUCTS_PER_SECOND = 2.4e11  # operations of their products, on one core
 WHOLE_FLOPS_PER_SECOND = 2e10  # of transforms of whole images and their products, on one core
 CALL_SECONDS = 3e-6  # of each of their calls from Python, which do not run side by side
 SHARE_SECONDS = 4e-5  # sharing work among threads
@@ -56,7 +59,7 @@ def estimated_seconds(steps: Iterable[Step], threads: int) -> float:
 
 def setup_seconds(primitive: Primitive, layer: Layer) -> float:
     """Seconds before a layer can be computed for the first time."""
-    if isinstance(primitive, ConvTiledFFT):
+    if isinstance(primitive, (ConvTiledFFT, ConvPlanesFFT)):
         return COMPILE_SECONDS + primitive.prepared_bytes(layer) / BYTES_PER_SECOND
     if isinstance(primitive, ConvTorch):
         return TORCH_SECONDS
@@ -71,6 +74,13 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
             work.transforms / TRANSFORMS_PER_SECOND
             + work.products / PRODUCTS_PER_SECOND
             + work.traffic_bytes / BYTES_PER_SECOND
+        )
+    elif isinstance(primitive, ConvPlanesFFT):
+        in_planes = primitive.work(problem)
+        seconds = max(
+            in_planes.transforms / PLANES_TRANSFORMS_PER_SECOND
+            + in_planes.products / PLANES_PRODUCTS_PER_SECOND,
+            in_planes.traffic_bytes / BYTES_PER_SECOND,
         )
     elif (rate := DIRECT_FLOPS_PER_SECOND.get(type(primitive))) is not None:
         lanes = problem.inputs[0] if isinstance(primitive, ConvDirectFew) else problem.output

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.geometry import Size, ceil_divide
-from znni_dask.kernels.code import VECTOR_BYTES
 from znni_dask.kernels.tiles import STACK_NUMBERS, Tile
 from znni_dask.primitives.base import Array, Problem
 
@@ -186,7 +185,7 @@ def _tables(
 ) -> tuple[Numbers, Numbers]:
     """``planes`` of every piece along z; of every piece along y and x what counts."""
     samples = array.shape[0]
-    samples_stride, _, plane_stride, row_stride, *_ = array.strides
+    samples_stride, _, plane_stride, row_stride, stride, *_ = array.strides
     corner = array.ctypes.data + np.arange(samples) * samples_stride
     address = corner[:, None, None] + planes * plane_stride
     address = np.where(planes >= 0, address, 0)[:, :, None, None, :]
@@ -195,5 +194,5 @@ def _tables(
     told = np.empty((*whole, STACK_NUMBERS), np.int64)
     told[..., 0:2] = rows[:, None, :2]
     told[..., 2:4] = columns[:, :2]
-    told[..., 4] = rows[:, None, 2] * row_stride + columns[:, 2] * VECTOR_BYTES
+    told[..., 4] = rows[:, None, 2] * row_stride + columns[:, 2] * stride
     return np.ascontiguousarray(table), told.reshape(-1, STACK_NUMBERS)

@@ -15,6 +15,7 @@ from znni_dask.primitives.conv_depthwise import ConvDepthwise
 from znni_dask.primitives.conv_direct import ConvDirect
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_direct_few import ConvDirectFew
+from znni_dask.primitives.conv_fft_planes import ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.conv_fft_whole import ConvWholeFFT
 from znni_dask.primitives.conv_img2row import ConvImg2row
@@ -88,8 +89,8 @@ def candidates(layer: Layer) -> list[Primitive]:
 def named(name: str, layer: Layer) -> Primitive:
     """The primitive of this name that takes ``layer``; raises `KeyError` where there is none."""
     found = [p for p in candidates(layer) if p.name == name]
-    if (tiled := ConvTiledFFT.of(name)) and tiled.refusal(layer) is None:
-        found.append(tiled)
+    in_sizes = (ConvTiledFFT.of(name), ConvPlanesFFT.of(name))
+    found += [sized for sized in in_sizes if sized and sized.refusal(layer) is None]
     if found:
         return found[0]
     raise KeyError(f"no primitive {name!r} takes a {layer.kind} layer")

@@ -1,0 +1,211 @@
+"""Convolution of few channels by Fourier transforms along y and x, and sums along z.
+
+First layers of networks. With one channel in, transforms of answers are most of the work; along z
+they would not pay, and without them an answer stays in a core's caches until it is whole. The
+volume is taken as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import log2, prod
+from typing import ClassVar, NamedTuple, cast, final
+
+import numpy as np
+
+from znni_dask.geometry import ceil_divide, round_up, triple, volume
+from znni_dask.kernels import planes
+from znni_dask.kernels.code import LANES, VECTOR_BYTES
+from znni_dask.kernels.complex_product import PAIR_BYTES
+from znni_dask.kernels.memory import Bytes, allocate, allocated_bytes
+from znni_dask.kernels.team import Each, Team
+from znni_dask.kernels.tiles import Tile
+from znni_dask.network.layers import ONES, Conv, Layer
+from znni_dask.network.network import Weights
+from znni_dask.primitives.base import Array, Form, Primitive, Problem
+from znni_dask.primitives.stacks import Stacks, stacks_of
+
+_NAME = "fft of planes "
+MOST_CHANNELS = 16  # beyond, transforms along z pay
+FEWEST_PRODUCTS = 27  # of a sum; of fewer the sum itself is faster, and loses less
+LONGEST_OF_PLANES = 24  # along an axis: transforms of longer lines run out of registers
+PLANES_AT_ONCE = 1024  # of tiles, whose spectra are kept
+
+
+class Prepared(NamedTuple):
+    """Spectra of the kernels, and what rows are transformed with; biases in blocks."""
+
+    kernels: Array
+    waves: Array
+    biases: Array
+
+
+class Work(NamedTuple):
+    """What a problem takes: operations of transforms and of products, bytes to and from memory."""
+
+    transforms: int
+    products: int
+    traffic_bytes: int
+
+
+@final
+@dataclass(frozen=True)
+class ConvPlanesFFT(Primitive):
+    """Convolution in tiles of ``tile`` voxels (y, x) on the CPU; the tile is part of its name.
+
+    Takes any dilation and padding, kernels that sum at least 27 products; no stride, no groups, at
+    most 16 channels.
+    """
+
+    tile: tuple[int, ...]
+    layer: ClassVar[type[Layer]] = Conv
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Like ``fft of planes 16·24``."""
+        return f"{_NAME}{'·'.join(map(str, self.tile))}"
+
+    @classmethod
+    def of(cls, name: str) -> ConvPlanesFFT | None:
+        """The primitive of a name; None where it is another's."""
+        lengths = name.removeprefix(_NAME).split("·")
+        if not name.startswith(_NAME) or len(lengths) != 2 or not all(map(str.isdecimal, lengths)):
+            return None
+        return cls(tuple(map(int, lengths)))
+
+    def refusal(self, layer: Layer) -> str | None:
+        if (reason := super().refusal(layer)) is not None:
+            return reason
+        conv = cast("Conv", layer)
+        if conv.stride != ONES or conv.groups != 1 or conv.whole:
+            return f"{self.name} takes no stride, groups or whole window, not {conv.summary}"
+        if conv.in_channels > MOST_CHANNELS:
+            return f"{self.name} takes at most {MOST_CHANNELS} channels, not {conv.in_channels}"
+        if (products := conv.in_channels * volume(conv.kernel)) < FEWEST_PRODUCTS:
+            return (
+                f"{self.name} takes sums of at least {FEWEST_PRODUCTS} products, which lose less "
+                f"so, not of {products}"
+            )
+        return planes.refusal(self._tile(conv))
+
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        return Form.PLAIN, Form.BLOCKED
+
+    def flops(self, problem: Problem) -> int:
+        work = self.work(problem)
+        return work.transforms + work.products
+
+    def work(self, problem: Problem) -> Work:
+        """Operations of transforms (5 n log n of n complex numbers, half of real ones) and of
+        products (8), and what goes to and from memory."""
+        conv, stacks = _conv(problem), self._stacks(problem)
+        tile, blocks = stacks.tile, ceil_divide(conv.out_channels, LANES)
+        _, ny, nx = tile.size
+        line_y, line_x = (5 * n * log2(n) if n > 1 else 0.0 for n in (ny, nx))
+        read, made = (stacks.count * n for n in (stacks.planes, stacks.planes_made))
+        forward = LANES * (line_y + 4 * nx * ny)  # along x by the definition
+        back = LANES * (tile.half * line_y + ny * line_x / 2)
+        products = 8 * LANES * tile.columns * prod((conv.in_channels, conv.kernel[0]))
+        traffic = Form.BLOCKED.nbytes(problem.output) + Form.PLAIN.nbytes(problem.inputs[0])
+        return Work(
+            int(read * conv.in_channels * forward + made * blocks * back),
+            made * blocks * products,
+            traffic,
+        )
+
+    def prepared_bytes(self, layer: Layer) -> int:
+        conv = cast("Conv", layer)
+        tile = self._tile(conv)
+        values = 3 * tile.columns + volume(tile.size) // tile.size[0]  # of what one is made of
+        made_of = LANES * conv.in_channels * values * np.dtype(np.complex128).itemsize
+        return sum(map(allocated_bytes, self._prepared_bytes(conv))) + made_of
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        stacks = self._stacks(problem)
+        own_bytes = threads * _thread_bytes(stacks.tile)
+        return _spectra_bytes(_conv(problem), stacks) + own_bytes + stacks.table_bytes
+
+    def prepare(self, layer: Layer, weights: Weights) -> Prepared:
+        """Spectra of the kernels, conjugate: a network's convolution is a correlation."""
+        conv = cast("Conv", layer)
+        tile, (kernels_bytes, _, biases_bytes) = self._tile(conv), self._prepared_bytes(conv)
+        size = tile.size[1:]
+        kernels = _floats(allocate(kernels_bytes)).reshape(
+            -1, tile.half, size[0], conv.in_channels, conv.kernel[0], 2, LANES
+        )
+        kernels[...] = 0
+        for first, z in product(range(0, conv.out_channels, LANES), range(conv.kernel[0])):
+            taps = weights["weight"][first : first + LANES, :, z]
+            spectra = np.fft.rfft2(taps.astype(np.float64), size).conj() / prod(size)
+            ordered = spectra.transpose(3, 2, 1, 0)  # from output channel, channel, y, x
+            there = kernels[first // LANES, :, :, :, z]
+            there[..., 0, : len(taps)], there[..., 1, : len(taps)] = ordered.real, ordered.imag
+        biases = _floats(allocate(biases_bytes))
+        biases[:] = 0
+        if conv.bias:
+            biases[: conv.out_channels] = weights["bias"]
+        waves = _floats(allocate(tile.size[2] * PAIR_BYTES))
+        waves[:] = planes.waves(tile.size[2]).reshape(-1)
+        return Prepared(kernels, waves, biases)
+
+    def apply(
+        self, prepared: Prepared, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+    ) -> None:
+        conv, stacks = _conv(problem), self._stacks(problem)
+        tile, blocks = stacks.tile, ceil_divide(conv.out_channels, LANES)
+        kernels, waves, biases = (array.ctypes.data for array in prepared)
+        shared_bytes, own_bytes = _spectra_bytes(conv, stacks), _thread_bytes(tile)
+        spectra = team.scratch(shared_bytes + team.threads * own_bytes).ctypes.data
+        own = Each(spectra + shared_bytes, own_bytes)
+        compiled, line_bytes = planes.stages(tile, conv.relu), planes.line_bytes(stacks.planes)
+
+        def share(stage: str, items: int, *fixed: int) -> None:
+            team.run(compiled[stage], (own, *fixed), items)
+
+        groups = ceil_divide(stacks.planes_made, planes.planes_at_once())
+        for here, there in zip(stacks.of_input(inputs[0]), stacks.of_output(out), strict=True):
+            share(
+                planes.SPECTRA,
+                here.stacked * conv.in_channels * stacks.planes,
+                *(*here.addresses, waves, spectra),
+                *(conv.in_channels, stacks.planes, line_bytes, *here.strides),
+            )
+            share(
+                planes.ANSWERS,
+                blocks * here.stacked * groups,
+                *(*there.addresses, spectra, kernels, biases, here.stacked),
+                *(conv.in_channels, line_bytes, stacks.planes_made, *there.strides),
+            )
+
+    def _tile(self, conv: Conv) -> Tile:
+        return Tile(triple((conv.kernel[0], *self.tile)), conv.kernel)
+
+    def _stacks(self, problem: Problem) -> Stacks:
+        conv = _conv(problem)
+        return stacks_of(problem, self._tile(conv), conv.dilation, PLANES_AT_ONCE)
+
+    def _prepared_bytes(self, conv: Conv) -> tuple[int, int, int]:
+        """Memory of the kernels' spectra, of waves and of biases."""
+        tile, blocks = self._tile(conv), ceil_divide(conv.out_channels, LANES)
+        spectra = tile.columns * conv.in_channels * conv.kernel[0] * PAIR_BYTES
+        return blocks * spectra, tile.size[2] * PAIR_BYTES, blocks * VECTOR_BYTES
+
+
+def _spectra_bytes(conv: Conv, stacks: Stacks) -> int:
+    """Memory of the spectra of a batch of stacks."""
+    lines = stacks.batch * conv.in_channels * stacks.tile.columns
+    return lines * planes.line_bytes(stacks.planes)
+
+
+def _thread_bytes(tile: Tile) -> int:
+    return round_up(planes.buffer_bytes(tile), VECTOR_BYTES)
+
+
+def _floats(memory: Bytes) -> Array:
+    return memory.view(np.float32)
+
+
+def _conv(problem: Problem) -> Conv:
+    return cast("Conv", problem.layer)
