@@ -29,6 +29,7 @@ bench-full: bench
 	$(BIN)/python benchmarks/convolution.py
 	$(BIN)/python benchmarks/networks.py --whole
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/chart.py
 

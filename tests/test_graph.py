@@ -160,8 +160,6 @@ def test_threads_and_memory_are_kept_for_few_arrays_and_while_they_live():
     assert len(set(teams()) - before) == 2  # one thread each beside the caller
     del answers, answer
     gc.collect()
-    for thread in set(teams()) - before:
-        thread.join(5)
     assert not set(teams()) - before
 
 

@@ -406,6 +406,7 @@ def test_the_process_stays_within_512_mib(name, size, tmp_path):
     assert peak <= LIMIT
     assert said["peak"] <= said["predicted"] <= LIMIT
     assert peak <= said["predicted"]
+    # what the run says of itself is so: both look now and then, at other moments
     assert peak <= said["peak"] * 1.2
     assert said["blocks"] > 1
 
