@@ -10,9 +10,9 @@ from typing import Generic, NamedTuple
 
 from llvmlite import ir
 
+from znni_dask.kernels.axes import Axis, N, Strides
 from znni_dask.kernels.code import LANES, VECTOR_BYTES, Address, Function, Number
 from znni_dask.kernels.compiled import Library, compiled_library
-from znni_dask.kernels.rows import Axis, N, Strides
 
 GATHER = {False: "gather_plain", True: "gather_blocked"}
 

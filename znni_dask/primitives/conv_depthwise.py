@@ -8,9 +8,9 @@ from typing import ClassVar, cast, final
 import numpy as np
 
 from znni_dask.geometry import ceil_divide, volume
+from znni_dask.kernels.axes import Lanes
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.memory import allocated_bytes
-from znni_dask.kernels.rows import Lanes
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows

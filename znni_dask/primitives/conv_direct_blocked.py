@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, cast, final
 
 from znni_dask.geometry import volume
-from znni_dask.kernels.rows import Lanes
+from znni_dask.kernels.axes import Lanes
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows

@@ -12,9 +12,10 @@ from typing import ClassVar, cast, final
 import numpy as np
 
 from znni_dask.geometry import ceil_divide, round_up, volume
+from znni_dask.kernels.axes import Lanes
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.memory import allocated_bytes
-from znni_dask.kernels.rows import Lanes, most_at_once
+from znni_dask.kernels.rows import most_at_once
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows

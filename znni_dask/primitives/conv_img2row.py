@@ -16,9 +16,9 @@ import numpy as np
 
 from znni_dask.geometry import ceil_divide, volume
 from znni_dask.kernels import patch_matrix
+from znni_dask.kernels.axes import Axis, Lanes, Strides
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.patch_matrix import Patches
-from znni_dask.kernels.rows import Axis, Lanes, Strides
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights

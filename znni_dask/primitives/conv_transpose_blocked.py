@@ -14,7 +14,7 @@ from typing import ClassVar, cast, final
 import numpy as np
 
 from znni_dask.geometry import Size, ceil_divide, triple, volume
-from znni_dask.kernels.rows import Axis, Lanes
+from znni_dask.kernels.axes import Axis, Lanes
 from znni_dask.network.layers import ConvTranspose, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows

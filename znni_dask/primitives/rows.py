@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import groupby
+from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -16,20 +18,20 @@ from numpy.typing import NDArray
 
 from znni_dask.geometry import Size, ceil_divide
 from znni_dask.kernels import rows
+from znni_dask.kernels.axes import Axis, Lanes, Rows, Strides, flat
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.compiled import Compiled
 from znni_dask.kernels.memory import allocate, allocated_bytes
-from znni_dask.kernels.rows import Axis, Lanes, Rows, Strides
 from znni_dask.kernels.team import Team
 from znni_dask.kernels.turns import TAKE, Turn, turns_library
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem
 
 PASS_BYTES = 2 << 10  # what a pass holds beside arrays
-PART_BYTES = 20 << 10  # of weights that stay in the first-level cache
+PART_BYTES = 40 << 10  # of weights that stay in the first-level cache
 SHARED_BYTES = 1 << 18  # of input that passes take turns on
-VOXELS_TOGETHER = 64  # whose sums take parts of the taps in turn, where a row has fewer
-PIECES_PER_THREAD = 4
+VOXELS_TOGETHER = 128  # whose sums take parts of the taps in turn, where a row has fewer
+PIECES_PER_THREAD = 8
 
 
 class Place(NamedTuple):
@@ -67,17 +69,59 @@ class Part(NamedTuple):
     biases: Array
 
 
+class Told(NamedTuple):
+    """What compiled code is told of a pass wherever its arrays lie: the same from patch to patch.
+
+    ``planes_items`` are the items of a sample, ``item_bytes`` of the input of one; ``together``
+    take parts of the taps in turn.
+    """
+
+    numbers: NDArray[np.int64]
+    planes_items: int
+    item_bytes: int
+    together: int
+
+    @classmethod
+    @lru_cache(maxsize=1 << 12)
+    def of(
+        cls,
+        lanes: Lanes,
+        made: int,
+        axes: tuple[Axis[int], ...],
+        source: Strides[int],
+        out: Strides[int],
+        channels: int,
+        relu: bool,
+    ) -> Told:
+        """Of so many output blocks, or outputs, at once."""
+        needed = [_needed(axis) for axis in axes]
+        kept = [axis.taps for axis in axes]
+        apart = [prod(kept[number + 1 :]) for number in range(3)]
+        first = sum(skipped * step for (skipped, _), step in zip(needed, apart, strict=True))
+        z, y, x = _joined([axis for _, axis in needed], source, out)
+        parts = _at_once(lanes, made, channels, (z.taps, y.taps, x.taps))
+        together = max(1, VOXELS_TOGETHER // max(1, x.outputs))
+        tap_bytes = VECTOR_BYTES * made * (min(channels, LANES) if lanes is Lanes.OUTPUTS else 1)
+        ahead = prod(parts) * x.taps * tap_bytes if together > 1 else 0
+        whole = Rows(
+            *(z, y, x, source, out),
+            *(channels, *_inside(x), prod(kept), first, *apart, *parts, together, ahead, int(relu)),
+        )
+        begin, end = _inside(y)
+        columns = whole.turned._replace(begin=begin, end=end)
+        numbers = np.array(flat(whole) + flat(columns), np.int64)
+        return cls(numbers, z.outputs * y.outputs, channels * x.size * ITEM_BYTES, together)
+
+
 class Pass(NamedTuple):
-    """One compiled call: over items (batch, z, y)."""
+    """Items (batch, z, y) of some output blocks (outputs, where lanes are input channels)."""
 
     lanes: Lanes
     part: Part
-    told: NDArray[np.int64]
+    told: Told
     source: int
     out: int
     items: int
-    item_bytes: int  # of the input
-    together: int  # items whose sums take parts of the taps in turn
 
     @classmethod
     def of(
@@ -92,31 +136,16 @@ class Pass(NamedTuple):
         relu: bool = False,
     ) -> Pass:
         """The pass for so many channels of input; ``axes`` are z, y and x."""
-        z, y, x = _joined(axes, source.strides, out.strides)
-        begin, end = _inside(x)
-        told = Rows(
-            *(z, y, x, source.strides, out.strides, channels, begin, end),
-            *_at_once(lanes, part.made, channels, (z.taps, y.taps, x.taps)),
-            max(1, VOXELS_TOGETHER // max(1, x.outputs)),
-            int(relu),
-        )
-        return cls(
-            lanes,
-            part,
-            np.array(rows.flat(told), np.int64),
-            source.address,
-            out.address,
-            batch * z.outputs * y.outputs,
-            channels * x.size * ITEM_BYTES,
-            told.together,
-        )
+        strides = source.strides, out.strides
+        told = Told.of(lanes, part.made, tuple(axes), *strides, channels, relu)
+        return cls(lanes, part, told, source.address, out.address, batch * told.planes_items)
 
     @property
     def turn(self) -> Turn:
         """It as compiled code is told it."""
         return Turn(
             self._function.address,
-            self.told.ctypes.data,
+            self.told.numbers.ctypes.data,
             self.source,
             self.part.weights.ctypes.data,
             self.part.biases.ctypes.data,
@@ -195,8 +224,8 @@ def share(passes: Sequence[Pass], team: Team) -> None:
     items = max(one.items for one in passes)
     size = ceil_divide(items, PIECES_PER_THREAD * team.threads)
     if len(passes) > 1:
-        size = min(size, max(1, SHARED_BYTES // max(one.item_bytes for one in passes)))
-    size = max(size, *(one.together for one in passes))
+        size = min(size, max(1, SHARED_BYTES // max(one.told.item_bytes for one in passes)))
+    size = max(size, *(one.told.together for one in passes))
     turns = np.array([one.turn for one in passes], np.int64)
     told = turns.ctypes.data, len(passes), items, size
     team.run(turns_library()[TAKE], told, ceil_divide(items, size) * len(passes))
@@ -271,6 +300,21 @@ def dense_bytes(outputs: int, fan_ins: Sequence[int]) -> int:
     biases = [VECTOR_BYTES * blocks for blocks in made]
     weights = [size * fan_in for size in biases for fan_in in fan_ins]
     return len(fan_ins) * sum(map(allocated_bytes, biases)) + kept_bytes(weights)
+
+
+def _needed(axis: Axis[int]) -> tuple[int, Axis[int]]:
+    """How many taps of an axis are skipped, as only padding is behind them, and the axis of the
+    others; those at its end are left out, too."""
+    last = axis.offset + (axis.outputs - 1) * axis.stride
+    behind = [
+        t
+        for t in range(axis.taps)
+        if axis.offset + t * axis.dilation < axis.size and last + t * axis.dilation >= 0
+    ]
+    if not behind:
+        return 0, axis._replace(taps=0)
+    offset = axis.offset + behind[0] * axis.dilation
+    return behind[0], axis._replace(offset=offset, taps=len(behind))
 
 
 def _joined(

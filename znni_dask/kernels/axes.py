@@ -1,0 +1,116 @@
+"""What compiled convolutions are told: axes, strides, and all that `rows` needs of both."""
+
+from __future__ import annotations
+
+from enum import Enum
+from itertools import count
+from typing import Generic, NamedTuple, TypeVar
+
+from znni_dask.kernels.code import Address, Number
+
+N = TypeVar("N", int, Number)
+
+
+class Lanes(Enum):
+    """What the sixteen numbers of a vector belong to."""
+
+    OUTPUTS = "output channels"
+    INPUTS = "input channels"
+    BOTH = "channels of both"
+
+
+class Axis(NamedTuple, Generic[N]):
+    """One axis of a convolution: output ``i`` reads through tap ``t`` the input ``offset`` + i ·
+    ``stride`` + t · ``dilation`` of ``size``; what lies beyond these is padding."""
+
+    outputs: N
+    stride: N
+    dilation: N
+    offset: N
+    size: N
+    taps: N
+
+
+class Strides(NamedTuple, Generic[N]):
+    """Bytes from one to the next, in an array; ``block`` of sixteen channels."""
+
+    batch: N
+    block: N
+    z: N
+    y: N
+    x: N
+    channel: N
+
+
+class Rows(NamedTuple, Generic[N]):
+    """All that a compiled convolution is told.
+
+    ``channels`` of the input; the outputs along x, from ``begin`` to before ``end``, that no
+    padding reaches; of how many taps weights are kept, which is the first, and how many further on
+    that of the next tap along z, y and x is; how many blocks of channels, taps along z and taps
+    along y make a part; of how many rows sums take a part in turn; how much of the next part's
+    weights is fetched meanwhile; whether what is negative becomes zero.
+    """
+
+    z: Axis[N]
+    y: Axis[N]
+    x: Axis[N]
+    source: Strides[N]
+    target: Strides[N]
+    channels: N
+    begin: N
+    end: N
+    kept_taps: N
+    first_tap: N
+    apart_z: N
+    apart_y: N
+    apart_x: N
+    part_blocks: N
+    part_z: N
+    part_y: N
+    together: N
+    ahead_bytes: N
+    relu: N
+
+    @property
+    def turned(self) -> Rows[N]:
+        """The same with columns in place of rows; who turns them says where padding reaches."""
+        source, target = (s._replace(y=s.x, x=s.y) for s in (self.source, self.target))
+        turned = self._replace(y=self.x, x=self.y, source=source, target=target)
+        return turned._replace(apart_y=self.apart_x, apart_x=self.apart_y)
+
+
+def flat(rows: Rows[int]) -> list[int]:
+    """The numbers as compiled code is told them, one after the other."""
+    z, y, x, source, target, *others = rows
+    return [*z, *y, *x, *source, *target, *others]
+
+
+NUMBER_BYTES = 8
+TOLD_BYTES = NUMBER_BYTES * (
+    3 * len(Axis._fields) + 2 * len(Strides._fields) + len(Rows._fields) - 5
+)
+
+
+class Told(NamedTuple):
+    """What is told, and where."""
+
+    place: Address
+    rows: Rows[Number]
+
+    @classmethod
+    def of(cls, place: Address) -> Told:
+        """The numbers of `flat`, as code."""
+        places = count(0, NUMBER_BYTES)
+
+        def several(size: int) -> list[Number]:
+            return [place.number(next(places)) for _ in range(size)]
+
+        def axis() -> Axis[Number]:
+            return Axis(*several(len(Axis._fields)))
+
+        def strides() -> Strides[Number]:
+            return Strides(*several(len(Strides._fields)))
+
+        z, y, x, source, target = axis(), axis(), axis(), strides(), strides()
+        return cls(place, Rows(z, y, x, source, target, *several(len(Rows._fields) - 5)))
