@@ -588,7 +588,7 @@ def test_reductions_over_space_are_the_same_in_pieces_of_any_size(rows_at_once, 
     test_any_box_of_the_output_equals_the_oracle("mean of space", "reduction", 3)
 
 
-@pytest.mark.parametrize("channels", [1, 16, 37])
+@pytest.mark.parametrize("channels", [1, 3, 16, 37])
 @pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 5), (3, 4, 8), (5, 7, 9)])
 def test_changes_of_form_keep_every_value(channels, size):
     shape = (2, channels, *size)
@@ -603,8 +603,8 @@ def test_changes_of_form_keep_every_value(channels, size):
     np.testing.assert_array_equal(plain(made, shape), x)
 
 
-@pytest.mark.parametrize("spacing", [(1, 1, 1), (2, 2, 2), (1, 3, 3), (2, 1, 5)])
-@pytest.mark.parametrize("size", [(3, 4, 7), (5, 6, 50)])
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2, 2, 2), (1, 3, 4), (2, 1, 5), (1, 1, 8)])
+@pytest.mark.parametrize("size", [(3, 4, 7), (5, 6, 50), (2, 3, 171)])
 @pytest.mark.parametrize("missing", [False, True])
 def test_recombined_fragments_lie_interleaved_and_leave_other_places_alone(spacing, size, missing):
     random = np.random.default_rng(8)

@@ -15,6 +15,8 @@ from znni_dask.kernels.code import LANES, VECTOR_BYTES, Function, Vector
 from znni_dask.kernels.compiled import Library, compiled_library
 
 BLOCK, UNBLOCK = "block", "unblock"
+_FEW = ((1, 1), (2, 4), (5, LANES))  # channels of a block: the fewer, the less is transposed
+_AHEAD_BYTES = 4096  # which is how far ahead blocks are fetched
 
 
 @cache
@@ -63,16 +65,19 @@ def _write_unblock(module: ir.Module) -> None:
     with code.loop(first, last) as item:
         block, group = item // groups, item % groups
         source = blocked + block * (channel_bytes * LANES) + group * (VECTOR_BYTES * LANES)
-        rows = _transposed([source.load(voxel * VECTOR_BYTES) for voxel in range(LANES)])
+        for voxel in range(LANES):
+            source.prefetch(_AHEAD_BYTES + voxel * VECTOR_BYTES)
         target = plain + group * VECTOR_BYTES
-        for lane, vector in enumerate(rows):
-            channel = block * LANES + lane
-            place = channel * channel_bytes
-            with code.when(channel < channels):
-                with code.when(streamed.differs(0)):
-                    target.store(vector, place, streamed=True)
-                with code.when(streamed.equals(0)):
-                    target.store_floats(vector, LANES, place)
+        there = (channels - block * LANES).at_most(LANES)
+        for least, most in _FEW:
+            with code.when(code.all(there > least - 1, there < most + 1)):
+                rows = _transposed([source.load(voxel * VECTOR_BYTES) for voxel in range(LANES)])
+                for lane, vector in enumerate(rows[:most]):
+                    place = (block * LANES + lane) * channel_bytes
+                    with code.when(code.all(there > lane, streamed.differs(0))):
+                        target.store(vector, place, streamed=True)
+                    with code.when(code.all(there > lane, streamed.equals(0))):
+                        target.store_floats(vector, LANES, place)
     code.finish()
 
 

@@ -1,7 +1,8 @@
 """Fragments put together to the answer of a patch (Zlateski et al. 2016, section V).
 
 Row by row of the answer: its voxels are collected in a line that stays in the first-level cache,
-and go from there past the caches.
+and go from there past the caches. Rows of 2, 4 or 8 fragments, of which none is missing, are woven
+in registers, others voxel by voxel.
 """
 
 from __future__ import annotations
@@ -10,11 +11,22 @@ from functools import cache
 
 from llvmlite import ir
 
-from znni_dask.kernels.code import LANES, Address, Function, Integer
+from znni_dask.kernels.code import (
+    LANES,
+    VECTOR_BYTES,
+    Address,
+    Function,
+    Integer,
+    Number,
+    Vector,
+)
 from znni_dask.kernels.compiled import Library, compiled_library
 
 INTERLEAVE = "interleave"
 _FLOAT_BYTES = 4
+_WOVEN = (2, 4, 8)  # fragments along x
+_LEAST = 4  # voxels of each that are woven at once
+_AHEAD_BYTES = 512  # which is how far ahead rows are fetched
 
 
 @cache
@@ -51,12 +63,20 @@ def fragments_library() -> Library:
             copy(target, line, 0, out_x)
         begin = channel * channel_bytes + z // step_z * plane_bytes + y // step_y * row_bytes
         told = places + (z % step_z * step_y + y % step_y) * step_x * 8
+        for count in _WOVEN:
+            with code.when(code.all(step_x.equals(count), some.equals(0))):
+                sources = [fragments + begin + told.number(part * 8) for part in range(count)]
+                _weave(code, sources, line, out_x // count)
+        woven = code.number(0)
+        for count in _WOVEN:
+            condition = code.all(step_x.equals(count), some.equals(0))
+            woven = code.choose(condition, out_x // count // _LEAST * _LEAST, woven)
         with code.loop(0, step_x) as part:
             place = told.number(part * 8)
             source = fragments + begin + place
             with (
                 code.when(place > -1),
-                code.loop(0, (out_x - part + step_x - 1) // step_x) as i,
+                code.loop(woven, (out_x - part + step_x - 1) // step_x) as i,
             ):
                 value = source.spread(i * _FLOAT_BYTES)
                 line.store_floats(value, 1, (i * step_x + part) * _FLOAT_BYTES)
@@ -70,3 +90,32 @@ def fragments_library() -> Library:
         copy(line, target, whole, out_x)
     code.finish()
     return compiled_library(module)
+
+
+def _weave(code: Function, sources: list[Address], line: Address, length: Number) -> None:
+    """Voxels of rows in turn, of each row as many as are a multiple of `_LEAST`."""
+    begun, step = code.number(0), len(sources) * _FLOAT_BYTES
+    for size in (LANES, _LEAST):
+        whole = length // size * size
+        with code.loop(begun, whole, size) as i:
+            for source in sources:
+                source.prefetch(i * _FLOAT_BYTES + _AHEAD_BYTES)
+            rows = [source.load_floats(size, i * _FLOAT_BYTES) for source in sources]
+            left = size * len(rows)
+            for number, vector in enumerate(_woven(rows)):
+                count = min(LANES, left - number * LANES)
+                if count > 0:
+                    line.store_floats(vector, count, i * step + number * VECTOR_BYTES)
+        begun = whole
+
+
+def _woven(rows: list[Vector]) -> list[Vector]:
+    """The first lanes of all vectors, then the second ones, and so on."""
+    if len(rows) == 1:
+        return rows
+    found = []
+    for even, odd in zip(_woven(rows[::2]), _woven(rows[1::2]), strict=True):
+        for half in (0, LANES // 2):
+            lanes = [half + lane // 2 + lane % 2 * LANES for lane in range(LANES)]
+            found.append(even.chosen(odd, lanes))
+    return found
