@@ -23,7 +23,7 @@ from znni_dask.kernels.memory import allocate
 from znni_dask.kernels.team import Team
 from znni_dask.network import layers
 from znni_dask.network.layers import NO_PADDING
-from znni_dask.primitives import conv_img2row, pooling, reducing
+from znni_dask.primitives import conv_img2row, pointwise, pooling, reducing
 from znni_dask.primitives import rows as rows_of_outputs
 from znni_dask.primitives.base import Form, Problem
 from znni_dask.primitives.conv_fft_planes import ConvPlanesFFT
@@ -477,6 +477,16 @@ def test_pooling_in_strips_of_rows_is_pooling(label, monkeypatch):
         with Team(2) as team:
             named("pooling", layer).apply(None, problem, given, out, team)
         np.testing.assert_allclose(plain(out, problem.output), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_value_in_any_piece_is_taken_over_and_computed():
+    layer, shape = layers.Activation("relu"), (1, 1, 1, 2, pointwise.PIECE - 7)
+    x = np.random.default_rng(12).standard_normal(shape).astype(np.float32)
+    problem = Problem(layer, (shape,), shape, ((0, 0, 0),), (0, 0, 0), shape[2:])
+    out = np.full_like(x, np.nan)
+    with Team(2) as team:
+        named("pointwise", layer).apply(None, problem, [x], out, team)
+    np.testing.assert_array_equal(out, np.maximum(x, 0))
 
 
 @pytest.mark.parametrize("form", Form)
