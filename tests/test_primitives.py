@@ -489,6 +489,17 @@ def test_a_value_in_any_piece_is_taken_over_and_computed():
     np.testing.assert_array_equal(out, np.maximum(x, 0))
 
 
+def test_a_value_in_any_piece_is_summed():
+    layer, shape = layers.Arithmetic("add", relu=True), (1, 1, 1, 2, pointwise.PIECE - 7)
+    random = np.random.default_rng(13)
+    a, b, c = (random.standard_normal(shape).astype(np.float32) for _ in range(3))
+    places = ((0, 0, 0),) * 3
+    problem = Problem(layer, (shape,) * 3, shape, places, (0, 0, 0), shape[2:])
+    with Team(2) as team:
+        named("pointwise", layer).apply(None, problem, [a, b, c], out := np.empty_like(a), team)
+    np.testing.assert_array_equal(out, np.maximum(a + b + c, 0))
+
+
 @pytest.mark.parametrize("form", Form)
 def test_max_pooling_passes_nan_on(form):
     layer = layers.MaxPool((1, 1, 3), (1, 1, 1))

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, cast, final
 
 import numpy as np
 
-from znni_dask.geometry import Size, triple
+from znni_dask.geometry import Size, ceil_divide, triple
 from znni_dask.kernels.code import LANES
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Arithmetic, Broadcast, Concat, Layer
 from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem
-from znni_dask.primitives.pointwise import copy_channels, crop
+from znni_dask.primitives.pointwise import PIECE, ZEROS, copy_channels, crop
 
 _BUFFER = 1 << 13  # elements that numpy casts at a time
 _UFUNCS: dict[str, np.ufunc] = {
@@ -80,17 +80,32 @@ class ArithmeticOfInputs(Primitive):
             return
         ufunc = _UFUNCS[function]
 
-        def work(first: int, last: int) -> None:
+        def combine(parts: Sequence[Array], target: Array, zeros: Array) -> None:
             with np.errstate(all="ignore"):
-                for item in range(first, last):
-                    at = divmod(item, out.shape[1])
-                    ufunc(views[0][at], views[1][at], out=out[at])
-                    for view in views[2:]:
-                        ufunc(out[at], view[at], out=out[at])
-                    if layer.relu:
-                        np.maximum(out[at], 0, out=out[at])
+                ufunc(parts[0], parts[1], out=target)
+                for part in parts[2:]:
+                    ufunc(target, part, out=target)
+                if layer.relu:
+                    np.maximum(target, zeros, out=target)
 
-        team.share(work, out.shape[0] * out.shape[1])
+        if all(view.flags.c_contiguous for view in views):
+            lines, line = [view.reshape(-1) for view in views], out.reshape(-1)
+
+            def pieces(first: int, last: int) -> None:
+                for begin in range(first * PIECE, last * PIECE, PIECE):
+                    piece = slice(begin, begin + PIECE)
+                    here = line[piece]
+                    combine([one[piece] for one in lines], here, ZEROS[: here.size])
+
+            team.share(pieces, ceil_divide(out.size, PIECE))
+            return
+
+        def blocks(first: int, last: int) -> None:
+            for item in range(first, last):
+                at = divmod(item, out.shape[1])
+                combine([view[at] for view in views], out[at], ZEROS[:1])
+
+        team.share(blocks, out.shape[0] * out.shape[1])
 
 
 @final

@@ -20,7 +20,7 @@ from znni_dask.network.network import Weights
 from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem
 
 PIECE = 1 << 16
-_ZEROS = np.zeros(PIECE, np.float32)  # numpy takes seven times as long with one number
+ZEROS = np.zeros(PIECE, np.float32)  # numpy takes seven times as long with one number
 
 
 def crop(x: Array, offset: Size, size: Sequence[int]) -> Array:
@@ -191,7 +191,7 @@ def _threshold(v: Array, alpha: Any, beta: Any) -> None:
 
 
 _FUNCTIONS: dict[str, Callable[[Array, Any, Any], object]] = {
-    "relu": lambda v, a, b: np.maximum(v, _ZEROS[: v.size], out=v),
+    "relu": lambda v, a, b: np.maximum(v, ZEROS[: v.size], out=v),
     "leaky_relu": _leak,
     "elu": _elu,
     "selu": _selu,
