@@ -10,7 +10,9 @@ import pytest
 
 import graphs
 from znni_dask import cli
+from znni_dask.errors import InputError
 from znni_dask.importers.to_onnx import save
+from znni_dask.kernels import compiled
 from znni_dask.network import layers
 from znni_dask.network.build import Builder
 from znni_dask.storage.volume import open_volume
@@ -134,6 +136,18 @@ def test_interruption_has_its_own_exit_code(files, capsys, monkeypatch):
     monkeypatch.setattr(cli, "_info", interrupted)
     assert cli.main(["info", "n337"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_compilation_is_told_of_once(files, capsys, monkeypatch):
+    def run(*arguments, **others):
+        for _ in range(2):
+            compiled.LOG.info("compiling kernels")
+        raise InputError("that was all")
+
+    monkeypatch.setattr(cli, "run", run)
+    for _ in range(2):
+        assert cli.main(["infer", "net.onnx", "in.npy", "out.zarr"]) == 2
+        assert capsys.readouterr().out.splitlines() == ["compiling kernels"]
 
 
 def test_the_command_is_installed_and_prints_plain_lines_into_a_pipe(files):

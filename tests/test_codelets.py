@@ -143,20 +143,25 @@ def test_other_processors_can_be_compiled_for(triple, cpu, machine):
         assert int.from_bytes(code[18:20], "little") == machine
 
 
-def test_code_is_compiled_once_and_kept(tmp_path, monkeypatch):
+def test_code_is_compiled_once_and_kept(tmp_path, monkeypatch, caplog):
     def module():
         made = ir.Module()
         exposed(made, complex_line(made, 2, 2, 2), "line")
         return made
 
     monkeypatch.setenv("ZNNI_CACHE", str(tmp_path / "kept"))
+    caplog.set_level("INFO")
     compiled.compiled_library(module())
+    assert "once" in caplog.text
+    assert str(tmp_path / "kept") in caplog.text
+    caplog.clear()
     (kept,) = (tmp_path / "kept").iterdir()
     written = kept.stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(compiled, "object_code", None)  # would be called, and fail
         compiled.compiled_library(module())
     assert [p.stat().st_mtime_ns for p in (tmp_path / "kept").iterdir()] == [written]
+    assert not caplog.text
     (tmp_path / "file").touch()
     monkeypatch.setenv("ZNNI_CACHE", str(tmp_path / "file"))  # nothing can be kept there
     assert compiled.compiled_library(module())["line"]

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 blocks failed, or a verification does not hold; 2 the inpu
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from znni_dask.errors import InputError, RunError
 from znni_dask.geometry import Size, triple
 from znni_dask.importers import load_network
 from znni_dask.inspection import facts
+from znni_dask.kernels import compiled
 from znni_dask.machine import cores
 from znni_dask.normalization import METHODS
 from znni_dask.patches import BOUNDARIES
@@ -244,7 +246,7 @@ def _info(options: argparse.Namespace) -> int:
 
 def _infer(options: argparse.Namespace) -> int:
     console = _console()
-    with _progress(console) as progress:
+    with _telling_of_compilation(console), _progress(console) as progress:
         summary = run(
             options.network,
             options.input,
@@ -296,6 +298,27 @@ def _verify(options: argparse.Namespace) -> int:
     for line in report.verification_lines(found):
         console.print(line, soft_wrap=True)
     return 0 if found.holds else 1
+
+
+@contextmanager
+def _telling_of_compilation(console: Console) -> Iterator[None]:
+    """Tell once, where kernels are compiled, why nothing is computed meanwhile."""
+    told: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if not told:
+                told.append(record.getMessage())
+                console.print(told[0], soft_wrap=True)
+
+    listener, level = Listener(), compiled.LOG.level
+    compiled.LOG.addHandler(listener)
+    compiled.LOG.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        compiled.LOG.removeHandler(listener)
+        compiled.LOG.setLevel(level)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,8 @@ from typing import TypeAlias
 
 from llvmlite import binding as llvm
 from llvmlite import ir
+
+LOG = logging.getLogger(__name__)
 
 Parameters: TypeAlias = Mapping[str, tuple[Sequence[str], Sequence[str]]]
 """Of functions by their names: the addresses that they take, and then the numbers."""
@@ -107,6 +110,7 @@ def library_of_text(text: str, parameters: Parameters) -> Library:
     try:
         return Library(place.read_bytes(), parameters)
     except OSError:  # not there yet, or not for us to read
+        LOG.info("compiling kernels for this machine: once, they are kept in %s", cache_folder())
         code = object_code(text, target)
     with contextlib.suppress(OSError):  # where nothing can be kept, every process compiles
         keep(place, code)

@@ -17,14 +17,18 @@ from znni_dask.kernels import (
     pooling_blocked,
     resampling,
     resampling_blocked,
+    sharing,
     special,
     spectra,
     statistics,
+    turns,
 )
 
 
 def compile_kernels() -> None:
     """Make every compiled kernel ready."""
+    sharing.sharing_library()  # soon compiled: what tells of compiling tells of it before the rest
+    turns.turns_library()
     x = np.zeros(1 + direct.LANES, np.float32)[:1].reshape(1, 1, 1, 1, 1)
     out = np.zeros_like(x)
     zeros, ones = np.zeros(3, np.int64), np.ones(3, np.int64)
