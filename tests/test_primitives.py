@@ -57,6 +57,8 @@ LAYERS = {
         1,
     ),
     "conv grouped": (layers.Conv(6, 9, (1, 3, 3), groups=3), 1),
+    "conv in groups of blocks": (layers.Conv(96, 64, (2, 3, 1), groups=2, padding=ODD), 1),
+    "conv in groups of parts of blocks": (layers.Conv(20, 25, (1, 3, 2), groups=5, relu=True), 1),
     "conv depthwise": (layers.Conv(4, 4, (3, 3, 1), groups=4, padding=ODD), 1),
     "conv depthwise blocks": (
         layers.Conv(21, 21, (2, 3, 3), (1, 2, 1), (1, 1, 2), ODD, groups=21, relu=True),
@@ -416,6 +418,7 @@ def test_memory_measured_stays_within_memory_predicted(label, name, threads):
         ("direct blocked", layers.Conv(70, 90, (3, 3, 3))),
         ("direct to few channels", layers.Conv(70, 9, (5, 5, 5))),
         ("direct depthwise", layers.Conv(70, 70, (9, 9, 9), groups=70)),
+        ("direct blocked", layers.Conv(144, 144, (5, 5, 5), groups=9)),
         ("img2row", layers.Conv(70, 90, (3, 3, 3))),
         ("direct transposed blocked", layers.ConvTranspose(70, 90, (3, 3, 3), (2, 2, 2))),
     ],
@@ -424,7 +427,8 @@ def test_what_is_prepared_takes_the_memory_that_is_predicted(name, layer):
     primitive = named(name, layer)
     weights = weights_of(layer, np.random.default_rng(0))
     prepared = primitive.prepare(layer, weights)
-    parts = chain(*prepared.values()) if isinstance(prepared, dict) else prepared
+    several = list(prepared.values() if isinstance(prepared, dict) else prepared)
+    parts = chain(*several) if isinstance(several[0], list) else several
     kept = sum(array.nbytes for part in parts for array in (part.weights, part.biases))
     peak = traced_peak(lambda: primitive.prepare(layer, weights))
     assert kept >= 4 * sum(w.size for w in weights.values())

@@ -15,7 +15,7 @@ from znni_dask.kernels.code import LANES
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.primitives.base import Form, Primitive, Problem
 from znni_dask.primitives.conv_depthwise import ConvDepthwise
-from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
+from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked, groups_together
 from znni_dask.primitives.conv_direct_few import ConvDirectFew
 from znni_dask.primitives.conv_fft_planes import ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
@@ -85,6 +85,8 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
     elif (rate := DIRECT_FLOPS_PER_SECOND.get(type(primitive))) is not None:
         lanes = problem.inputs[0] if isinstance(primitive, ConvDirectFew) else problem.output
         wasted = prod(Form.BLOCKED.stored(lanes)) / prod(lanes)
+        if isinstance(primitive, ConvDirectBlocked):
+            wasted *= groups_together(cast("Conv", problem.layer))
         traffic = Form.BLOCKED.nbytes(problem.inputs[0]) + Form.BLOCKED.nbytes(problem.output)
         seconds = max(wasted * primitive.flops(problem) / rate, traffic / BYTES_PER_SECOND)
     elif isinstance(primitive, ConvWholeFFT):
