@@ -132,22 +132,24 @@ def test_an_interrupt_waits_for_those_who_are_at_work(monkeypatch):
     assert len(ended) == 1
 
 
-def helpers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("znni-team")]
-
-
 def test_threads_end_with_their_team():
+    gc.collect()  # of teams that others left
+    before = set(threading.enumerate())
+
+    def begun():
+        return set(threading.enumerate()) - before
+
     with Team(3) as together:
-        assert not helpers()  # they begin when they are needed
+        assert not begun()  # they begin when they are needed
         together.share(lambda first, last: None, 9)
-        assert len(helpers()) == 2
+        assert len(begun()) == 2
         together.close()
-        assert not helpers()
+        assert not begun()
     left = Team(3)
     left.share(lambda first, last: None, 9)
     del left
     gc.collect()
-    assert not helpers()
+    assert not begun()
 
 
 def test_helpers_sleep_when_there_is_nothing_to_do(note):
