@@ -10,12 +10,13 @@ taken in pairs that lie opposite each other. Such pieces are the codelets of Fri
 from __future__ import annotations
 
 import cmath
-from math import cos, pi, sin
+from math import cos, log2, pi, sin
 from typing import NamedTuple, TypeAlias
 
 from znni_dask.kernels.code import Vector
 
 LONGEST = 64
+_SLOWER = {50: 2.0, 54: 2.0, 56: 2.0, 60: 2.0}  # times: what tiles so long are found to take
 _PRIMES = (2, 3, 5, 7)
 _RADICES = (4, *_PRIMES)
 _NOTHING = 1e-12
@@ -53,6 +54,12 @@ def refusal(length: int) -> str | None:
         return None
     primes = ", ".join(map(str, _PRIMES))
     return f"transforms have lengths of up to {LONGEST} that are products of {primes}, not {length}"
+
+
+def operations(length: int) -> float:
+    """Operations of a complex transform by the usual count, 5 n log n; more of those lengths that
+    take longer than their count."""
+    return 5 * length * log2(length) * _SLOWER.get(length, 1.0)
 
 
 def forward(x: list[Complex]) -> list[Complex]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log2
 from typing import ClassVar, NamedTuple, cast, final
 
 import numpy as np
@@ -22,6 +21,7 @@ import numpy as np
 from znni_dask.geometry import Size, ceil_divide, round_up, triple, volume
 from znni_dask.kernels import tiles
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
+from znni_dask.kernels.codelets import operations
 from znni_dask.kernels.complex_product import PAIR_BYTES, TRIPLE_BYTES
 from znni_dask.kernels.memory import Bytes, allocate, allocated_bytes
 from znni_dask.kernels.team import Each, Team
@@ -99,13 +99,13 @@ class ConvTiledFFT(Primitive):
         return work.transforms + work.products
 
     def work(self, problem: Problem) -> Work:
-        """Operations of transforms (5 n log n of n complex numbers, half of real ones) and of
-        products (8), and what goes to and from memory."""
+        """Operations of transforms (half as many of real numbers) and of products (8), and what
+        goes to and from memory."""
         split = _split_bytes(problem)
         problem = problem_without_stride(problem)
         conv, tile, stacks = _conv(problem), self._tile(problem), self._stacks(problem)
         blocks, made_blocks = _blocks(conv)
-        line = [5 * n * log2(n) if n > 1 else 0.0 for n in tile.size]
+        line = [operations(n) for n in tile.size]
         plane = tile.size[1] * line[2] / 2 + tile.half * line[1]
         column = tile.columns * line[0]
         rows = stacks.count * stacks.tiles
