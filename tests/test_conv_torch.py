@@ -128,10 +128,10 @@ def test_the_planner_takes_it_where_it_is_faster(rate, monkeypatch):
     monkeypatch.setattr(costs, "TORCH_FLOPS_PER_SECOND", rate)
     b = Builder(1)
     x = b.conv(b.input, 64, 3)
-    network = b.network(b.conv(x, 64, 3, groups=4))
+    network = b.network(b.conv(x, 64, 7, groups=4))
     layout = Layout(network, (300, 300, 300), "reflect")
     plain = Schedules(layout, choose_primitives(layout))
-    asked = Menu(plain, Box((0, 0, 0), (64, 64, 64)), patches=100, threads=2)
+    asked = Menu(plain, Box((0, 0, 0), (64, 64, 64)), patches=1000, threads=2)
     roomy, narrow = (asked.fastest_within(room).values() for room in (2e9, 1.5e8))
     assert any(isinstance(p, ConvTorch) for p in roomy) == (rate == 1e13)
     assert not any(isinstance(p, ConvTorch) for p in narrow)  # no room for torch itself
