@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import Enum
-from itertools import count
+from itertools import count, islice
 from typing import Generic, NamedTuple, TypeVar
 
 from znni_dask.kernels.code import Address, Number
@@ -92,6 +93,11 @@ TOLD_BYTES = NUMBER_BYTES * (
 )
 
 
+def numbers_at(place: Address) -> Iterator[Number]:
+    """The numbers one after another from a place on, as code that reads them."""
+    return (place.number(offset) for offset in count(0, NUMBER_BYTES))
+
+
 class Told(NamedTuple):
     """What is told, and where."""
 
@@ -101,16 +107,8 @@ class Told(NamedTuple):
     @classmethod
     def of(cls, place: Address) -> Told:
         """The numbers of `flat`, as code."""
-        places = count(0, NUMBER_BYTES)
-
-        def several(size: int) -> list[Number]:
-            return [place.number(next(places)) for _ in range(size)]
-
-        def axis() -> Axis[Number]:
-            return Axis(*several(len(Axis._fields)))
-
-        def strides() -> Strides[Number]:
-            return Strides(*several(len(Strides._fields)))
-
-        z, y, x, source, target = axis(), axis(), axis(), strides(), strides()
-        return cls(place, Rows(z, y, x, source, target, *several(len(Rows._fields) - 5)))
+        numbers = numbers_at(place)
+        z, y, x = (Axis(*islice(numbers, len(Axis._fields))) for _ in "zyx")
+        source, target = (Strides(*islice(numbers, len(Strides._fields))) for _ in range(2))
+        others = islice(numbers, len(Rows._fields) - 5)
+        return cls(place, Rows(z, y, x, source, target, *others))

@@ -5,12 +5,12 @@ its window sees, side by side (img2row; Jiang et al. 2023, "3D-img2row").
 from __future__ import annotations
 
 from functools import cache
-from itertools import count
+from itertools import islice
 from typing import Generic, NamedTuple
 
 from llvmlite import ir
 
-from znni_dask.kernels.axes import Axis, N, Strides
+from znni_dask.kernels.axes import Axis, N, Strides, numbers_at
 from znni_dask.kernels.code import LANES, VECTOR_BYTES, Address, Function, Number
 from znni_dask.kernels.compiled import Library, compiled_library
 
@@ -94,10 +94,6 @@ def _within(place: Number, axis: Axis[Number]) -> list[ir.Value]:
 
 def _told(place: Address) -> Patches[Number]:
     """The numbers of `flat`, as code."""
-    places = count(0, 8)
-
-    def several(size: int) -> list[Number]:
-        return [place.number(next(places)) for _ in range(size)]
-
-    z, y, x = (Axis(*several(len(Axis._fields))) for _ in "zyx")
-    return Patches(z, y, x, Strides(*several(len(Strides._fields))), *several(2))
+    numbers = numbers_at(place)
+    z, y, x = (Axis(*islice(numbers, len(Axis._fields))) for _ in "zyx")
+    return Patches(z, y, x, Strides(*islice(numbers, len(Strides._fields))), *islice(numbers, 2))

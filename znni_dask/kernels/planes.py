@@ -27,18 +27,17 @@ stack of planes, as in `tiles`.
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
 from znni_dask.geometry import ceil_divide
-from znni_dask.kernels.code import LANES, VECTOR_BYTES, Address, Function, Number
+from znni_dask.kernels.code import LANES, VECTOR_BYTES, Function
 from znni_dask.kernels.compiled import Library, compiled_library, host
 from znni_dask.kernels.complex_product import PAIR_BYTES
 from znni_dask.kernels.lines import complex_line, restored_line
-from znni_dask.kernels.tiles import STACK_NUMBERS, Tile
+from znni_dask.kernels.tiles import Place, Tile
 
 SPECTRA, ANSWERS = "spectra", "answers"
 _PLANES_AT_ONCE = {True: 4, False: 1}  # with 32 long registers, and without
@@ -110,16 +109,14 @@ def _write_spectra(module: ir.Module, tile: Tile, wide: bool) -> None:
     with code.loop(first, last) as item:
         plane = item % planes
         target = spectra + item // planes * (tile.columns * line) + plane * _COMPLEX_BYTES
-        place = _Place.of(table, stacks, item // (channels * planes), plane, planes)
+        place = Place.of(table, stacks, item // (channels * planes), plane, planes)
         with code.when(place.address.equals(0)), code.loop(0, 2 * ny) as i:
             lines.store(code.vector(), i * VECTOR_BYTES)
         with code.when(place.address.differs(0)):
             corner = place.corner + item // planes % channels * channel_stride
-            inside = code.all(
-                (place.bottom - place.top).equals(ny), (place.right - place.left).equals(nx)
-            )
+            inside = code.all(place.height.equals(ny), place.width.equals(nx))
             rows = code.choose(inside, corner, aside)
-            with code.when((place.bottom - place.top + place.right - place.left) < ny + nx):
+            with code.when((place.height + place.width) < ny + nx):
                 with code.loop(0, _aside_bytes(tile) // VECTOR_BYTES) as i:
                     aside.store(code.vector(), i * VECTOR_BYTES)
                 with (
@@ -202,7 +199,7 @@ def _write_answers(module: ir.Module, tile: Tile, relu: bool, together: int) -> 
                 to = restored + z * (my * row_bytes) + q * PAIR_BYTES
                 code.call(along_y, column + z * line, to, PAIR_BYTES, row_bytes)
         with code.loop(0, count) as z:
-            place = _Place.of(table, stacks, stack, begin + z, made)
+            place = Place.of(table, stacks, stack, begin + z, made)
             rows, corner = restored + z * (my * row_bytes), place.corner + block * block_stride
             with code.when(place.address.differs(0)), code.loop(place.top, place.bottom) as y:
                 addresses = rows + y * row_bytes, corner + y * row_stride
@@ -260,27 +257,6 @@ def _product(module: ir.Module, tile: Tile, together: int) -> Function:
             target.store(re.get(), (y + z * ny) * PAIR_BYTES)
             target.store(im.get(), (y + z * ny) * PAIR_BYTES + VECTOR_BYTES)
     return code.finish()
-
-
-class _Place(NamedTuple):
-    """Where a plane of a stack lies, and what of it counts."""
-
-    address: Number
-    corner: Address
-    top: Number
-    bottom: Number
-    left: Number
-    right: Number
-
-    @classmethod
-    def of(
-        cls, table: Address, stacks: Address, stack: Number, plane: Number, planes: Number
-    ) -> _Place:
-        entry = (stack * planes + plane) * 8
-        told = stacks + stack * (8 * STACK_NUMBERS)
-        top, bottom, left, right, begin = (told.number(8 * i) for i in range(STACK_NUMBERS))
-        address = table.address(entry)
-        return cls(table.number(entry), address + begin, top, bottom, left, right)
 
 
 def _aside_bytes(tile: Tile) -> int:

@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from llvmlite import ir
 
@@ -157,12 +158,13 @@ def _write_planes(module: ir.Module, tile: Tile) -> None:
     row_bytes, padded = half * PAIR_BYTES, buffer + columns * PAIR_BYTES
     with code.loop(first, last) as item:
         target = spectra + item * PAIR_BYTES
-        place = _Place.of(item, table, stacks, blocks, planes)
+        stack, block = item // (blocks * planes), item // planes % blocks
+        place = Place.of(table, stacks, stack, item % planes, planes)
         with code.when(place.address.equals(0)), code.loop(0, columns) as q:
             for shift in (0, VECTOR_BYTES):
                 (target + q * column_stride).store(code.vector(), shift)
         with code.when(place.address.differs(0)):
-            corner = place.corner + place.block * block_stride
+            corner = place.corner + block * block_stride
             for rows in ((0, place.top), (place.bottom, ny)):
                 with code.loop(*rows) as y:
                     _clear(code, buffer + y * row_bytes, 2 * half)
@@ -256,10 +258,11 @@ def _write_restore(module: ir.Module, tile: Tile, relu: bool) -> None:
     row_bytes, aside = half * PAIR_BYTES, buffer + tile.columns * PAIR_BYTES
     share = 2 * tile.columns // (half + my) + 1  # of the next plane's cache lines, with every line
     with code.loop(first, last) as item:
-        place = _Place.of(item, table, stacks, blocks, planes)
+        stack, block = item // (blocks * planes), item // planes % blocks
+        place = Place.of(table, stacks, stack, item % planes, planes)
         with code.when(place.address.differs(0)):
-            corner = place.corner + place.block * block_stride
-            bias = biases + place.block * VECTOR_BYTES
+            corner = place.corner + block * block_stride
+            bias = biases + block * VECTOR_BYTES
             source = answers + item * answer_stride
             ahead = Ahead(source + answer_stride, code.number(share))
             with code.loop(0, half) as q:
@@ -278,11 +281,9 @@ def _write_restore(module: ir.Module, tile: Tile, relu: bool) -> None:
     code.finish()
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Which plane of which stack an item is, and what of it counts."""
+class Place(NamedTuple):
+    """Where a plane of a stack lies, and what of it counts."""
 
-    block: Number
     address: Number
     corner: Address
     top: Number
@@ -292,25 +293,24 @@ class _Place:
 
     @classmethod
     def of(
-        cls, item: Number, table: Address, stacks: Address, blocks: Number, planes: Number
-    ) -> _Place:
-        stack, plane = item // (blocks * planes), item % planes
+        cls, table: Address, stacks: Address, stack: Number, plane: Number, planes: Number
+    ) -> Place:
+        """As the tables tell, of stacks of so many planes."""
         entry = (stack * planes + plane) * 8
         told = stacks + stack * (8 * STACK_NUMBERS)
         top, bottom, left, right, begin = (told.number(8 * i) for i in range(STACK_NUMBERS))
-        return cls(
-            block=item // planes % blocks,
-            address=table.number(entry),
-            corner=table.address(entry) + begin,
-            top=top,
-            bottom=bottom,
-            left=left,
-            right=right,
-        )
+        address, corner = table.number(entry), table.address(entry) + begin
+        return cls(address, corner, top, bottom, left, right)
 
     @property
     def width(self) -> Number:
+        """Voxels of a row that count."""
         return self.right - self.left
+
+    @property
+    def height(self) -> Number:
+        """Rows that count."""
+        return self.bottom - self.top
 
 
 @contextmanager

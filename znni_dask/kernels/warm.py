@@ -27,7 +27,7 @@ from znni_dask.kernels import (
 
 def compile_kernels() -> None:
     """Make every compiled kernel ready."""
-    sharing.sharing_library()  # soon compiled: what tells of compiling tells of it before the rest
+    sharing.sharing_library()  # first: that it compiles is told before all else does
     turns.turns_library()
     x = np.zeros(1 + direct.LANES, np.float32)[:1].reshape(1, 1, 1, 1, 1)
     out = np.zeros_like(x)

@@ -71,7 +71,8 @@ class Primitive(ABC):
 
     ``in_place``: `apply` may be given its first input as output. ``fragments``: the layer is
     evaluated at all offsets of its stride, the fragments joining the batch. ``library_bytes``: what
-    a library takes that it computes with, once in a process.
+    a library takes that it computes with, once in a process. ``takes``: where `fits` holds not for
+    all layers of its kind, in words.
     """
 
     name: ClassVar[str]
@@ -79,12 +80,19 @@ class Primitive(ABC):
     in_place: ClassVar[bool] = False
     fragments: ClassVar[bool] = False
     library_bytes: ClassVar[int] = 0
+    takes: ClassVar[str] = ""
 
     def refusal(self, layer: Layer) -> str | None:
         """Why the primitive cannot take this layer; None where it can."""
-        if isinstance(layer, self.layer):
-            return None
-        return f"{self.name} computes {self.layer.__name__} layers, not {layer.kind}"
+        if not isinstance(layer, self.layer):
+            return f"{self.name} computes {self.layer.__name__} layers, not {layer.kind}"
+        if not self.fits(layer):
+            return f"{self.name} takes {self.takes}, not {layer.summary}"
+        return None
+
+    def fits(self, layer: Layer) -> bool:
+        """Whether a layer of its kind is one that it takes."""
+        return True
 
     def flops(self, problem: Problem) -> int:
         """Arithmetic operations, a multiply-add counting as two."""
@@ -130,6 +138,12 @@ class Primitive(ABC):
     ) -> None:
         """Compute the problem into ``out``; inputs and ``out`` are C-contiguous, in the
         primitive's forms."""
+
+
+def direct_flops(problem: Problem) -> int:
+    """Operations of a convolution whose products are summed one by one."""
+    batch, _, z, y, x = problem.output
+    return int(2 * problem.layer.multiply_adds() * batch * z * y * x)
 
 
 def indices(*values: int) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ from znni_dask.kernels import direct
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
-from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, indices
+from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, direct_flops, indices
 
 
 @final
@@ -29,8 +29,7 @@ class ConvDirect(Primitive):
     layer: ClassVar[type[Layer]] = Conv
 
     def flops(self, problem: Problem) -> int:
-        batch, _, z, y, x = problem.output
-        return int(2 * problem.layer.multiply_adds() * batch * z * y * x)
+        return direct_flops(problem)
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
         """Per thread the runs, and the stretch of a padded plane that a run reads."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import log2, prod
+from math import prod
 from typing import ClassVar, NamedTuple, cast, final
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from znni_dask.geometry import ceil_divide, round_up, triple, volume
 from znni_dask.kernels import planes
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
+from znni_dask.kernels.codelets import operations
 from znni_dask.kernels.complex_product import PAIR_BYTES
 from znni_dask.kernels.memory import Bytes, allocate, allocated_bytes
 from znni_dask.kernels.team import Each, Team
@@ -25,7 +26,7 @@ from znni_dask.kernels.tiles import Tile
 from znni_dask.network.layers import ONES, Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives.base import Array, Form, Primitive, Problem
-from znni_dask.primitives.stacks import Stacks, stacks_of
+from znni_dask.primitives.stacks import Stacks, Work, stacks_of
 
 _NAME = "fft of planes "
 MOST_CHANNELS = 16  # beyond, transforms along z pay
@@ -42,14 +43,6 @@ class Prepared(NamedTuple):
     biases: Array
 
 
-class Work(NamedTuple):
-    """What a problem takes: operations of transforms and of products, bytes to and from memory."""
-
-    transforms: int
-    products: int
-    traffic_bytes: int
-
-
 @final
 @dataclass(frozen=True)
 class ConvPlanesFFT(Primitive):
@@ -61,6 +54,7 @@ class ConvPlanesFFT(Primitive):
 
     tile: tuple[int, ...]
     layer: ClassVar[type[Layer]] = Conv
+    takes: ClassVar[str] = "no stride, groups or whole window"
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -75,12 +69,14 @@ class ConvPlanesFFT(Primitive):
             return None
         return cls(tuple(map(int, lengths)))
 
+    def fits(self, layer: Layer) -> bool:
+        conv = cast("Conv", layer)
+        return conv.stride == ONES and conv.groups == 1 and not conv.whole
+
     def refusal(self, layer: Layer) -> str | None:
         if (reason := super().refusal(layer)) is not None:
             return reason
         conv = cast("Conv", layer)
-        if conv.stride != ONES or conv.groups != 1 or conv.whole:
-            return f"{self.name} takes no stride, groups or whole window, not {conv.summary}"
         if conv.in_channels > MOST_CHANNELS:
             return f"{self.name} takes at most {MOST_CHANNELS} channels, not {conv.in_channels}"
         if (products := conv.in_channels * volume(conv.kernel)) < FEWEST_PRODUCTS:
@@ -98,12 +94,12 @@ class ConvPlanesFFT(Primitive):
         return work.transforms + work.products
 
     def work(self, problem: Problem) -> Work:
-        """Operations of transforms (5 n log n of n complex numbers, half of real ones) and of
-        products (8), and what goes to and from memory."""
+        """Operations of transforms (half as many of real numbers) and of products (8), and what
+        goes to and from memory."""
         conv, stacks = _conv(problem), self._stacks(problem)
         tile, blocks = stacks.tile, ceil_divide(conv.out_channels, LANES)
         _, ny, nx = tile.size
-        line_y, line_x = (5 * n * log2(n) if n > 1 else 0.0 for n in (ny, nx))
+        line_y, line_x = map(operations, (ny, nx))
         read, made = (stacks.count * n for n in (stacks.planes, stacks.planes_made))
         forward = LANES * (line_y + 4 * nx * ny)  # along x by the definition
         back = LANES * (tile.half * line_y + ny * line_x / 2)

@@ -35,7 +35,7 @@ from znni_dask.primitives.phases import (
     split_weights,
     without_stride,
 )
-from znni_dask.primitives.stacks import Stacks, stacks_of
+from znni_dask.primitives.stacks import Stacks, Work, stacks_of
 
 _NAME, _REMADE = "tiled fft ", ", spectra remade"
 TILES_AT_ONCE = 64  # rows of the matrices that are multiplied
@@ -47,14 +47,6 @@ class Prepared(NamedTuple):
 
     kernels: Bytes
     biases: Array
-
-
-class Work(NamedTuple):
-    """What a problem takes: operations of transforms and of products, bytes to and from memory."""
-
-    transforms: int
-    products: int
-    traffic_bytes: int
 
 
 @final
@@ -69,6 +61,7 @@ class ConvTiledFFT(Primitive):
     tile: Size
     remade: bool = False
     layer: ClassVar[type[Layer]] = Conv
+    takes: ClassVar[str] = "no groups or whole window"
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -83,13 +76,14 @@ class ConvTiledFFT(Primitive):
             return None
         return cls(triple(int(length) for length in lengths), name.endswith(_REMADE))
 
+    def fits(self, layer: Layer) -> bool:
+        conv = cast("Conv", layer)
+        return conv.groups == 1 and not conv.whole
+
     def refusal(self, layer: Layer) -> str | None:
         if (reason := super().refusal(layer)) is not None:
             return reason
-        conv = cast("Conv", layer)
-        if conv.groups != 1 or conv.whole:
-            return f"{self.name} takes no groups or whole window, not {conv.summary}"
-        return Tile(self.tile, without_stride(conv).kernel).refusal()
+        return Tile(self.tile, without_stride(cast("Conv", layer)).kernel).refusal()
 
     def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
         return Form.BLOCKED if cast("Conv", layer).stride == ONES else None, Form.BLOCKED

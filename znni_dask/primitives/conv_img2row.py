@@ -23,7 +23,7 @@ from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows
-from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem
+from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, direct_flops
 
 GATHERED_BYTES = 1 << 19  # of rows that lie in the second-level cache
 _LEAST_ROWS = 48  # or the kernels' way from memory would be all that counts
@@ -37,21 +37,17 @@ class ConvImg2row(Primitive):
 
     name: ClassVar[str] = "img2row"
     layer: ClassVar[type[Layer]] = Conv
+    takes: ClassVar[str] = "no groups or whole window"
 
-    def refusal(self, layer: Layer) -> str | None:
-        if (reason := super().refusal(layer)) is not None:
-            return reason
+    def fits(self, layer: Layer) -> bool:
         conv = cast("Conv", layer)
-        if conv.groups != 1 or conv.whole:
-            return f"{self.name} takes no groups or whole window, not {conv.summary}"
-        return None
+        return conv.groups == 1 and not conv.whole
 
     def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
         return None, Form.BLOCKED
 
     def flops(self, problem: Problem) -> int:
-        batch, _, z, y, x = problem.output
-        return int(2 * problem.layer.multiply_adds() * batch * z * y * x)
+        return direct_flops(problem)
 
     def prepared_bytes(self, layer: Layer) -> int:
         conv = cast("Conv", layer)

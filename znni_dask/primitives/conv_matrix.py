@@ -25,13 +25,11 @@ class ConvMatrix(Primitive):
     name: ClassVar[str] = "matrix"
     layer: ClassVar[type[Layer]] = Conv
 
-    def refusal(self, layer: Layer) -> str | None:
-        if (reason := super().refusal(layer)) is not None:
-            return reason
+    takes: ClassVar[str] = "kernels as large as what they see"
+
+    def fits(self, layer: Layer) -> bool:
         conv = cast("Conv", layer)
-        if conv.whole != "zyx" or conv.groups != 1 or conv.padding != NO_PADDING:
-            return f"{self.name} takes kernels as large as what they see, not {conv.summary}"
-        return None
+        return conv.whole == "zyx" and conv.groups == 1 and conv.padding == NO_PADDING
 
     def flops(self, problem: Problem) -> int:
         return int(2 * problem.layer.multiply_adds() * problem.output[0])

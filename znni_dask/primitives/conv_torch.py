@@ -21,7 +21,15 @@ from znni_dask.kernels.code import VECTOR_BYTES
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
-from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, Shape
+from znni_dask.primitives.base import (
+    ITEM_BYTES,
+    Array,
+    Form,
+    Primitive,
+    Problem,
+    Shape,
+    direct_flops,
+)
 
 LIBRARY_BYTES = 160 << 20  # memory that torch takes, with all it imports
 SLAB_BYTES = 32 << 20  # of the padded input that a thread has at once
@@ -46,8 +54,7 @@ class ConvTorch(Primitive):
         return None
 
     def flops(self, problem: Problem) -> int:
-        batch, _, z, y, x = problem.output
-        return int(2 * problem.layer.multiply_adds() * batch * z * y * x)
+        return direct_flops(problem)
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
         """Of every thread a slab, and what torch makes of it, in forms of its own: the slab, the

@@ -43,11 +43,7 @@ class FormChange(Primitive):
         fixed = (() if blocked else (int(aligned),)) + (channels, voxels * ITEM_BYTES, groups)
         for source, target in zip(inputs[0], out, strict=True):
             places = source.ctypes.data, target.ctypes.data
-
-            def work(first: int, last: int, places: tuple[int, int] = places) -> None:
-                change(*places, *fixed, first, last)
-
-            team.share(work, ceil_divide(channels, LANES) * groups)
+            team.run(change, (*places, *fixed), ceil_divide(channels, LANES) * groups)
         if voxels % LANES:
             self._change_rest(inputs[0], out, channels, groups * LANES)
 

@@ -9,7 +9,7 @@ import numpy as np
 from znni_dask.geometry import Size
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.fragments import INTERLEAVE, fragments_library
-from znni_dask.kernels.team import Team
+from znni_dask.kernels.team import Each, Team
 from znni_dask.primitives.base import ITEM_BYTES, Array
 
 
@@ -26,15 +26,8 @@ def recombine(
         places[place] = number * fragments.strides[0]
     line_bytes = out.shape[3] * ITEM_BYTES + VECTOR_BYTES
     memory = team.scratch(team.threads * line_bytes).ctypes.data
-    own = [memory + i * line_bytes for i in range(team.threads)]
-    interleave = fragments_library()[INTERLEAVE]
     given = [array.ctypes.data for array in (fragments, out, places)]
     shift = out.ctypes.data // ITEM_BYTES % LANES
     fixed = *fragments.strides[1:4], *spacing, *out.shape[1:], int((places < 0).any()), shift
-
-    def work(first: int, last: int) -> None:
-        line = own.pop()  # there is one for every thread
-        interleave(*given, line, *fixed, first, last)
-        own.append(line)
-
-    team.share(work, out.shape[0] * out.shape[1])
+    told = *given, Each(memory, line_bytes), *fixed
+    team.run(fragments_library()[INTERLEAVE], told, out.shape[0] * out.shape[1])

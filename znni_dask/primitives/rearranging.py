@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from znni_dask.kernels import resampling
 from znni_dask.kernels.code import VECTOR_BYTES
 from znni_dask.kernels.resampling_blocked import GATHER, INTERPOLATE, resampling_library
-from znni_dask.kernels.team import Team
+from znni_dask.kernels.team import Each, Team
 from znni_dask.network.layers import Crop, DepthToSpace, Layer, Pad, Resize, Select
 from znni_dask.primitives.base import Array, Form, Primitive, Problem, indices
 from znni_dask.primitives.pointwise import copy_channels, crop
@@ -202,16 +202,10 @@ class LinearResizing(Primitive):
         ]
         line_bytes = x.shape[4] * VECTOR_BYTES
         memory = team.scratch(team.threads * line_bytes).ctypes.data
-        own = [memory + i * line_bytes for i in range(team.threads)]
-        numbers = *x.shape[2:5], *out.shape[2:5]
-
-        def work(first: int, last: int) -> None:
-            line = own.pop()  # there is one for every thread
-            places = (table.ctypes.data for table in tables)
-            interpolate(x.ctypes.data, out.ctypes.data, line, *places, *numbers, first, last)
-            own.append(line)
-
-        team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
+        arrays, numbers = (x, out), (*x.shape[2:5], *out.shape[2:5])
+        before, after = ([array.ctypes.data for array in some] for some in (arrays, tables))
+        told = *before, Each(memory, line_bytes), *after, *numbers
+        team.run(interpolate, told, out.shape[0] * out.shape[1] * out.shape[2])
 
     @staticmethod
     def _places(problem: Problem, axis: int) -> _Places:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from znni_dask.kernels.memory import allocate, allocated_bytes
 from znni_dask.kernels.team import Team
 from znni_dask.kernels.turns import TAKE, Turn, turns_library
 from znni_dask.network.layers import Conv, Layer
-from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem
+from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, direct_flops
 
 PASS_BYTES = 2 << 10  # what a pass holds beside arrays
 PART_BYTES = 40 << 10  # of weights that stay in the first-level cache
@@ -164,24 +164,10 @@ class Pass(NamedTuple):
 
 
 class InRows(Primitive):
-    """Abstract: a convolution that is passes over the rows of its output; ``takes`` says of what
-    layers."""
-
-    takes: ClassVar[str]
-
-    def refusal(self, layer: Layer) -> str | None:
-        reason = super().refusal(layer)
-        if reason is None and not self.fits(layer):
-            return f"{self.name} takes {self.takes}, not {layer.summary}"
-        return reason
-
-    @abstractmethod
-    def fits(self, layer: Layer) -> bool:
-        """Whether a layer of its kind is one that it takes."""
+    """Abstract: a convolution that is passes over the rows of its output."""
 
     def flops(self, problem: Problem) -> int:
-        batch, _, z, y, x = problem.output
-        return int(2 * problem.layer.multiply_adds() * batch * z * y * x)
+        return direct_flops(problem)
 
     @abstractmethod
     def count(self, layer: Layer) -> int:
