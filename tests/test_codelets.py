@@ -11,7 +11,7 @@ from znni_dask.kernels import compiled, planes, rows, tiles
 from znni_dask.kernels.code import LANES, Function
 from znni_dask.kernels.codelets import LONGEST, refusal
 from znni_dask.kernels.complex_product import Product
-from znni_dask.kernels.lines import complex_line, real_line, restored_line
+from znni_dask.kernels.lines import complex_line, gathered_line, real_line, restored_line
 from znni_dask.kernels.memory import allocate
 from znni_dask.kernels.patch_matrix import patches_module
 from znni_dask.kernels.pooling_blocked import pooling_module
@@ -58,7 +58,7 @@ def test_transforms_are_those_of_numpy(n):
     exposed(module, complex_line(module, n, taken, made, inverse=True, streamed=True), "pruned")
     exposed(module, complex_line(module, n, n, n, sums=True), "summed")
     exposed(module, real_line(module, n, taken), "real")
-    exposed(module, real_line(module, n, n, inverse=True), "conjugate")
+    exposed(module, gathered_line(module, n, taken, scale=0.25), "conjugate")
     run = compiled.compiled_library(module)
     random = np.random.default_rng(n)
     x, out = aligned((n, 2, LANES)), aligned((n, 2, LANES))
@@ -78,8 +78,10 @@ def test_transforms_are_those_of_numpy(n):
     run["real"](spread.ctypes.data, out.ctypes.data, 3 * VECTOR, PAIR)
     half = n // 2 + 1
     close(complexes(out[:half]), np.fft.rfft(spread[:taken, 0], n, axis=0))
-    run["conjugate"](spread.ctypes.data, out.ctypes.data, 3 * VECTOR, PAIR)
-    close(complexes(out[:half]), np.fft.rfft(spread[:, 0], axis=0).conj())
+    lines = np.full((LANES, taken + 1), np.nan, np.float32)
+    lines[:, :taken] = random.standard_normal((LANES, taken))
+    run["conjugate"](lines.ctypes.data, out.ctypes.data, lines.strides[0], PAIR)
+    close(complexes(out[:half]), np.fft.rfft(lines[:, :taken].T, n, axis=0).conj() / 4)
 
 
 @pytest.mark.parametrize("n", [n for n in LENGTHS if n % 2 == 0])

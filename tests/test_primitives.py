@@ -19,11 +19,11 @@ from znni_dask.kernels import rows as rows_kernel
 from znni_dask.kernels import tiles as tiles_kernel
 from znni_dask.kernels.code import LANES
 from znni_dask.kernels.direct import SLACK_BYTES
-from znni_dask.kernels.memory import allocate
+from znni_dask.kernels.memory import allocate, allocated_bytes
 from znni_dask.kernels.team import Team
 from znni_dask.network import layers
 from znni_dask.network.layers import NO_PADDING
-from znni_dask.primitives import conv_img2row, pointwise, pooling, reducing
+from znni_dask.primitives import conv_fft_tiles, conv_img2row, pointwise, pooling, reducing
 from znni_dask.primitives import rows as rows_of_outputs
 from znni_dask.primitives.base import Form, Problem
 from znni_dask.primitives.conv_fft_planes import ConvPlanesFFT
@@ -433,6 +433,26 @@ def test_what_is_prepared_takes_the_memory_that_is_predicted(name, layer):
     peak = traced_peak(lambda: primitive.prepare(layer, weights))
     assert kept >= 4 * sum(w.size for w in weights.values())
     assert peak <= primitive.prepared_bytes(layer) + (16 << 10) <= 4 * kept
+
+
+def allocate_traced(nbytes):
+    """What `allocate` gives, as memory that Python keeps account of."""
+    memory = np.empty(allocated_bytes(nbytes), np.uint8)
+    return memory[-memory.ctypes.data % 64 :][:nbytes]
+
+
+@pytest.mark.parametrize("remade", [False, True])
+@pytest.mark.parametrize(
+    "layer", [layers.Conv(128, 64, (3, 5, 7)), layers.Conv(40, 70, (5, 4, 6), stride=(2, 1, 2))]
+)
+def test_spectra_are_prepared_in_the_memory_that_is_predicted(layer, remade, monkeypatch):
+    primitive = ConvTiledFFT((16, 16, 16), remade)
+    weights = weights_of(layer, np.random.default_rng(0))
+    monkeypatch.setattr(conv_fft_tiles, "allocate", allocate_traced)
+    kept = primitive.prepare(layer, weights).kernels.nbytes
+    peak = traced_peak(lambda: primitive.prepare(layer, weights))
+    assert peak <= primitive.prepared_bytes(layer) + (16 << 10)
+    assert kept <= primitive.prepared_bytes(layer) <= 1.4 * kept + (6 << 20)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from typing import Any, TypeAlias, TypeVar
 from llvmlite import ir
 
 LANES = 16
-VECTOR_BYTES = 4 * LANES
+FLOAT_BYTES = 4
+VECTOR_BYTES = FLOAT_BYTES * LANES
 
 _FLOAT = ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -185,6 +186,14 @@ class Address:
         lanes = ir.Constant(ir.VectorType(_INDEX, count), list(range(count)))
         few = self.build.shuffle_vector(vector.value, vector.value, lanes)
         self.build.store(few, (self + offset).value, align=4)
+
+    def gathered(self, apart: Integer) -> Vector:
+        """The float there and fifteen others, each so many bytes after the one before."""
+        value = ir.Constant(_VECTOR, ir.Undefined)
+        for lane in range(LANES):
+            one = self._load(apart * lane, _FLOAT, 4)
+            value = self.build.insert_element(value, one, _INDEX(lane))
+        return Vector(self.build, value)
 
     def spread(self, offset: Integer = 0) -> Vector:
         """The one float there, in all lanes."""

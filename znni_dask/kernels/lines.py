@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from znni_dask.kernels.code import VECTOR_BYTES, Address, Function, Integer
+from znni_dask.kernels.code import FLOAT_BYTES, VECTOR_BYTES, Address, Function, Integer
 from znni_dask.kernels.codelets import ZERO, Complex, backward, backward_to_real, forward
 from znni_dask.kernels.complex_product import PAIR_BYTES
 
@@ -33,13 +33,23 @@ def complex_line(
     return code.finish()
 
 
-def real_line(module: ir.Module, length: int, taken: int, *, inverse: bool = False) -> Function:
-    """The first half of the spectrum, and one, of real values (source, target, their strides);
-    its conjugate with ``inverse``."""
+def real_line(module: ir.Module, length: int, taken: int) -> Function:
+    """The first half of the spectrum, and one, of real values (source, target, their strides)."""
     code = _line(module)
     (source, target), (read, write) = code.addresses, code.numbers
     x = [Complex(source.load(read * j), None) for j in range(taken)] + [ZERO] * (length - taken)
-    _put(code, (backward if inverse else forward)(x)[: length // 2 + 1], target, write)
+    _put(code, forward(x)[: length // 2 + 1], target, write)
+    return code.finish()
+
+
+def gathered_line(module: ir.Module, length: int, taken: int, scale: float) -> Function:
+    """The conjugate of what `real_line` makes, times ``scale``, of sixteen lines that each lie in
+    one stretch (source, target, bytes from line to line and stride of the target)."""
+    code = _line(module)
+    (source, target), (apart, write) = code.addresses, code.numbers
+    values = [(source + FLOAT_BYTES * j).gathered(apart) * scale for j in range(taken)]
+    x = [Complex(value, None) for value in values] + [ZERO] * (length - taken)
+    _put(code, backward(x)[: length // 2 + 1], target, write)
     return code.finish()
 
 

@@ -35,15 +35,24 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from znni_dask.geometry import Size, triple
+from znni_dask.geometry import Size, ceil_divide, triple, volume
 from znni_dask.kernels import codelets
-from znni_dask.kernels.code import VECTOR_BYTES, Address, Function, Integer, Number
+from znni_dask.kernels.code import (
+    FLOAT_BYTES,
+    LANES,
+    VECTOR_BYTES,
+    Address,
+    Function,
+    Integer,
+    Number,
+)
 from znni_dask.kernels.compiled import Library, compiled_library, host
 from znni_dask.kernels.complex_product import PAIR_BYTES, TRIPLE_BYTES, Ahead, Product
-from znni_dask.kernels.lines import complex_line, real_line, restored_line
+from znni_dask.kernels.lines import complex_line, gathered_line, real_line, restored_line
 
 STACK_NUMBERS = 5
 KERNELS, PLANES, COLUMNS, RESTORE = "kernels", "planes", "columns", "restore"
+_KERNELS_AT_ONCE, _KERNELS_BYTES = 8, 640 << 10  # the latter stay in a second-level cache
 _STRIDES = ("block_stride", "row_stride", "stride")
 
 
@@ -70,9 +79,25 @@ class Tile:
         return self.size[1] * self.half
 
     @property
+    def kernels_at_once(self) -> int:
+        """Channels whose kernels are transformed together: as many as the second-level cache
+        holds."""
+        return max(1, min(_KERNELS_AT_ONCE, _KERNELS_BYTES // self._kernel_bytes))
+
+    def groups(self, channels: int) -> int:
+        """Items of `KERNELS` for an output block."""
+        return ceil_divide(channels, self.kernels_at_once)
+
+    @property
     def kernels_buffer_bytes(self) -> int:
         """Memory that a thread needs for `KERNELS`."""
-        return self.kernel[0] * self.columns * PAIR_BYTES
+        return self.kernels_at_once * self._kernel_bytes
+
+    @property
+    def _kernel_bytes(self) -> int:
+        """Of one kernel transformed along x, and of one of its frequencies along y, too."""
+        kz, ky, _ = self.kernel
+        return (self.half * (kz * ky | 1) + kz * self.size[1]) * PAIR_BYTES
 
     @property
     def plane_buffer_bytes(self) -> int:
@@ -107,11 +132,12 @@ def stages_module(tile: Tile, relu: bool, wide: bool) -> ir.Module:
 def _write_kernels(module: ir.Module, tile: Tile) -> None:
     """Spectra of kernels, conjugate: a network's convolution is a correlation.
 
-    Items are (output block, channel); ``weights`` holds for each its taps (z, y, x), of 16 output
-    channels, divided by the tile's voxels.
+    Items are `kernels_at_once` channels of an output block, or what is left of them; ``weights``
+    are those of the network, (output channel, channel, z, y, x), of whole output blocks. What
+    several channels together write are stretches of memory, which it takes faster than pairs.
     """
     (nz, ny, nx), (kz, ky, kx), half = tile.size, tile.kernel, tile.half
-    along_x = real_line(module, nx, kx, inverse=True)
+    along_x = gathered_line(module, nx, kx, scale=1 / volume(tile.size))
     along_y = complex_line(module, ny, ky, ny, inverse=True)
     along_z = complex_line(module, nz, kz, nz, inverse=True, streamed=True)
     code = Function(
@@ -121,23 +147,29 @@ def _write_kernels(module: ir.Module, tile: Tile) -> None:
         ("channels", "blocks", "first", "last"),
     )
     (buffer, weights, kernels), (channels, blocks, first, last) = code.addresses, code.numbers
-    row_bytes, plane_bytes = half * PAIR_BYTES, tile.columns * PAIR_BYTES
-    spread = blocks * channels * PAIR_BYTES
+    row_bytes, line_bytes = (kz * ky | 1) * PAIR_BYTES, kz * ny * PAIR_BYTES
+    taps_bytes = volume(tile.kernel) * FLOAT_BYTES
+    rows_bytes, spread = half * row_bytes, blocks * channels * PAIR_BYTES
+    lines, at_once = buffer + tile.kernels_at_once * rows_bytes, tile.kernels_at_once
+    groups = (channels + (at_once - 1)) // at_once
     with code.loop(first, last) as item:
-        taps = weights + item * (kz * ky * kx * VECTOR_BYTES)
-        with code.loop(0, kz) as z:
-            plane = buffer + z * plane_bytes
-            with code.loop(0, ky) as y:
-                row = taps + (z * ky + y) * (kx * VECTOR_BYTES)
-                code.call(along_x, row, plane + y * row_bytes, VECTOR_BYTES, PAIR_BYTES)
-            with code.loop(0, half) as q:
-                line = plane + q * PAIR_BYTES
-                code.call(along_y, line, line, row_bytes, row_bytes)
-        target = kernels + item * PAIR_BYTES
-        with code.loop(0, half) as q, code.loop(0, ny) as y:
-            line = target + (q * ny + y) * nz * spread
-            source = buffer + y * row_bytes + q * PAIR_BYTES
-            code.call(along_z, source, line, plane_bytes, spread)
+        begin = item % groups * at_once
+        count = (channels - begin).at_most(at_once)
+        taps = weights + (item // groups * (LANES * channels) + begin) * taps_bytes
+        target = kernels + (item // groups * channels + begin) * PAIR_BYTES
+        with code.loop(0, count) as channel, code.loop(0, kz * ky) as row:
+            source = taps + channel * taps_bytes + row * (kx * FLOAT_BYTES)
+            to = buffer + channel * rows_bytes + row * PAIR_BYTES
+            code.call(along_x, source, to, channels * taps_bytes, row_bytes)
+        with code.loop(0, half) as q:
+            with code.loop(0, count) as channel, code.loop(0, kz) as z:
+                source = buffer + channel * rows_bytes + q * row_bytes + z * (ky * PAIR_BYTES)
+                to = lines + channel * line_bytes + z * (ny * PAIR_BYTES)
+                code.call(along_y, source, to, PAIR_BYTES, PAIR_BYTES)
+            with code.loop(0, ny) as y, code.loop(0, count) as channel:
+                source = lines + channel * line_bytes + y * PAIR_BYTES
+                to = target + (q * ny + y) * nz * spread + channel * PAIR_BYTES
+                code.call(along_z, source, to, ny * PAIR_BYTES, spread)
     code.finish()
 
 

@@ -42,8 +42,8 @@ TILES_AT_ONCE = 64  # rows of the matrices that are multiplied
 
 
 class Prepared(NamedTuple):
-    """What is prepared: spectra of the kernels, or where they are remade their taps (output block,
-    channel, tap, 16 output channels); biases in blocks."""
+    """What is prepared: spectra of the kernels, or where they are remade their taps (output
+    channel, channel, z, y, x), of whole blocks; biases in blocks."""
 
     kernels: Bytes
     biases: Array
@@ -123,8 +123,11 @@ class ConvTiledFFT(Primitive):
         conv = without_stride(cast("Conv", layer))
         _, made_blocks = _blocks(conv)
         taps = allocated_bytes(made_blocks * conv.in_channels * volume(conv.kernel) * VECTOR_BYTES)
-        kept = 0 if self.remade else allocated_bytes(self._kernels_bytes(conv, made_blocks))
-        return kept + made_blocks * VECTOR_BYTES + 2 * taps  # one while the other is made
+        biases = allocated_bytes(made_blocks * VECTOR_BYTES)
+        if self.remade:
+            return taps + biases
+        buffer = allocated_bytes(Tile(self.tile, conv.kernel).kernels_buffer_bytes)
+        return allocated_bytes(self._kernels_bytes(conv, made_blocks)) + biases + taps + buffer
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
         split = _split_bytes(problem)
@@ -133,28 +136,23 @@ class ConvTiledFFT(Primitive):
         return split + need.nbytes + need.table_bytes
 
     def prepare(self, layer: Layer, weights: Weights) -> Prepared:
-        """Spectra of the kernels, where they are kept. One thread writes them as fast as memory
-        takes them."""
+        """Spectra of the kernels, where they are kept. One thread takes little longer than to write
+        as many bytes."""
         conv = without_stride(cast("Conv", layer))
         tile = Tile(self.tile, conv.kernel)
         _, made_blocks = _blocks(conv)
-        channels, taps = conv.in_channels, volume(conv.kernel)
-        scaled = np.zeros((made_blocks * LANES, channels, taps), np.float32)
-        split_weights(cast("Conv", layer), weights["weight"], scaled[: conv.out_channels])
-        scaled /= volume(tile.size)
-        side = allocate(scaled.nbytes).view(np.float32).reshape(made_blocks, channels, taps, LANES)
-        side[...] = np.moveaxis(scaled.reshape(made_blocks, LANES, channels, taps), 1, -1)
+        taps = _taps(cast("Conv", layer), weights["weight"])
         biases = allocate(made_blocks * VECTOR_BYTES).view(np.float32)
         biases[:] = 0
         if conv.bias:
             biases[: conv.out_channels] = weights["bias"]
         if self.remade:
-            return Prepared(side.reshape(-1).view(np.uint8), biases)
+            return Prepared(taps.reshape(-1).view(np.uint8), biases)
         kernels = allocate(self._kernels_bytes(conv, made_blocks))
         buffer = allocate(tile.kernels_buffer_bytes)
         tiles.stages(tile, conv.relu)[tiles.KERNELS](
-            *(array.ctypes.data for array in (buffer, side, kernels)),
-            *(channels, made_blocks, 0, made_blocks * channels),
+            *(array.ctypes.data for array in (buffer, taps, kernels)),
+            *(conv.in_channels, made_blocks, 0, made_blocks * tile.groups(conv.in_channels)),
         )
         return Prepared(kernels, biases)
 
@@ -176,6 +174,7 @@ class ConvTiledFFT(Primitive):
         if self.remade:
             taps, kernels, group = kernels, remade, 1
             taps_bytes = conv.in_channels * volume(conv.kernel) * VECTOR_BYTES
+            groups = tile.groups(conv.in_channels)
         compiled = tiles.stages(tile, conv.relu)
 
         def share(stage: str, items: int, *fixed: int) -> None:
@@ -191,7 +190,7 @@ class ConvTiledFFT(Primitive):
             for block in range(0, made_blocks, group):
                 if self.remade:
                     begin = taps + block * taps_bytes
-                    share(tiles.KERNELS, conv.in_channels, begin, kernels, conv.in_channels, group)
+                    share(tiles.KERNELS, groups, begin, kernels, conv.in_channels, group)
                 share(
                     tiles.COLUMNS,
                     tile.columns,
@@ -306,3 +305,13 @@ def _split_bytes(problem: Problem) -> int:
 def _blocks(conv: Conv) -> tuple[int, int]:
     """Blocks of input and of output channels."""
     return ceil_divide(conv.in_channels, LANES), ceil_divide(conv.out_channels, LANES)
+
+
+def _taps(conv: Conv, weight: Array) -> Array:
+    """Weights of the convolution without stride, of whole blocks of output channels."""
+    dense, (_, made_blocks) = without_stride(conv), _blocks(conv)
+    if dense is conv and conv.out_channels == made_blocks * LANES:
+        return np.require(weight, np.float32, ("C", "A"))
+    taps = np.zeros((made_blocks * LANES, dense.in_channels, *dense.kernel), np.float32)
+    split_weights(conv, weight, taps[: conv.out_channels])
+    return taps
