@@ -34,11 +34,12 @@ from torch.nn import functional
 
 from sample import generate
 from score import average_precision, best_baseline
+from znni_dask.geometry import triple
 
 Size = tuple[int, int, int]
 CHANNELS_LAST = torch.channels_last_3d  # several times faster on a CPU, with few channels
 HELD_OUT = slice(20, 30)
-SAMPLE_SHAPE = (40, 512, 512)
+HELD_OUT_SAMPLE_SHAPE = (16, 256, 256)
 SAMPLE_SEED, HELD_OUT_SAMPLE_SEED = 1000, 2000
 
 
@@ -262,21 +263,22 @@ def train(recipe: Recipe, volumes: list[Volume], minutes: float, seed: int) -> i
 
 
 @torch.no_grad()
-def predict_valid(network: nn.Sequential, raw: Tensor) -> NDArray[np.float32]:
-    """Logits (z, y, x) at every voxel of `raw`; the volume is extended by reflection."""
+def predict_valid(network: nn.Sequential, raw: Tensor, wanted: slice) -> NDArray[np.float32]:
+    """Logits (z, y, x) at every voxel of some sections of `raw`; the volume is extended by
+    reflection."""
     dense = densified(folded(network)).to(memory_format=CHANNELS_LAST)
     low_high = [((view - 1) // 2, view // 2) for view in VALID_FIELD_OF_VIEW]
     extended = torch.from_numpy(np.pad(raw.numpy(), low_high, mode="reflect"))
     depth = VALID_FIELD_OF_VIEW[0]
-    sections = [dense(extended[None, None, z : z + depth])[0, 0] for z in range(raw.shape[0])]
+    sections = [dense(extended[None, None, z : z + depth])[0, 0] for z in range(len(raw))[wanted]]
     return torch.cat(sections).numpy()
 
 
 @torch.no_grad()
-def predict_unet(network: UNet, raw: Tensor) -> NDArray[np.float32]:
-    """Logits (z, y, x) of the whole volume at once."""
+def predict_unet(network: UNet, raw: Tensor, wanted: slice) -> NDArray[np.float32]:
+    """Logits (z, y, x) of some sections, the whole volume being seen at once."""
     logits: NDArray[np.float32] = network(raw[None, None])[0, 0].numpy()
-    return logits
+    return logits[wanted]
 
 
 def export(network: nn.Module, path: Path) -> None:
@@ -316,6 +318,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.0, help="training time per network")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "networks")
     parser.add_argument("--networks", nargs="+", default=["boundary_valid", "boundary_unet"])
+    parser.add_argument(
+        "--generated",
+        type=int,
+        nargs=3,
+        default=(40, 512, 512),
+        metavar=("Z", "Y", "X"),
+        help="size of the generated volume that they also learn from",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -325,8 +335,9 @@ def main() -> None:
 
     stack = real(*arguments.real)
     seen = Volume(stack.raw[: HELD_OUT.start], stack.truth[: HELD_OUT.start])
-    volumes = [seen, made_up(SAMPLE_SHAPE, SAMPLE_SEED)]
-    fresh = made_up((16, 256, 256), HELD_OUT_SAMPLE_SEED)
+    size = triple(arguments.generated)
+    volumes = [seen, made_up(size, SAMPLE_SEED)]
+    fresh = made_up(triple(map(min, size, HELD_OUT_SAMPLE_SHAPE)), HELD_OUT_SAMPLE_SEED)
     tests = {"real": (stack, HELD_OUT), "made-up": (fresh, slice(None))}
     for place, (volume, sections) in tests.items():
         best = best_baseline(volume.raw[sections].numpy(), volume.truth[sections].numpy())
@@ -345,7 +356,7 @@ def main() -> None:
         print(f"{name}: {steps} steps in {arguments.minutes:g} minutes")
         export(recipe.network, arguments.output / f"{name}.onnx")
         for place, (volume, sections) in tests.items():
-            logits = predictors[name](recipe.network, volume.raw)[sections]
+            logits = predictors[name](recipe.network, volume.raw, sections)
             reached = average_precision(logits, volume.truth[sections].numpy())
             print(f"{name}, {place}, held out: {reached:.3f}")
 

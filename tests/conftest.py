@@ -20,6 +20,17 @@ def kills(request):
     return request.config.getoption("--kills")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """PyTorch's threads cost more than they bring for volumes as small as those of tests."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def client():
     """One in-process cluster for all runs; two blocks at a time."""

@@ -102,10 +102,11 @@ def test_the_trained_networks_are_small_and_of_their_kind(name):
 
 @pytest.mark.filterwarnings("ignore")
 def test_training_runs_on_a_stack_given_by_path(workplace):
-    raw, truth = sample.generate((30, 256, 256), seed=7)
+    raw, truth = sample.generate((30, 224, 224), seed=7)
     tifffile.imwrite("volume.tif", raw)
     tifffile.imwrite("labels.tif", np.where(truth, 0, 255).astype(np.uint8))
     options = ["--real", "volume.tif", "labels.tif", "--minutes", "0.02", "--output", "trained"]
+    options += ["--generated", "8", "224", "224"]
     assert "boundary_valid" in python("examples/train.py", *options)
     zarr.create_array("in.zarr", data=raw[:8, :64, :64])
     for name in ("boundary_valid", "boundary_unet"):

@@ -15,6 +15,8 @@ from znni_dask.network.field_of_view import geometry
 from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Block(nn.Sequential):
     """One or two convolutions with batch normalisation; one keeps deep U-Nets' view small."""

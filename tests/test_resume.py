@@ -22,8 +22,8 @@ from znni_dask.journal import Journal, journal_of
 from znni_dask.storage.output import Image
 from znni_dask.storage.volume import open_volume
 
-SIZE = (40, 48, 56)
-BLOCKS = 5 * 6 * 7
+SIZE = (24, 32, 40)
+BLOCKS = 3 * 4 * 5
 
 
 def made_files(folder, size=SIZE):
@@ -72,13 +72,13 @@ def stopped(folder, client, monkeypatch, after, **changed):
 
 def test_the_same_command_makes_what_is_missing_and_no_more(files, tmp_path, client, monkeypatch):
     network, values = files
-    stopped(tmp_path, client, monkeypatch, after=50)
+    stopped(tmp_path, client, monkeypatch, after=20)
     journal = Journal.begun(journal_of(tmp_path / "out.zarr"))
-    assert len(journal.done) == 50
+    assert len(journal.done) == 20
     with monkeypatch.context() as patched:
         seen = failing_after(1 << 30, patched, None)
         summary = znni_dask.run(**options(tmp_path), client=client)
-    assert summary.blocks == BLOCKS - 50 == len(seen)
+    assert summary.blocks == BLOCKS - 20 == len(seen)
     assert not set(seen) & {start for _, _, start in journal.done}
     assert_same(stored(tmp_path / "out.zarr"), at_once(network, values, "reflect"))
     assert not journal_of(tmp_path / "out.zarr").exists()
@@ -126,7 +126,7 @@ def test_another_answer_is_refused_and_says_what_differs(
 
 def test_an_output_changed_since_is_not_taken_for_finished(files, tmp_path, client, monkeypatch):
     """Blocks that the journal tells of would be missing."""
-    stopped(tmp_path, client, monkeypatch, after=50)
+    stopped(tmp_path, client, monkeypatch, after=20)
     shutil.rmtree(tmp_path / "out.zarr" / "1")
     with pytest.raises(OutputError, match=r"not as the unfinished run left it.*--overwrite"):
         znni_dask.run(**options(tmp_path), client=client)
@@ -157,7 +157,7 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_same_command(kills, tmp_p
     """Nothing differs at the end, and no block is computed twice but those that were in flight."""
     kills = kills or 4
     most = 6 * 7  # blocks between kills: of a layer of the volume
-    network, values = made_files(tmp_path, (8 * (kills + 1), *SIZE[1:]))
+    network, values = made_files(tmp_path, (8 * (kills + 1), 48, 56))
     command = slow_command(tmp_path)
     command.killed(kills, most)
     assert journal_of(tmp_path / "out.zarr").exists()

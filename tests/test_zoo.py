@@ -37,6 +37,7 @@ from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout
 from zoo import DYNAMO, ENTRIES, TORCHSCRIPT, Entry
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PATCH = (11, 13, 17)  # voxels of the volume behind the boxes compared
 SECTIONS = 3  # of a volume that a 2D network is applied to
 
@@ -56,15 +57,6 @@ def cases(entries):
 LOCAL = [entry for entry in ENTRIES if entry.local]
 GLOBAL = [entry for entry in ENTRIES if not entry.local]
 PATCHWISE = [entry for entry in GLOBAL if not entry.refused]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """PyTorch's threads cost more than they bring for volumes as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
