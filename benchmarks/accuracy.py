@@ -185,7 +185,7 @@ def applied(network: Network, x: Array, threads: int) -> tuple[Array, dict[str, 
     arena = schedules.arena(schedules.sizes(patch))
     out = np.empty((network.out_channels, *layout.output_size), np.float32)
     with SerialExecutor(network, primitives, arena, threads) as executor:
-        executor.run(schedules.schedule(patch), x, out)
+        executor.run(schedules.schedule(patch), [x], [out])
     return out, {name: primitive.name for name, primitive in primitives.items()}
 
 

@@ -120,7 +120,7 @@ class Dense:
 
     def run(self) -> None:
         """Make the patch."""
-        self._executor.run(self.todo, self.x, self.out)
+        self._executor.run(self.todo, [self.x], [self.out])
 
     def close(self) -> None:
         """End the threads and free the memory."""
@@ -214,9 +214,9 @@ def checked_whole(network: Network, own: Dense, team: Team) -> dict[str, float]:
 
 
 def complete(network: Network, size: Size, batch: int, team: Team) -> dict[str, Any]:
-    """A network on ``batch`` arrays of one size, by everybody."""
+    """A network on ``batch`` arrays of one size at once, by everybody."""
     layout = WholeWindow(network, size)
-    plain = Schedules(layout, choose_primitives(layout))
+    plain = Schedules(layout, choose_primitives(layout), batch)
     patch = Box((0, 0, 0), layout.output_size)
     primitives = Menu(plain, patch, RUNS, team.threads).fastest()
     random = np.random.default_rng(0)
@@ -226,8 +226,8 @@ def complete(network: Network, size: Size, batch: int, team: Team) -> dict[str, 
         for name, memory in FORMATS.items()
     }
     apply |= sessions(to_onnx(network).SerializeToString(), x.shape, team.threads)
-    with WindowExecutor(layout, primitives, team.threads) as executor:
-        apply["own"] = lambda x: np.stack([executor.apply(one) for one in x])
+    with WindowExecutor(layout, primitives, team.threads, batch) as executor:
+        apply["own"] = lambda x: executor.apply(list(x))
         answers = {name: call(x) for name, call in apply.items()}
         for name, answer in answers.items():
             difference = np.linalg.norm(answer - answers["own"]) / np.linalg.norm(answers["own"])

@@ -10,10 +10,18 @@ import pytest
 import graphs
 from znni_dask import choices
 from znni_dask.choices import Menu, choose_primitives
-from znni_dask.costs import setup_seconds, step_seconds
+from znni_dask.costs import (
+    DIRECT_FLOPS_PER_SECOND,
+    STEP_SECONDS,
+    setup_seconds,
+    step_seconds,
+)
 from znni_dask.geometry import Box
 from znni_dask.network.build import Builder
+from znni_dask.network.layers import Conv
 from znni_dask.patches import Layout
+from znni_dask.primitives.base import Problem
+from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.forms import FormChange
 from znni_dask.schedule import Schedules
@@ -108,3 +116,22 @@ def test_spectra_are_remade_where_there_is_no_room_to_keep_them():
     _, room = costs(asked, fastest)
     found = [asked.fastest_within(share * room) for share in np.linspace(0.1, 0.9, 9)]
     assert any(getattr(p, "remade", False) for p in (c for f in found if f for c in f.values()))
+
+
+@pytest.mark.parametrize("batch", [1, 512])
+@pytest.mark.parametrize(
+    ("stride", "dilation", "n", "padding"), [(1, 1, 1, 1), (2, 1, 7, 1), (1, 2, 2, 2), (3, 2, 9, 0)]
+)
+def test_products_that_only_padding_is_behind_are_not_counted(stride, dilation, n, padding, batch):
+    conv = Conv(32, 32, (3, 3, 3), (stride,) * 3, (dilation,) * 3, ((padding,) * 3,) * 2)
+    made = (n + 2 * padding - 2 * dilation - 1) // stride + 1
+    size, out, first = (n,) * 3, (made,) * 3, (-padding,) * 3
+    problem = Problem(conv, ((batch, 32, *size),), (batch, 32, *out), (first,), (0, 0, 0), size)
+    places = [o * stride + tap * dilation - padding for o in range(made) for tap in range(3)]
+    share = (sum(0 <= place < n for place in places) / len(places)) ** 3
+    found = step_seconds(ConvDirectBlocked(), problem, 1) - STEP_SECONDS
+    flops = share * ConvDirectBlocked().flops(problem)
+    weights = 4 * (32 * 32 * 27 + 32)
+    arrays = 4 * (batch * 32 * (n**3 + made**3))
+    expected = max(flops / DIRECT_FLOPS_PER_SECOND[ConvDirectBlocked], (weights + arrays) / 2e10)
+    assert found == pytest.approx(expected)

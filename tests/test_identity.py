@@ -67,7 +67,7 @@ def at_boxes(network, volume, boundary, boxes, primitives=None, threads=2):
         for box in boxes:
             todo = schedules.schedule(box)
             answer = np.empty((network.out_channels, *box.size), np.float32)
-            executor.run(todo, extended(volume, todo.input, boundary), answer)
+            executor.run(todo, [extended(volume, todo.input, boundary)], [answer])
             out[(slice(None), *box.slices)] = answer
     return out
 
@@ -259,6 +259,32 @@ def test_geometry_is_a_value_and_boxes_know_their_place():
         box.start = (0, 0, 0)
 
 
+@pytest.mark.parametrize("fragments", [True, False])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_several_patches_at_once_are_what_each_is_alone(samples, fragments):
+    """Of a dense network, whose arrays hold the fragments of all samples."""
+    b = Builder(channels=2, seed=5)
+    x = b.max_pool(b.relu(b.conv(b.input, 5, kernel=(3, 2, 3))), (1, 2, 2))
+    x = b.average_pool(b.relu(b.conv(x, 20, kernel=3)), (2, 1, 3))
+    network = b.network(b.conv(x, 3, kernel=(2, 3, 1)))
+    box, field = Box((1, 2, 3), (8, 9, 11)), geometry(network).field_of_view
+    layout = Layout(network, (20, 21, 22), "valid")
+    chosen = choose_primitives(layout, fragments)
+    schedules = Schedules(layout, chosen, samples)
+    todo = schedules.schedule(box)
+    random = np.random.default_rng(6)
+    volumes = [random.standard_normal((2, *todo.input.size), np.float32) for _ in range(samples)]
+    answers = [np.empty((3, *box.size), np.float32) for _ in range(samples)]
+    arena = schedules.arena(schedules.sizes(box))
+    with SerialExecutor(network, chosen, arena, threads=2) as executor:
+        executor.run(todo, volumes, answers)
+    for volume, answer in zip(volumes, answers, strict=True):
+        want = oracle.dense(network, volume.astype(np.float64), field)
+        z, y, x = (slice(n) for n in box.size)  # the rest is made by whole fragments alone
+        want = want[:, z, y, x]
+        assert np.linalg.norm(answer - want) < 1e-5 * np.linalg.norm(want)
+
+
 def test_a_second_patch_allocates_no_array(monkeypatch):
     b = Builder(channels=1)
     x = b.max_pool(b.relu(b.conv(b.input, 16, kernel=3)), 2)
@@ -271,9 +297,9 @@ def test_a_second_patch_allocates_no_array(monkeypatch):
     answer = np.empty((3, *box.size), np.float32)
     arena = schedules.arena(schedules.sizes(box))
     with SerialExecutor(network, chosen, arena, threads=2) as executor:
-        executor.run(todo, volume, answer)
+        executor.run(todo, [volume], [answer])
         with monkeypatch.context() as patch:
             for module in (team, serial):
                 patch.setattr(module, "allocate", None)  # would be called, and fail
-            peak = traced_peak(lambda: executor.run(todo, volume, answer))
+            peak = traced_peak(lambda: executor.run(todo, [volume], [answer]))
     assert peak < 64 << 10 < answer.nbytes / 8

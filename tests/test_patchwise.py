@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from itertools import product
+from dataclasses import replace
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import zarr
 import oracle
 import znni_dask
 from znni_dask import window_planner
-from znni_dask.choices import choose_primitives, chosen_primitives
+from znni_dask.choices import Menu, choose_primitives, chosen_primitives
 from znni_dask.cli import main
+from znni_dask.costs import estimated_seconds
 from znni_dask.errors import MemoryLimitError, NetworkError, OptionError, VolumeError
 from znni_dask.geometry import Box, tiles, volume
 from znni_dask.importers.to_onnx import save
@@ -21,11 +23,14 @@ from znni_dask.machine import parse_bytes
 from znni_dask.network.build import Builder
 from znni_dask.network.field_of_view import geometry
 from znni_dask.network.layers import Arithmetic
-from znni_dask.patchwise import WindowBlocks, apply
+from znni_dask.patchwise import WindowBlocks, WindowExecutor, apply
+from znni_dask.planner import computing_bytes
+from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.resources import Resources
+from znni_dask.schedule import Schedules
 from znni_dask.storage.volume import open_volume
 from znni_dask.verify import verify
-from znni_dask.windows import Patchwise, WindowGrid
+from znni_dask.windows import Patchwise, WholeWindow, WindowGrid
 
 WINDOW = (8, 12, 16)
 
@@ -98,6 +103,21 @@ def predicted(network, values, tmp_path, client, name="out", **options):
     return target, znni_dask.run(network, source, target, **options)
 
 
+def with_resources(grid, allowed_bytes, **options):
+    options = {"unit": (32, 32, 32), **options}
+    return Resources(
+        voxel_bytes=4,
+        encoding_bytes=4,
+        read_bytes=lambda region, by_cells=False: 4 * volume(region),
+        write_bytes=1 << 20,
+        baseline_bytes=0,
+        allowed_bytes=allowed_bytes,
+        threads=2,
+        hull=Box((0, 0, 0), grid.output_size),
+        **options,
+    )
+
+
 @pytest.mark.parametrize("weights", ["constant", "gaussian"])
 @pytest.mark.parametrize(
     ("size", "overlap"),
@@ -149,6 +169,44 @@ def test_the_answer_does_not_depend_on_blocks_memory_or_threads(tmp_path, client
     maker.close()
     for other in (*answers[1:], pieces):
         assert np.array_equal(other, answers[0])
+
+
+@pytest.mark.parametrize("fastest", [False, True])
+@pytest.mark.parametrize("make", [normalised, classifier])
+def test_the_answer_does_not_depend_on_how_many_windows_are_computed_at_once(make, fastest):
+    """Also where the last are fewer; and where some are left out, as nothing there is wanted."""
+    network, values = make(), np.random.default_rng(8).standard_normal((1, 19, 26, 31))
+    grid = WindowGrid(network, (12, 20, 24), "valid", Patchwise(WINDOW, 0.5, step=step(make)))
+    box = Box((0, 0, 0), grid.output_size)
+    wanted = np.ones(box.size, bool)
+    wanted[-1:] = False
+    count = sum(wanted[here.slices].any() for _, here in grid.windows_of(box))
+    assert count > 8
+    assert count % 8
+    given = values[:, :12, :20, :24].astype(np.float32)
+    made = []
+    for samples in (1, 3, 8):
+        plain = Schedules(grid.layout, choose_primitives(grid.layout), samples)
+        window = Box((0, 0, 0), grid.layout.output_size)
+        primitives = Menu(plain, window, 1e9, 1).fastest() if fastest else plain.primitives
+        assert fastest == (primitives != plain.primitives)
+        with WindowBlocks(grid, primitives, 2, samples) as blocks:
+            made.append(blocks.blended(box, given, (0, 0, 0), wanted)[:, wanted])
+    if make is normalised:
+        want = blended(network, given.astype(np.float64), WINDOW, 0.5, "constant")
+    else:
+        want = np.zeros((3, *box.size))
+        for window, here in grid.windows_of(box):
+            part = given[(slice(None), *window.slices)].astype(np.float64)
+            want[(slice(None), *here.slices)] = oracle.whole(network, part)
+    want = want[:, wanted]
+    for one in made:
+        assert np.linalg.norm(one - made[0]) < 1e-6 * np.linalg.norm(want)
+        assert np.linalg.norm(one - want) < 1e-5 * np.linalg.norm(want)
+
+
+def step(make):
+    return (2, 4, 4) if make is classifier else None
 
 
 def test_a_flat_network_is_applied_to_windows_of_single_sections(tmp_path, client):
@@ -224,18 +282,7 @@ def test_windows_that_only_plain_primitives_can_make_are_not_refused():
     grid = WindowGrid(network, (64, 64, 64), "constant", Patchwise((48, 48, 48)))
 
     def planned(allowed_bytes):
-        resources = Resources(
-            unit=(32, 32, 32),
-            voxel_bytes=4,
-            encoding_bytes=4,
-            read_bytes=lambda region, by_cells=False: 4 * volume(region),
-            write_bytes=1 << 20,
-            baseline_bytes=0,
-            allowed_bytes=allowed_bytes,
-            threads=2,
-            hull=Box((0, 0, 0), (64, 64, 64)),
-        )
-        return window_planner.plan(grid, resources)
+        return window_planner.plan(grid, with_resources(grid, allowed_bytes))
 
     free, plain = planned(1 << 40), choose_primitives(grid.layout)
     assert chosen_primitives(grid.layout, free) != plain
@@ -247,10 +294,100 @@ def test_windows_that_only_plain_primitives_can_make_are_not_refused():
     assert chosen_primitives(grid.layout, tight) == plain
 
 
+def wide():
+    """Convolutions of many weights for few voxels, and a matrix."""
+    b = Builder(1)
+    x = b.max_pool(b.relu(b.conv(b.input, 32, 3, padding=1)), 2)
+    for _ in range(2):
+        x = b.relu(b.conv(x, 256, 3, padding=1))
+    return b.network(b.conv(b.reduce(x, "mean"), 3, 1))
+
+
+def test_memory_stays_within_what_was_predicted_of_several_windows_at_once(tmp_path, client):
+    values = np.random.default_rng(9).standard_normal((1, 32, 40, 48)).astype(np.float32)
+    _, summary = predicted(wide(), values, tmp_path, client, patchwise=(16, 16, 16), step=4)
+    assert summary.plan.stages[0].samples > 1
+    assert summary.peak_bytes <= summary.plan.predicted_bytes <= 4 << 30
+
+
+def test_all_that_is_held_for_several_windows_is_counted():
+    grid = WindowGrid(normalised(), (24, 72, 48), "valid", Patchwise((24, 48, 32), 0.5))
+    chosen, counted = choose_primitives(grid.layout), []
+    for samples in (1, 8):
+        schedules = Schedules(grid.layout, chosen, samples)
+        counted.append(computing_bytes(schedules, grid.layout.sizes, grid.window, 2))
+    with WindowBlocks(grid, chosen, 2, 8) as blocks:
+        arrays = blocks._executor._executor._arena, blocks._answers
+        held = sum(array.nbytes for array in arrays)
+    assert arrays[1].shape == (8, 2, *grid.window)
+    more = counted[1] - counted[0]
+    assert 7 / 8 * held <= more + 1024
+    assert more < 7 / 8 * held + 1024
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_fewer_windows_are_computed_in_is_counted_too(threads):
+    """Of 11 windows tiles are computed in two passes, of 10 in one."""
+    b = Builder(16)
+    network = b.network(b.conv(b.input, 16, 3, padding=1))
+    layout = WholeWindow(network, (8, 16, 16))
+    primitives = {node.name: ConvTiledFFT((10, 10, 8)) for node in network if node.inputs}
+    each = [Schedules(layout, primitives, samples) for samples in (10, 11)]
+    steps = [schedules.steps(layout.sizes)[1] for schedules in each]
+    ten, eleven = (s.primitive.workspace_bytes(s.problem, threads) for s in steps)
+    assert eleven < ten
+    prepared = sum(
+        primitive.prepared_bytes(steps[0].problem.layer) for primitive in primitives.values()
+    )
+    with WindowExecutor(layout, primitives, threads, 11) as executor:
+        executor.apply(np.ones((21, 16, 8, 16, 16), np.float32))
+        scratch = executor._executor._team.scratch_bytes
+    spent = each[1].spent_bytes(layout.sizes, threads)
+    assert eleven < scratch <= spent - prepared
+
+
+def rates(grid, plan):
+    """Estimated seconds of a window."""
+    samples = plan.stages[0].samples
+    schedules = Schedules(grid.layout, chosen_primitives(grid.layout, plan), samples)
+    return estimated_seconds(schedules.steps(grid.layout.sizes), 1) / samples
+
+
+def test_more_memory_takes_more_windows_at_once_and_is_never_slower():
+    grid = WindowGrid(wide(), (64, 64, 64), "constant", Patchwise((16, 16, 16), step=(2, 2, 2)))
+    plans = [
+        window_planner.plan(grid, with_resources(grid, mib << 20))
+        for mib in (100, 120, 140, 160, 200, 300, 600)
+    ]
+    at_once = [plan.stages[0].samples for plan in plans]
+    assert at_once[0] < at_once[-1]
+    assert set(at_once) <= set(window_planner.SAMPLES)
+    seconds = [rates(grid, plan) for plan in plans]
+    assert all(b <= 1.05 * a for a, b in pairwise(seconds))
+    assert all(plan.predicted_bytes <= plan.allowed_bytes for plan in plans)
+
+
+@pytest.mark.parametrize(("unit", "most"), [((1, 1, 1), 1), ((1, 1, 3), 3), ((2, 3, 2), 12)])
+def test_no_more_windows_are_taken_at_once_than_a_block_has(unit, most):
+    grid = WindowGrid(wide(), (64, 64, 64), "constant", Patchwise((16, 16, 16), step=(2, 2, 2)))
+    plan = window_planner.plan(grid, with_resources(grid, 1 << 40, unit=unit, block=unit))
+    found = plan.stages[0].samples
+    assert most / 2 < found <= most
+
+
+def test_no_more_are_taken_either_where_blocks_must_be_small():
+    grid = WindowGrid(wide(), (64, 64, 64), "constant", Patchwise((16, 16, 16), step=(2, 2, 2)))
+    resources = with_resources(grid, 300 << 20, unit=(1, 1, 1))
+    dear = replace(resources, read_bytes=lambda region, by_cells=False: 8000 * volume(region))
+    plan = window_planner.plan(grid, dear)
+    assert plan.stages[0].samples <= volume(plan.block) < 16
+
+
 def test_memory_counts_the_block_that_reads_most(tmp_path, client):
     """Where blocks and windows do not match, some blocks touch more windows than others."""
     grid = WindowGrid(normalised(), (96, 96, 96), "constant", Patchwise((32, 32, 32), 0.0))
-    read = window_planner._largest_region(grid, (24, 24, 24))
+    resources = with_resources(grid, 1 << 40, unit=(24, 24, 24), block=(24, 24, 24))
+    (read,) = [one.region for one in window_planner._candidates(grid, resources)]
     regions = [grid.region(block).size for block in grid.blocks((24, 24, 24))]
     assert read == tuple(max(region[axis] for region in regions) for axis in range(3))
     assert read == (64, 64, 64)

@@ -228,7 +228,13 @@ def test_a_plan_survives_json_and_edited_plans_are_checked():
     edited = made.to_json().replace('"direct"', '"magic"')
     with pytest.raises(OptionError, match="'magic' cannot take"):
         chosen_primitives(wanted.layout, Plan.from_json(edited))
-    for text in ("", "[]", '{"patch": 3}', made.to_json().replace("blocks_in_flight", "b")):
+    before = made.to_json().replace('"samples": 1', '"samples": null')
+    assert Plan.from_json(before) == made
+    none_at_once = made.to_json().replace('"samples": 1', '"samples": 0')
+    for text in (
+        *("", "[]", '{"patch": 3}', made.to_json().replace("blocks_in_flight", "b")),
+        none_at_once,
+    ):
         with pytest.raises(OptionError, match="not a plan"):
             Plan.from_json(text)
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from math import prod
 from typing import cast
 
-from znni_dask.geometry import round_up
+from znni_dask.geometry import ceil_divide, round_up
 from znni_dask.kernels.code import LANES
 from znni_dask.network.layers import Conv, Layer
-from znni_dask.primitives.base import Form, Primitive, Problem
+from znni_dask.primitives.base import ITEM_BYTES, Form, Primitive, Problem
 from znni_dask.primitives.conv_depthwise import ConvDepthwise
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked, groups_together
 from znni_dask.primitives.conv_direct_few import ConvDirectFew
@@ -45,6 +45,7 @@ SHARE_SECONDS = 4e-5  # sharing work among threads
 TORCH_FLOPS_PER_SECOND = 8e10  # by PyTorch, on one core, copies included
 TORCH_SECONDS = 3.0  # importing it
 BYTES_PER_SECOND = 2e10  # to and from memory, on one core
+MATRIX_FLOPS_PER_SECOND = 2e10  # of a matrix and several vectors, on one core
 FORM_BYTES_PER_SECOND = 2e9  # of changes of form, on one core
 RUN_OVERHEAD = 64  # voxels: what starting a plane costs, in voxels of that plane
 STEP_SECONDS = 5e-5  # calling a primitive
@@ -87,7 +88,10 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
         wasted = prod(Form.BLOCKED.stored(lanes)) / prod(lanes)
         if isinstance(primitive, ConvDirectBlocked):
             wasted *= groups_together(cast("Conv", problem.layer))
+        if isinstance(problem.layer, Conv):
+            wasted *= _share_inside(problem.layer, problem)
         traffic = Form.BLOCKED.nbytes(problem.inputs[0]) + Form.BLOCKED.nbytes(problem.output)
+        traffic += _weights_bytes(problem.layer)
         seconds = max(wasted * primitive.flops(problem) / rate, traffic / BYTES_PER_SECOND)
     elif isinstance(primitive, ConvWholeFFT):
         whole = primitive.work(problem, threads)
@@ -100,7 +104,10 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
         seconds = wasted * primitive.flops(problem) / TORCH_FLOPS_PER_SECOND
         seconds += 4 * copied / BYTES_PER_SECOND
     elif isinstance(primitive, ConvMatrix):
-        seconds = 2 * primitive.flops(problem) / BYTES_PER_SECOND  # two for each weight of 4 bytes
+        seconds = max(
+            _weights_bytes(problem.layer) / BYTES_PER_SECOND,
+            primitive.flops(problem) / MATRIX_FLOPS_PER_SECOND,
+        )
     elif isinstance(primitive, FormChange):
         seconds = primitive.into.nbytes(problem.output) / FORM_BYTES_PER_SECOND
     else:
@@ -108,3 +115,23 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
         slowdown = 1 + RUN_OVERHEAD / (y * x)
         seconds = slowdown * primitive.flops(problem) / FLOPS_PER_SECOND
     return STEP_SECONDS + seconds / threads
+
+
+def _weights_bytes(layer: Layer) -> int:
+    """Which are read once, however many samples there are."""
+    return ITEM_BYTES * sum(map(prod, layer.weight_shapes().values()))
+
+
+def _share_inside(conv: Conv, problem: Problem) -> float:
+    """Of all products those behind which is not only padding: direct convolution leaves the others
+    out."""
+    share = 1.0
+    for axis in range(3):
+        taps, stride, n = conv.kernel[axis], conv.stride[axis], problem.output[2 + axis]
+        inside = 0
+        for tap in range(taps):
+            first = problem.offsets[0][axis] + tap * conv.dilation[axis]
+            end = ceil_divide(problem.inputs[0][2 + axis] - first, stride)
+            inside += max(0, min(end, n) - max(0, ceil_divide(-first, stride)))
+        share *= inside / (taps * n)
+    return share

@@ -93,7 +93,9 @@ def blocks_by(laid: Laid, plan: Plan) -> PatchBlocks | WindowBlocks:
     """What computes the blocks of an answer; it holds threads and memory until it is closed."""
     if isinstance(laid, Layout):
         return PatchBlocks(laid, plan)
-    return WindowBlocks(laid, chosen_primitives(laid.layout, plan), plan.threads)
+    (stage,) = plan.stages
+    primitives = chosen_primitives(laid.layout, plan)
+    return WindowBlocks(laid, primitives, plan.threads, stage.samples)
 
 
 @dataclass(frozen=True)

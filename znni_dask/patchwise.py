@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,32 +14,49 @@ from znni_dask.choices import choose_primitives
 from znni_dask.closing import Closing
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, Size, hull, triple
+from znni_dask.kernels.memory import allocate
 from znni_dask.network.network import Network
-from znni_dask.primitives.base import Array, Primitive
-from znni_dask.schedule import Schedules
+from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive
+from znni_dask.schedule import Schedule, Schedules
 from znni_dask.selection import Wanted
 from znni_dask.windows import WholeWindow, WindowGrid
 
 
 class WindowExecutor(Closing):
-    """Applies a network to arrays of one size. Use it as a context manager, or `close` it."""
+    """Applies a network to arrays of one size, to as many as ``samples`` at once. Use it as a
+    context manager, or `close` it."""
 
     def __init__(
-        self, layout: WholeWindow, primitives: Mapping[str, Primitive], threads: int
+        self,
+        layout: WholeWindow,
+        primitives: Mapping[str, Primitive],
+        threads: int,
+        samples: int = 1,
     ) -> None:
-        whole = Box((0, 0, 0), layout.output_size)
-        schedules = Schedules(layout, primitives)
-        self._todo = schedules.schedule(whole)
-        arena = schedules.arena(layout.sizes)
+        self.samples = samples
+        self.output_shape = (layout.network.out_channels, *layout.output_size)
+        self._whole = Box((0, 0, 0), layout.output_size)
+        self._schedules = Schedules(layout, primitives, samples)
+        self._made: dict[int, Schedule] = {}
+        arena = self._schedules.arena(layout.sizes)
         self._executor = SerialExecutor(layout.network, primitives, arena, threads)
-        self._channels = layout.network.out_channels
-        self._size = layout.output_size
 
-    def apply(self, x: NDArray[np.generic]) -> Array:
-        """The network's output (channel, z, y, x) for an array (channel, z, y, x)."""
-        out = np.empty((self._channels, *self._size), np.float32)
-        self._executor.run(self._todo, x, out)
-        return out
+    def apply(self, windows: Sequence[NDArray[np.generic]]) -> Array:
+        """The network's outputs (sample, channel, z, y, x) for any number of arrays (channel, z,
+        y, x)."""
+        outs = np.empty((len(windows), *self.output_shape), np.float32)
+        for first in range(0, len(windows), self.samples):
+            some = slice(first, first + self.samples)
+            self.run(windows[some], list(outs[some]))
+        return outs
+
+    def run(self, windows: Sequence[NDArray[np.generic]], outs: Sequence[Array]) -> None:
+        """The same into ``outs``, for no more arrays than are computed at once."""
+        samples = len(windows)
+        if samples not in self._made:
+            schedules = replace(self._schedules, samples=samples)
+            self._made[samples] = schedules.schedule(self._whole)
+        self._executor.run(self._made[samples], windows, outs)
 
     def close(self) -> None:
         """End the threads and free the memory."""
@@ -52,15 +71,25 @@ def apply(network: Network, x: NDArray[np.generic], threads: int = 1) -> Array:
     """
     layout = WholeWindow(network, triple(x.shape[1:]))
     with WindowExecutor(layout, choose_primitives(layout), threads) as executor:
-        return executor.apply(x)
+        answer: Array = executor.apply([x])[0]
+        return answer
 
 
 class WindowBlocks(Closing):
-    """Makes blocks of the answer out of all the windows that touch them."""
+    """Makes blocks of the answer out of all the windows that touch them, computing so many
+    ``samples`` of these at once, the last ones of a block perhaps fewer."""
 
-    def __init__(self, grid: WindowGrid, primitives: Mapping[str, Primitive], threads: int) -> None:
+    def __init__(
+        self,
+        grid: WindowGrid,
+        primitives: Mapping[str, Primitive],
+        threads: int,
+        samples: int = 1,
+    ) -> None:
         self._grid = grid
-        self._executor = WindowExecutor(grid.layout, primitives, threads)
+        self._executor = WindowExecutor(grid.layout, primitives, threads, samples)
+        shape = samples, *self._executor.output_shape
+        self._answers = allocate(ITEM_BYTES * prod(shape)).view(np.float32).reshape(shape)
 
     def region(self, block: Box, wanted: Wanted | None = None) -> Box:
         """The box of the volume behind the windows of a block that touch something wanted."""
@@ -93,21 +122,33 @@ class WindowBlocks(Closing):
         grid, channels = self._grid, self._grid.network.out_channels
         total = np.zeros((channels, *block.size), np.float32)
         if grid.classifies:
-            for window, here in self._windows(block, wanted):
-                total[(slice(None), *here.slices)] = self._answer(window, values, corner)
+            for _, here, answer in self._computed(block, values, corner, wanted):
+                total[(slice(None), *here.slices)] = answer
             return total
         weight = np.zeros(block.size, np.float32)
-        for window, here in self._windows(block, wanted):
+        for window, here, answer in self._computed(block, values, corner, wanted):
             there = here.shifted(block.start).seen_from(window.start)
-            answer = self._answer(window, values, corner)
             importance = grid.importance[there.slices]
             weight[here.slices] += importance
-            answer = answer[(slice(None), *there.slices)]
-            answer *= importance
-            total[(slice(None), *here.slices)] += answer
+            part = answer[(slice(None), *there.slices)]
+            part *= importance
+            total[(slice(None), *here.slices)] += part
         np.maximum(weight, np.finfo(np.float32).tiny, out=weight)  # 0 where no window touches
         total /= weight
         return total
+
+    def _computed(
+        self, block: Box, values: NDArray[np.generic], corner: Size, wanted: Wanted | None
+    ) -> Iterator[tuple[Box, Box, Array]]:
+        """The windows of a block in the grid's order, what they cover of it, and their answers,
+        which are overwritten by later ones."""
+        windows = self._windows(block, wanted)
+        while some := list(islice(windows, self._executor.samples)):
+            places = [window.seen_from(corner).slices for window, _ in some]
+            answers = list(self._answers[: len(some)])
+            self._executor.run([values[:, z, y, x] for z, y, x in places], answers)
+            for (window, here), answer in zip(some, answers, strict=True):
+                yield window, here, answer
 
     def _windows(self, block: Box, wanted: Wanted | None) -> Iterator[tuple[Box, Box]]:
         """The windows of a block that touch something wanted, and what they cover of it, in
@@ -119,7 +160,4 @@ class WindowBlocks(Closing):
     def close(self) -> None:
         """End the threads and free the memory."""
         self._executor.close()
-
-    def _answer(self, window: Box, values: Any, corner: Size) -> Array:
-        z, y, x = window.seen_from(corner).slices
-        return self._executor.apply(values[:, z, y, x])
+        self._answers = np.empty((0, 0, 0, 0, 0), np.float32)

@@ -25,11 +25,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of layers on one device. ``samples``: fragments taken at once; None for all."""
+    """A run of layers on one device, of so many ``samples`` (patches or windows) at once."""
 
     device: str
     choices: tuple[Choice, ...]
-    samples: int | None = None
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"{self.samples} samples at once")
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Plan:
             Stage(
                 str(stage["device"]),
                 tuple(Choice(str(c["layer"]), str(c["primitive"])) for c in stage["choices"]),
-                stage["samples"],
+                1 if stage.get("samples") is None else int(stage["samples"]),
             )
             for stage in values["stages"]
         )

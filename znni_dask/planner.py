@@ -245,14 +245,14 @@ def _computing_bytes(
 def computing_bytes(
     schedules: Schedules, sizes: Mapping[str, Size], patch: Size, threads: int
 ) -> int:
-    """Memory that computing one patch takes, and what the network takes all the time."""
+    """Memory that computing patches takes, and what the network takes all the time."""
     network = schedules.layout.network
     return (
         OVERHEAD_BYTES
         + weights_bytes(network)
         + schedules.spent_bytes(sizes, threads)
         + allocated_bytes(schedules.arena(sizes).bytes)
-        + ITEM_BYTES * network.out_channels * volume(patch)
+        + schedules.samples * ITEM_BYTES * network.out_channels * volume(patch)
     )
 
 

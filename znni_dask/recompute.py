@@ -49,7 +49,7 @@ def recompute(
     arena = schedules.arena(schedules.sizes(box))
     answer = np.empty((laid.network.out_channels, *box.size), np.float32)
     with SerialExecutor(laid.network, primitives, arena, threads) as executor:
-        executor.run(schedules.schedule(box), values, answer)
+        executor.run(schedules.schedule(box), [values], [answer])
     return answer
 
 

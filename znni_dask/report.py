@@ -116,10 +116,12 @@ def run_lines(summary: Summary) -> list[str]:
         plan = one.plan
         names = f" ({', '.join(one.outputs)})" if len(summary.passes) > 1 else ""
         channels = f"{one.channels} × " if one.channels > 1 else ""
+        samples = max(stage.samples for stage in plan.stages)
+        at_once = f" ({samples} at once)" if samples > 1 else ""
         lines.append(
             f"{summary.output}{names}: {times}{channels}{text(one.size)} voxels, "
             f"{one.voxels:,} made in {one.blocks} blocks of {text(plan.block)}, patches of "
-            f"{text(plan.patch)}, "
+            f"{text(plan.patch)}{at_once}, "
             f"{plan.flops_per_voxel:,.0f} operations per voxel, {plan.threads} threads, "
             f"{plan.blocks_in_flight} blocks in flight"
             + (f"; levels of {', '.join(map(text, one.levels))}" if one.levels else "")

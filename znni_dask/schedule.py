@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Protocol
@@ -69,11 +69,12 @@ class Arena:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What an executor does for one patch.
+    """What an executor does for one patch, or for as many samples at once as ``input_shape`` says.
 
     The volume within ``input`` is taken once per entry of ``offsets``, moved by it and cut to
     ``input_shape``. Fragment i of the output belongs at ``positions[i]`` plus that offset within
-    the patch, its voxels ``spacing`` apart.
+    the patch, its voxels ``spacing`` apart. Of arrays of several fragments the samples of the
+    first come first.
     """
 
     output: Box
@@ -115,10 +116,12 @@ class Arrangement(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Schedules:
-    """The schedules of all patches of one layout, each layer computed by its primitive."""
+    """The schedules of all patches of one layout, each layer computed by its primitive, of
+    ``samples`` patches of one size at once."""
 
     layout: Arrangement
     primitives: Mapping[str, Primitive]
+    samples: int = 1
 
     def schedule(self, output: Box) -> Schedule:
         """The schedule of the patch that makes ``output``."""
@@ -128,7 +131,7 @@ class Schedules:
             output=output,
             # every offset must find what it reads, which is what all fragments together read
             input=self.layout.patch(output).input,
-            input_shape=(1, self.layout.network.in_channels, *patch.boxes[source].size),
+            input_shape=self._shape(source, patch.boxes[source].size),
             steps=self._steps(patch.boxes),
             offsets=tuple(
                 o for o in self._offsets if all(a < n for a, n in zip(o, output.size, strict=True))
@@ -184,15 +187,19 @@ class Schedules:
 
     def spent_bytes(self, sizes: Mapping[str, Size], threads: int) -> int:
         """Memory of what the primitives prepare of the weights, of the libraries that they compute
-        with, and of the largest workspace of any of them on boxes of ``sizes``."""
+        with, and of the largest workspace of any of them on boxes of ``sizes``; also where the
+        last samples are fewer, of which a primitive may compute more in one pass."""
         libraries = {type(p): p.library_bytes for p in self.primitives.values()}
         prepared = sum(libraries.values()) + sum(
             self.primitives[node.name].prepared_bytes(node.layer)
             for node in self.layout.network
             if node.inputs
         )
-        steps = self.steps(sizes)
-        workspaces = (s.primitive.workspace_bytes(s.problem, threads) for s in steps)
+        workspaces = (
+            step.primitive.workspace_bytes(step.problem, threads)
+            for samples in range(1, self.samples + 1)
+            for step in replace(self, samples=samples).steps(sizes)
+        )
         return prepared + allocated_bytes(max(workspaces, default=0))
 
     def steps(self, sizes: Mapping[str, Size]) -> tuple[Step, ...]:
@@ -365,7 +372,8 @@ class Schedules:
         )
 
     def _shape(self, name: str, size: Size) -> Shape:
-        return (len(self._positions[name]), self.layout.network.channels[name], *size)
+        batch = self.samples * len(self._positions[name])
+        return (batch, self.layout.network.channels[name], *size)
 
 
 def _moves(layout: Arrangement, node: Node, stride: Size) -> list[Size]:

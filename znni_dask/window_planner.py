@@ -1,22 +1,25 @@
-"""The planner of patchwise runs: how large a block is made at once of the windows that touch it.
+"""The planner of patchwise runs: how many windows are computed at once, and how large a block is
+made at once of the windows that touch it.
 
-The window is given, and so is the answer. Only the block is free: windows that touch several
-blocks are computed once for each, so the largest block that fits is best.
+The window is given, and so is the answer. Windows that touch several blocks are computed once for
+each, so the largest block that fits is best; several windows at once share what is read of the
+weights, as far as memory for their arrays goes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from math import prod
 
 from znni_dask.choices import Menu, choose_primitives
+from znni_dask.costs import estimated_seconds, setup_seconds
 from znni_dask.errors import MemoryLimitError
 from znni_dask.geometry import Box, Size, text, triple, volume
 from znni_dask.machine import show_bytes
-from znni_dask.plan import Choice, Plan, Reading, Stage
+from znni_dask.plan import Choice, Plan, Stage
 from znni_dask.planner import MULTIPLES, computing_bytes
 from znni_dask.primitives.base import ITEM_BYTES
 from znni_dask.reading import Reads
@@ -24,146 +27,199 @@ from znni_dask.resources import Resources, most_in_flight, shared_reading
 from znni_dask.schedule import Schedules
 from znni_dask.windows import WindowGrid
 
+SAMPLES = (1, 2, 4, 8, 16)  # windows at once
+_WORTH_MORE_SAMPLES = 1.05  # times faster that twice the memory must make it
+
 
 @dataclass(frozen=True)
 class _Candidate:
+    """A block, the windows that all blocks touch together, the most that any of them does, and the
+    largest region of the volume that any of them reads."""
+
     block: Size
     windows: int
+    most: int
+    region: Size
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """How windows may be computed, so many at once; the seconds of a window and those before the
+    first, and the memory that it takes."""
+
+    schedules: Schedules
+    window_seconds: float
+    setup_seconds: float
+    computing_bytes: int
+
+    @classmethod
+    def of(cls, schedules: Schedules, grid: WindowGrid, threads: int) -> _Way:
+        """Estimates are for one thread, lest answers differ in rounding with their number."""
+        sizes = grid.layout.sizes
+        steps = schedules.steps(sizes)
+        return cls(
+            schedules,
+            estimated_seconds(steps, threads=1) / schedules.samples,
+            sum(setup_seconds(s.primitive, s.operation.node.layer) for s in steps),
+            computing_bytes(schedules, sizes, grid.layout.output_size, threads),
+        )
+
+    def seconds(self, candidate: _Candidate) -> float:
+        """Of a whole run."""
+        return self.setup_seconds + candidate.windows * self.window_seconds
 
 
 @dataclass(frozen=True)
 class _Fit:
+    way: _Way
     candidate: _Candidate
-    reading: Reading
-    needed_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Of a whole run."""
+        return self.way.seconds(self.candidate)
 
 
 def plan(grid: WindowGrid, resources: Resources) -> Plan:
-    """The plan that computes fewest windows and fits; raises `MemoryLimitError` where none does."""
-    per_axis = [_blocks(grid, resources, axis) for axis in range(3)]
-    ranked = sorted(
-        (
-            _Candidate(triple(b for b, _ in chosen), chosen[0][1] * chosen[1][1] * chosen[2][1])
-            for chosen in product(*per_axis)
-        ),
-        key=lambda c: (c.windows, volume(c.block)),
+    """The fastest plan that fits; raises `MemoryLimitError` where none does."""
+    candidates = _candidates(grid, resources)
+    smallest = min(candidates, key=lambda c: volume(c.block))
+    ways = list(_ways(grid, resources, candidates))
+    best = most_in_flight(
+        partial(_best, grid, resources, ways, candidates), lambda fit: fit.seconds
     )
-    smallest = min(ranked, key=lambda c: volume(c.block)).block
-    plain = Schedules(grid.layout, choose_primitives(grid.layout))
-    for schedules in (*_fast(grid, plain, resources, smallest), plain):
-        if (best := _best(grid, schedules, resources, ranked)) is not None:
-            break
-    else:
-        raise MemoryLimitError(_refusal(grid, plain, resources, smallest))
+    if best is None:
+        raise MemoryLimitError(_refusal(grid, ways[0], resources, smallest))
     fit, in_flight = best
-    steps = schedules.steps(grid.layout.sizes)
-    flops = fit.candidate.windows * sum(s.primitive.flops(s.problem) for s in steps)
+    way, block = fit.way, fit.candidate.block
+    needed = partial(_predicted_bytes, grid, way, resources, fit.candidate, in_flight)
+    reads = Reads(grid, block, resources.cells, resources.hull)
+    reading, needed_bytes = shared_reading(resources, reads, needed)
+    schedules = way.schedules
+    choices = tuple(Choice(name, p.name) for name, p in schedules.primitives.items())
+    flops = sum(s.primitive.flops(s.problem) for s in schedules.steps(grid.layout.sizes))
+    flops_of_all = fit.candidate.windows * flops / schedules.samples
     return Plan(
         patch=grid.layout.output_size,
-        block=fit.candidate.block,
-        stages=(Stage("cpu", tuple(Choice(n, p.name) for n, p in schedules.primitives.items())),),
+        block=block,
+        stages=(Stage("cpu", choices, schedules.samples),),
         threads=resources.threads,
         blocks_in_flight=in_flight,
-        reading=fit.reading,
-        predicted_bytes=fit.needed_bytes,
+        reading=reading,
+        predicted_bytes=needed_bytes,
         allowed_bytes=resources.allowed_bytes,
-        flops_per_voxel=flops / volume(grid.output_size),
+        flops_per_voxel=flops_of_all / volume(grid.output_size),
     )
 
 
-def _fast(
-    grid: WindowGrid, plain: Schedules, resources: Resources, block: Size
-) -> Iterator[Schedules]:
-    """The fastest primitives, and those that are so within the memory that blocks leave. They are
-    the same whatever threads there are."""
+def _ways(grid: WindowGrid, resources: Resources, candidates: list[_Candidate]) -> Iterator[_Way]:
+    """The plain primitives, which need least memory, window by window; then for every number of
+    windows that some block has the fastest ones, and those that are so within the memory that the
+    smallest such block leaves."""
+    plain = Schedules(grid.layout, choose_primitives(grid.layout))
+    yield _Way.of(plain, grid, resources.threads)
     window = Box((0, 0, 0), grid.layout.output_size)
     windows = prod(grid.count(axis, 0, n) for axis, n in enumerate(grid.output_size))
-    menu = Menu(plain, window, windows, threads=1)
-    yield (fast := Schedules(grid.layout, menu.fastest()))
-    over = _predicted_bytes(grid, fast, resources, block, 1, False) - resources.allowed_bytes
-    if over > 0:
-        spent = fast.spent_bytes(grid.layout.sizes, resources.threads)
-        if (within := menu.fastest_within(spent - over)) is not None:
-            yield Schedules(grid.layout, within)
+    for samples in SAMPLES:
+        some = [candidate for candidate in candidates if candidate.most >= samples]
+        if not some:
+            return
+        together = replace(plain, samples=samples)
+        menu = Menu(together, window, windows / samples, threads=1)
+        fast = _Way.of(replace(together, primitives=menu.fastest()), grid, resources.threads)
+        yield fast
+        smallest = min(some, key=lambda c: volume(c.block))
+        over = _predicted_bytes(grid, fast, resources, smallest, 1, False) - resources.allowed_bytes
+        if over > 0:
+            spent = fast.schedules.spent_bytes(grid.layout.sizes, resources.threads)
+            if (within := menu.fastest_within(spent - over)) is not None:
+                schedules = replace(together, primitives=within)
+                yield _Way.of(schedules, grid, resources.threads)
 
 
 def _best(
-    grid: WindowGrid, schedules: Schedules, resources: Resources, ranked: list[_Candidate]
-) -> tuple[_Fit, int] | None:
-    """The best block with some primitives, and the blocks in flight."""
+    grid: WindowGrid,
+    resources: Resources,
+    ways: list[_Way],
+    candidates: list[_Candidate],
+    in_flight: int,
+) -> _Fit | None:
+    """The fastest of what fits with so many blocks in flight; of those that are about as fast the
+    one with the fewest windows at once."""
+    found = []
+    for way in ways:
+        for candidate in candidates:
+            if candidate.most < way.schedules.samples:
+                continue
+            needed = _predicted_bytes(grid, way, resources, candidate, in_flight, False)
+            if needed <= resources.allowed_bytes:
+                found.append(_Fit(way, candidate))
+                break
+    limit = _WORTH_MORE_SAMPLES * min((fit.seconds for fit in found), default=0.0)
+    return min(
+        (fit for fit in found if fit.seconds <= limit),
+        key=lambda fit: (fit.way.schedules.samples, fit.seconds),
+        default=None,
+    )
 
-    def first_that_fits(in_flight: int) -> _Fit | None:
-        for candidate in ranked:
-            block = candidate.block
-            needed = partial(_predicted_bytes, grid, schedules, resources, block, in_flight)
-            if needed(by_cells=False) <= resources.allowed_bytes:
-                reads = Reads(grid, block, resources.cells, resources.hull)
-                return _Fit(candidate, *shared_reading(resources, reads, needed))
-        return None
 
-    return most_in_flight(first_that_fits, lambda fit: fit.candidate.windows)
-
-
-def _refusal(grid: WindowGrid, schedules: Schedules, resources: Resources, block: Size) -> str:
-    needed = _predicted_bytes(grid, schedules, resources, block, 1, False)
-    layer = schedules.largest_layer(grid.layout.sizes)
+def _refusal(grid: WindowGrid, plain: _Way, resources: Resources, smallest: _Candidate) -> str:
+    needed = _predicted_bytes(grid, plain, resources, smallest, 1, False)
+    layer = plain.schedules.largest_layer(grid.layout.sizes)
     return (
         f"windows of {text(grid.window)} need {show_bytes(needed)}, "
         f"{show_bytes(resources.allowed_bytes)} are allowed; the largest layer is {layer!r} "
-        f"({grid.network[layer].layer.kind}); a block of {text(block)} reads "
-        f"{text(_largest_region(grid, block))} voxels. To go on, allow at least "
+        f"({grid.network[layer].layer.kind}); a block of {text(smallest.block)} reads "
+        f"{text(smallest.region)} voxels. To go on, allow at least "
         f"{show_bytes(needed)}, or choose smaller windows or chunks"
     )
 
 
-def _blocks(grid: WindowGrid, resources: Resources, axis: int) -> list[tuple[int, int]]:
-    """Lengths of blocks along an axis, and how many windows all blocks touch together of what is
-    wanted."""
+def _candidates(grid: WindowGrid, resources: Resources) -> list[_Candidate]:
+    """All blocks, those first whose windows are fewest."""
+    per_axis = [_blocks(grid, resources, axis) for axis in range(3)]
+    found = [
+        _Candidate(triple(block), prod(windows), prod(most), triple(region))
+        for along in product(*per_axis)
+        for block, windows, most, region in [zip(*along, strict=True)]
+    ]
+    return sorted(found, key=lambda c: (c.windows, volume(c.block)))
+
+
+def _blocks(grid: WindowGrid, resources: Resources, axis: int) -> list[tuple[int, int, int, int]]:
+    """Lengths of blocks along an axis; of what is wanted how many windows all blocks touch
+    together and any of them at most; and the longest stretch of the volume that any block reads."""
     n, unit = grid.output_size[axis], resources.unit[axis]
     first, last = resources.hull.start[axis], resources.hull.stop[axis]
     lengths = [unit * m for m in MULTIPLES if unit * (m - 1) < n]
     if resources.block is not None:
         lengths = [resources.block[axis]]
-    return [
-        (
-            length,
-            sum(
-                grid.count(axis, max(a, first), min(a + length, last))
-                for a in range(first // length * length, last, length)
-            ),
-        )
-        for length in lengths
-    ]
+    found = []
+    for length in lengths:
+        counts = [
+            grid.count(axis, max(a, first), min(a + length, last))
+            for a in range(first // length * length, last, length)
+        ]
+        spans = (grid.reach(axis, a, min(a + length, n)) for a in range(0, n, length))
+        longest = max(stop - start for start, stop in spans)
+        found.append((length, sum(counts), max(counts), longest))
+    return found
 
 
 def _predicted_bytes(
     grid: WindowGrid,
-    schedules: Schedules,
+    way: _Way,
     resources: Resources,
-    block: Size,
+    candidate: _Candidate,
     in_flight: int,
     by_cells: bool,
 ) -> int:
     """Peak memory of the whole process for this block, cells that are kept apart."""
     channels = grid.network.out_channels
-    largest = triple(min(b, n) for b, n in zip(block, grid.output_size, strict=True))
-    per_block = resources.block_bytes(largest, _largest_region(grid, block), by_cells)
+    largest = triple(min(b, n) for b, n in zip(candidate.block, grid.output_size, strict=True))
+    per_block = resources.block_bytes(largest, candidate.region, by_cells)
     # the sums and the weights of a block, and what it becomes when it is stored
     blending = (ITEM_BYTES * (channels + 1) + resources.encoding_bytes) * volume(largest)
-    window = ITEM_BYTES * (channels + 2) * volume(grid.layout.output_size)
-    return (
-        resources.baseline_bytes
-        + computing_bytes(schedules, grid.layout.sizes, grid.layout.output_size, resources.threads)
-        + blending
-        + window
-        + in_flight * per_block
-    )
-
-
-def _largest_region(grid: WindowGrid, block: Size) -> Size:
-    """The longest stretch of the volume along every axis that any block needs."""
-    longest = []
-    for axis, (n, b) in enumerate(zip(grid.output_size, block, strict=True)):
-        spans = (grid.reach(axis, a, min(a + b, n)) for a in range(0, n, b))
-        longest.append(max(stop - start for start, stop in spans))
-    return triple(longest)
+    weights = 2 * ITEM_BYTES * volume(grid.layout.output_size)  # of a window, and making them
+    computing = way.computing_bytes + blending + weights
+    return resources.baseline_bytes + computing + in_flight * per_block

@@ -55,7 +55,7 @@ class PatchBlocks(Closing):
             todo = self._schedules.schedule(box)
             z, y, x = todo.input.seen_from(corner).slices
             answer = self._answer[: channels * volume(box.size)].reshape(channels, *box.size)
-            self._executor.run(todo, values[:, z, y, x], answer)
+            self._executor.run(todo, [values[:, z, y, x]], [answer])
             take(box, answer)
 
     def _patches(self, block: Box, wanted: Wanted | None) -> Iterator[Box]:

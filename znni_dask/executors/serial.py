@@ -6,7 +6,7 @@ arena holds all activations; it is allocated once and serves every patch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,17 +41,21 @@ class SerialExecutor(Closing):
         self._places = arena.places
         self._arena = allocate(arena.bytes + SLACK_BYTES)
 
-    def run(self, todo: Schedule, volume: NDArray[np.generic], out: Array) -> None:
-        """Compute one patch.
+    def run(
+        self, todo: Schedule, volumes: Sequence[NDArray[np.generic]], outs: Sequence[Array]
+    ) -> None:
+        """Compute one patch of each of so many ``volumes`` as ``todo`` has samples.
 
-        ``volume`` is the extended volume within ``todo.input``, (channel, z, y, x), of any real
-        dtype; ``out`` takes the answer, (channel, z, y, x) of size ``todo.output.size``.
+        A volume is the extended volume within ``todo.input``, (channel, z, y, x), of any real
+        dtype; its answer, (channel, z, y, x) of size ``todo.output.size``, goes into the one of
+        ``outs`` at its place.
         """
         source = Stored(self.network.input.name, Form.PLAIN)
         for offset in todo.offsets:
             z, y, x = (slice(o, o + n) for o, n in zip(offset, todo.input_shape[2:], strict=True))
             arrays = {source: self._view(source, todo.input_shape)}
-            arrays[source][0] = volume[:, z, y, x]
+            for sample, volume in zip(arrays[source], volumes, strict=True):
+                sample[...] = volume[:, z, y, x]
             for step in todo.steps:
                 output = step.operation.output
                 arrays[output] = self._view(output, step.problem.output)
@@ -64,7 +68,9 @@ class SerialExecutor(Closing):
                 )
             numbers = {add(position, offset): i for i, position in enumerate(todo.positions)}
             made = arrays[Stored(self.network.output, Form.PLAIN)]
-            recombine(made, numbers, todo.spacing, out, self._team)
+            for sample, out in enumerate(outs):
+                fragments = made[sample :: len(outs)]
+                recombine(fragments, numbers, todo.spacing, out, self._team)
 
     def close(self) -> None:
         """End the threads and free the arena."""

@@ -19,7 +19,7 @@ def recombine(
     """Interleave fragments (fragment, channel, z, y, x) to the answer (channel, z, y, x).
 
     Fragment ``numbers[place]`` makes the voxels ``spacing`` apart that begin at ``place``; those
-    of places that are not there stay as they are. Both arrays are C-contiguous.
+    of places that are not there stay as they are. ``out`` and each fragment are C-contiguous.
     """
     places = np.full(spacing, -1)
     for place, number in numbers.items():
