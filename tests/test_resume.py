@@ -171,10 +171,19 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_same_command(kills, tmp_p
     assert len(computed) - fresh.blocks <= kills * fresh.plan.blocks_in_flight
 
 
+def heeding_interrupts():
+    """What is started in the background of a shell would not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupted_command_says_how_to_go_on(files, tmp_path):
     command = slow_command(tmp_path, pause=0.5)  # far from its end when it is interrupted
     run = subprocess.Popen(
-        command.words(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command.words(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heeding_interrupts,
     )
     while run.poll() is None and len(command.blocks()) < 8:
         time.sleep(0.01)
