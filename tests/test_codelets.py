@@ -7,7 +7,7 @@ import pytest
 from llvmlite import binding as llvm
 from llvmlite import ir
 
-from znni_dask.kernels import compiled, planes, rows, tiles
+from znni_dask.kernels import compiled, from_few, planes, rows, tiles
 from znni_dask.kernels.code import LANES, Function
 from znni_dask.kernels.codelets import LONGEST, refusal
 from znni_dask.kernels.complex_product import Product
@@ -135,6 +135,7 @@ def test_other_processors_can_be_compiled_for(triple, cpu, machine):
     modules += [rows.rows_module(lanes, 1, wide=False) for lanes in rows.Lanes]
     modules += [pooling_module(mean, wide=False) for mean in (False, True)]
     modules += [patches_module(), planes.stages_module(tile, True, wide=False)]
+    modules += [from_few.from_few_module(from_few.Shape(3, 3, 1, 1), wide=False)]
     for text in [*map(str, modules), sharing_text(), turns_text()]:
         code = compiled.object_code(text, target)
         assert code[:4] == b"\x7fELF"

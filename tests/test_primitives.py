@@ -13,7 +13,7 @@ import pytest
 import oracle
 from peaks import traced_peak
 from znni_dask.geometry import Box, tiles
-from znni_dask.kernels import compiled, patch_matrix
+from znni_dask.kernels import compiled, from_few, patch_matrix
 from znni_dask.kernels import planes as planes_kernel
 from znni_dask.kernels import rows as rows_kernel
 from znni_dask.kernels import tiles as tiles_kernel
@@ -348,18 +348,21 @@ IN_TILES = [
 ]
 
 
-@pytest.mark.parametrize(("label", "name"), IN_ROWS + IN_TILES)
+FROM_FEW = [("conv strided", "direct from few channels")]
+
+
+@pytest.mark.parametrize(("label", "name"), IN_ROWS + IN_TILES + FROM_FEW)
 def test_processors_with_short_vectors_make_the_same(label, name, monkeypatch, tmp_path):
     triple = compiled.host().triple
     cpu = "x86-64-v3" if triple.startswith("x86_64") else "generic"
     other = compiled.Target(triple, cpu)
     assert not other.wide
     monkeypatch.setenv("ZNNI_CACHE", str(tmp_path))
-    for module in (compiled, planes_kernel, rows_kernel, tiles_kernel):
+    for module in (compiled, from_few, planes_kernel, rows_kernel, tiles_kernel):
         monkeypatch.setattr(module, "host", lambda: other)
     libraries = ((rows_kernel, "rows_library"), (tiles_kernel, "stages"))
     others = ((patch_matrix, "patches_library"), (planes_kernel, "stages"))
-    for module, library in (*libraries, *others):
+    for module, library in (*libraries, *others, (from_few, "from_few_library")):
         anew = cache(getattr(module, library).__wrapped__)  # nothing compiled for this processor
         monkeypatch.setattr(module, library, anew)
     test_any_box_of_the_output_equals_the_oracle(label, name, 1)

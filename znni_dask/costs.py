@@ -17,6 +17,7 @@ from znni_dask.primitives.base import ITEM_BYTES, Form, Primitive, Problem
 from znni_dask.primitives.conv_depthwise import ConvDepthwise
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked, groups_together
 from znni_dask.primitives.conv_direct_few import ConvDirectFew
+from znni_dask.primitives.conv_direct_from_few import ConvDirectFromFew
 from znni_dask.primitives.conv_fft_planes import ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.conv_fft_whole import ConvWholeFFT
@@ -35,6 +36,7 @@ DIRECT_FLOPS_PER_SECOND: dict[type[Primitive], float] = {  # of blocks of channe
     ConvDepthwise: 8e10,
     ConvImg2row: 1.6e11,
 }
+FROM_FEW_FLOPS_PER_SECOND = 2.2e11  # of few channels directly, on one core
 TRANSFORMS_PER_SECOND = 8e10  # operations of transforms, on one core
 PRODUCTS_PER_SECOND = 2.6e11  # operations of their products, on one core
 PLANES_TRANSFORMS_PER_SECOND = 1.6e11  # of planes of tiles, which stay in the caches, on one core
@@ -46,6 +48,7 @@ TORCH_FLOPS_PER_SECOND = 8e10  # by PyTorch, on one core, copies included
 TORCH_SECONDS = 3.0  # importing it
 BYTES_PER_SECOND = 2e10  # to and from memory, on one core
 MATRIX_FLOPS_PER_SECOND = 2e10  # of a matrix and several vectors, on one core
+STREAMED_BYTES_PER_SECOND = 3e10  # past the caches in long stretches, on one core
 FORM_BYTES_PER_SECOND = 2e9  # of changes of form, on one core
 RUN_OVERHEAD = 64  # voxels: what starting a plane costs, in voxels of that plane
 STEP_SECONDS = 5e-5  # calling a primitive
@@ -60,7 +63,7 @@ def estimated_seconds(steps: Iterable[Step], threads: int) -> float:
 
 def setup_seconds(primitive: Primitive, layer: Layer) -> float:
     """Seconds before a layer can be computed for the first time."""
-    if isinstance(primitive, (ConvTiledFFT, ConvPlanesFFT)):
+    if isinstance(primitive, (ConvTiledFFT, ConvPlanesFFT, ConvDirectFromFew)):
         return COMPILE_SECONDS + primitive.prepared_bytes(layer) / BYTES_PER_SECOND
     if isinstance(primitive, ConvTorch):
         return TORCH_SECONDS
@@ -82,6 +85,13 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
             in_planes.transforms / PLANES_TRANSFORMS_PER_SECOND
             + in_planes.products / PLANES_PRODUCTS_PER_SECOND,
             in_planes.traffic_bytes / BYTES_PER_SECOND,
+        )
+    elif isinstance(primitive, ConvDirectFromFew):
+        wasted = round_up(problem.output[1], LANES) / problem.output[1]
+        read, made = Form.PLAIN.nbytes(problem.inputs[0]), Form.BLOCKED.nbytes(problem.output)
+        seconds = max(
+            wasted * primitive.flops(problem) / FROM_FEW_FLOPS_PER_SECOND,
+            (read + made) / STREAMED_BYTES_PER_SECOND,
         )
     elif (rate := DIRECT_FLOPS_PER_SECOND.get(type(primitive))) is not None:
         lanes = problem.inputs[0] if isinstance(primitive, ConvDirectFew) else problem.output

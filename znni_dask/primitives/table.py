@@ -15,6 +15,7 @@ from znni_dask.primitives.conv_depthwise import ConvDepthwise
 from znni_dask.primitives.conv_direct import ConvDirect
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_direct_few import ConvDirectFew
+from znni_dask.primitives.conv_direct_from_few import ConvDirectFromFew
 from znni_dask.primitives.conv_fft_planes import ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.conv_fft_whole import ConvWholeFFT
@@ -45,6 +46,7 @@ TABLE: tuple[Primitive, ...] = (
     ConvDirect(),
     ConvDirectBlocked(),
     ConvDirectFew(),
+    ConvDirectFromFew(),
     ConvDepthwise(),
     ConvImg2row(),
     ConvWholeFFT(tasks=False),

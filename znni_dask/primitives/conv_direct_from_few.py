@@ -1,0 +1,129 @@
+"""Direct convolution of few channels into blocks of channels: first layers with small kernels.
+
+Sums are so short that the answer is written as fast as memory takes it. The volume is taken as it
+is; where padding reaches, it is first copied with zeros around it: beside the answer it is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import ClassVar, NamedTuple, cast, final
+
+import numpy as np
+
+from znni_dask.geometry import Size, ceil_divide, triple, volume
+from znni_dask.kernels import from_few
+from znni_dask.kernels.code import LANES, VECTOR_BYTES
+from znni_dask.kernels.compiled import Library
+from znni_dask.kernels.memory import allocate, allocated_bytes
+from znni_dask.kernels.team import Team
+from znni_dask.network.layers import Conv, Layer
+from znni_dask.network.network import Weights
+from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, direct_flops
+
+MOST_CHANNELS = 4
+MOST_TAPS = 25  # of a plane, which are straight-line code
+ROWS_TOGETHER = 16  # of one block of channels; what they read is still near for the next
+
+
+class Prepared(NamedTuple):
+    """Of every output block the weights of each channel and tap, and the biases."""
+
+    weights: Array
+    biases: Array
+
+
+@final
+class ConvDirectFromFew(Primitive):
+    """Direct convolution on the CPU, any stride, dilation and padding; no groups."""
+
+    name: ClassVar[str] = "direct from few channels"
+    layer: ClassVar[type[Layer]] = Conv
+    takes: ClassVar[str] = (
+        f"at most {MOST_CHANNELS} channels and {MOST_TAPS} taps of a plane, no groups or whole "
+        "window"
+    )
+
+    def fits(self, layer: Layer) -> bool:
+        conv = cast("Conv", layer)
+        few = conv.in_channels <= MOST_CHANNELS and prod(conv.kernel[1:]) <= MOST_TAPS
+        return few and conv.groups == 1 and not conv.whole
+
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        return Form.PLAIN, Form.BLOCKED
+
+    def flops(self, problem: Problem) -> int:
+        return direct_flops(problem)
+
+    def prepared_bytes(self, layer: Layer) -> int:
+        return sum(map(allocated_bytes, _prepared_bytes(cast("Conv", layer))))
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        batch, channels, *_ = problem.inputs[0]
+        read = batch * channels * volume(_reached(problem))
+        return 0 if _inside(problem) else ITEM_BYTES * read
+
+    def prepare(self, layer: Layer, weights: Weights) -> Prepared:
+        """The weights in the order in which they are read."""
+        conv = cast("Conv", layer)
+        kept, biases = (allocate(n).view(np.float32) for n in _prepared_bytes(conv))
+        kept[:], biases[:] = 0, 0
+        kernels = kept.reshape(-1, conv.in_channels, *conv.kernel, LANES)
+        for first in range(0, conv.out_channels, LANES):
+            some = weights["weight"][first : first + LANES]
+            kernels[first // LANES, ..., : len(some)] = np.moveaxis(some, 0, -1)
+        if conv.bias:
+            biases[: conv.out_channels] = weights["bias"]
+        return Prepared(kept, biases)
+
+    def apply(
+        self, prepared: Prepared, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+    ) -> None:
+        conv, (batch, blocks, planes, rows, width, _) = cast("Conv", problem.layer), out.shape
+        shape = from_few.Shape(conv.kernel[1], conv.kernel[2], conv.stride[2], conv.dilation[2])
+        library, inside = from_few.from_few_library(shape), _inside(problem)
+        source = inputs[0] if inside else _padded(problem, inputs[0], library, team)
+        first = problem.offsets[0] if inside else (0, 0, 0)
+        batch_bytes, channel_bytes, *strides = source.strides
+        begin = sum(n * step for n, step in zip(first, strides, strict=True))
+        steps = [stride * step for stride, step in zip(strides, conv.stride, strict=True)]
+        taps = [stride * step for stride, step in zip(strides, conv.dilation, strict=True)]
+        addresses = source.ctypes.data + begin, *(a.ctypes.data for a in (*prepared, out))
+        told = (
+            *(conv.in_channels, channel_bytes, conv.kernel[0], taps[0], taps[1]),
+            *(batch_bytes, steps[0], steps[1], blocks, planes, rows, width, ROWS_TOGETHER),
+            int(conv.relu),
+        )
+        items = batch * planes * ceil_divide(rows, ROWS_TOGETHER) * blocks
+        team.run(library[from_few.CONVOLVE], (*addresses, *told), items)
+
+
+def _prepared_bytes(conv: Conv) -> tuple[int, int]:
+    """Memory of the weights and of the biases."""
+    bias_bytes = ceil_divide(conv.out_channels, LANES) * VECTOR_BYTES
+    return bias_bytes * conv.in_channels * volume(conv.kernel), bias_bytes
+
+
+def _reached(problem: Problem) -> Size:
+    """How far the taps of all outputs reach, from the first tap of the first on."""
+    conv = cast("Conv", problem.layer)
+    axes = zip(problem.output[2:], conv.stride, conv.kernel, conv.dilation, strict=True)
+    return triple((made - 1) * s + (taps - 1) * d + 1 for made, s, taps, d in axes)
+
+
+def _inside(problem: Problem) -> bool:
+    """Whether no tap of any output reaches padding."""
+    axes = zip(problem.offsets[0], _reached(problem), problem.inputs[0][2:], strict=True)
+    return all(first >= 0 and first + reached <= there for first, reached, there in axes)
+
+
+def _padded(problem: Problem, x: Array, library: Library, team: Team) -> Array:
+    """What the taps reach, padding as zeros."""
+    batch, channels, *there = x.shape
+    size = _reached(problem)
+    shape = (batch, channels, *size)
+    out = team.scratch(ITEM_BYTES * prod(shape)).view(np.float32).reshape(shape)
+    told = (x.ctypes.data, out.ctypes.data, *there, *problem.offsets[0], *size)
+    team.run(library[from_few.PAD], told, batch * channels * size[0])
+    return out
