@@ -19,7 +19,7 @@ from znni_dask.machine import node_for, staying_on
 
 _PIECES_PER_THREAD = 4
 _CALLS_PER_THREAD = 16  # pieces of compiled work, which cost next to nothing to hand out
-_LOOKS = 100_000  # for work, or for its end, before a thread goes to sleep: some 0.1 ms
+_LOOKS = 1_000_000  # for work, or for its end, before a thread goes to sleep: some 1 ms
 _NAP_SECONDS = 5e-5
 _HELPERS = (1 << sharing.TURN_BITS) - 1  # of the state: those who are still at a call
 
@@ -98,7 +98,8 @@ class Team(Closing):
 
 class _Helpers:
     """Threads that help the one that calls. Between two calls they look for the next one a while,
-    as waking a thread takes longer than many a layer, and then sleep."""
+    and then sleep: waking takes longer than many a layer, and may leave two threads on one core
+    for some 20 ms while another is idle."""
 
     def __init__(self, count: int) -> None:
         self._library = sharing.sharing_library()
