@@ -11,6 +11,7 @@ import graphs
 from znni_dask import choices
 from znni_dask.choices import Menu, choose_primitives
 from znni_dask.costs import (
+    BYTES_PER_SECOND,
     DIRECT_FLOPS_PER_SECOND,
     STEP_SECONDS,
     setup_seconds,
@@ -133,5 +134,7 @@ def test_products_that_only_padding_is_behind_are_not_counted(stride, dilation, 
     flops = share * ConvDirectBlocked().flops(problem)
     weights = 4 * (32 * 32 * 27 + 32)
     arrays = 4 * (batch * 32 * (n**3 + made**3))
-    expected = max(flops / DIRECT_FLOPS_PER_SECOND[ConvDirectBlocked], (weights + arrays) / 2e10)
+    expected = max(
+        flops / DIRECT_FLOPS_PER_SECOND[ConvDirectBlocked], (weights + arrays) / BYTES_PER_SECOND
+    )
     assert found == pytest.approx(expected)

@@ -18,6 +18,8 @@ from znni_dask.kernels.pooling_blocked import pooling_module
 from znni_dask.kernels.sharing import sharing_text
 from znni_dask.kernels.tiles import Tile
 from znni_dask.kernels.turns import turns_text
+from znni_dask.kernels.winograd import Tile as WinogradTile
+from znni_dask.kernels.winograd import winograd_module
 
 LENGTHS = [n for n in range(1, LONGEST + 1) if refusal(n) is None]
 PAIR, VECTOR = 8 * LANES, 4 * LANES
@@ -136,6 +138,7 @@ def test_other_processors_can_be_compiled_for(triple, cpu, machine):
     modules += [pooling_module(mean, wide=False) for mean in (False, True)]
     modules += [patches_module(), planes.stages_module(tile, True, wide=False)]
     modules += [from_few.from_few_module(from_few.Shape(3, 3, 1, 1), wide=False)]
+    modules += [winograd_module(WinogradTile((1, 2, 3)), relu=True)]
     for text in [*map(str, modules), sharing_text(), turns_text()]:
         code = compiled.object_code(text, target)
         assert code[:4] == b"\x7fELF"

@@ -13,7 +13,7 @@ import pytest
 import oracle
 from peaks import traced_peak
 from znni_dask.geometry import Box, tiles
-from znni_dask.kernels import compiled, from_few, patch_matrix
+from znni_dask.kernels import compiled, from_few, patch_matrix, winograd
 from znni_dask.kernels import planes as planes_kernel
 from znni_dask.kernels import rows as rows_kernel
 from znni_dask.kernels import tiles as tiles_kernel
@@ -23,11 +23,19 @@ from znni_dask.kernels.memory import allocate, allocated_bytes
 from znni_dask.kernels.team import Team
 from znni_dask.network import layers
 from znni_dask.network.layers import NO_PADDING
-from znni_dask.primitives import conv_fft_tiles, conv_img2row, pointwise, pooling, reducing
+from znni_dask.primitives import (
+    conv_fft_tiles,
+    conv_img2row,
+    conv_winograd,
+    pointwise,
+    pooling,
+    reducing,
+)
 from znni_dask.primitives import rows as rows_of_outputs
 from znni_dask.primitives.base import Form, Problem
 from znni_dask.primitives.conv_fft_planes import ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
+from znni_dask.primitives.conv_winograd import ConvWinograd
 from znni_dask.primitives.forms import FormChange
 from znni_dask.primitives.fragments import recombine
 from znni_dask.primitives.table import TABLE, candidates, named, table
@@ -322,7 +330,7 @@ def test_any_box_of_the_output_equals_the_oracle(label, name, threads):
 IN_ROWS = [
     *(("conv in parts", "direct blocked"), ("conv to few", "direct to few channels")),
     *(("conv depthwise blocks", "direct depthwise"), ("conv in parts", "img2row")),
-    *(("transposed blocks", "direct transposed blocked"),),
+    *(("transposed blocks", "direct transposed blocked"), ("conv blocks", "winograd")),
 ]
 
 
@@ -337,6 +345,8 @@ def test_rows_are_the_same_in_parts_and_turns_of_any_size(label, name, near_byte
     monkeypatch.setattr(rows_of_outputs, "SHARED_BYTES", near_bytes)
     monkeypatch.setattr(rows_of_outputs, "Told", remembering_nothing(rows_of_outputs.Told))
     monkeypatch.setattr(conv_img2row, "GATHERED_BYTES", near_bytes)
+    monkeypatch.setattr(conv_winograd, "CACHED_BYTES", near_bytes)
+    monkeypatch.setattr(conv_winograd, "_told", conv_winograd._told.__wrapped__)
     test_any_box_of_the_output_equals_the_oracle(label, name, 3)
 
 
@@ -361,10 +371,14 @@ def test_processors_with_short_vectors_make_the_same(label, name, monkeypatch, t
     for module in (compiled, from_few, planes_kernel, rows_kernel, tiles_kernel):
         monkeypatch.setattr(module, "host", lambda: other)
     libraries = ((rows_kernel, "rows_library"), (tiles_kernel, "stages"))
-    others = ((patch_matrix, "patches_library"), (planes_kernel, "stages"))
-    for module, library in (*libraries, *others, (from_few, "from_few_library")):
+    others = (
+        *((patch_matrix, "patches_library"), (planes_kernel, "stages")),
+        *((winograd, "winograd_library"), (from_few, "from_few_library")),
+    )
+    for module, library in (*libraries, *others):
         anew = cache(getattr(module, library).__wrapped__)  # nothing compiled for this processor
         monkeypatch.setattr(module, library, anew)
+    monkeypatch.setattr(conv_winograd, "_told", conv_winograd._told.__wrapped__)
     test_any_box_of_the_output_equals_the_oracle(label, name, 1)
     assert list(tmp_path.iterdir())
 
@@ -462,6 +476,15 @@ def test_spectra_are_prepared_in_the_memory_that_is_predicted(layer, remade, mon
     peak = traced_peak(lambda: primitive.prepare(layer, weights))
     assert peak <= primitive.prepared_bytes(layer) + (16 << 10)
     assert kept <= primitive.prepared_bytes(layer) <= 1.4 * kept + (6 << 20)
+
+
+def test_values_at_points_take_the_memory_that_is_predicted():
+    layer, primitive = layers.Conv(70, 90, (3, 2, 3)), ConvWinograd()
+    weights = weights_of(layer, np.random.default_rng(0))
+    kept = sum(array.nbytes for array in primitive.prepare(layer, weights))
+    assert kept == 4 * 96 * (4**3 * 70 + 1)
+    peak = traced_peak(lambda: primitive.prepare(layer, weights))
+    assert peak <= primitive.prepared_bytes(layer) + (16 << 10) <= 4 * kept
 
 
 @pytest.mark.parametrize(
@@ -604,7 +627,7 @@ def test_a_patch_matrix_is_never_there_as_a_whole():
     [
         *((1, 5, ConvTiledFFT((20,) * 3)), (16, 3, ConvTiledFFT((16,) * 3))),
         *((16, 7, ConvTiledFFT((24,) * 3)), (1, 3, ConvPlanesFFT((16, 16)))),
-        (1, 8, ConvPlanesFFT((24, 24))),
+        *((1, 8, ConvPlanesFFT((24, 24))), (16, 3, ConvWinograd()), (16, 2, ConvWinograd())),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
@@ -613,10 +636,8 @@ def test_a_patch_matrix_is_never_there_as_a_whole():
 def test_raw_grey_values_lose_no_more_by_transforms_than_directly(
     channels, kernel, transforms, deviation, balanced
 ):
-    layer, size = (
-        layers.Conv(channels, 16, (kernel,) * 3, bias=False),
-        2 * transforms.tile[-1] - kernel,
-    )
+    layer = layers.Conv(channels, 16, (kernel,) * 3, bias=False)
+    size = 2 * getattr(transforms, "tile", (16,))[-1] - kernel
     random, made = np.random.default_rng(7), size - kernel + 1
     x = 1000 + deviation * random.standard_normal((1, channels, *(size,) * 3), np.float32)
     weights = weights_of(layer, random)

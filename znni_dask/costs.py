@@ -25,6 +25,7 @@ from znni_dask.primitives.conv_img2row import ConvImg2row
 from znni_dask.primitives.conv_matrix import ConvMatrix
 from znni_dask.primitives.conv_torch import ConvTorch
 from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
+from znni_dask.primitives.conv_winograd import ConvWinograd
 from znni_dask.primitives.forms import FormChange
 from znni_dask.schedule import Step
 
@@ -41,12 +42,14 @@ TRANSFORMS_PER_SECOND = 8e10  # operations of transforms, on one core
 PRODUCTS_PER_SECOND = 2.6e11  # operations of their products, on one core
 PLANES_TRANSFORMS_PER_SECOND = 1.6e11  # of planes of tiles, which stay in the caches, on one core
 PLANES_PRODUCTS_PER_SECOND = 2.4e11  # operations of their products, on one core
+WINOGRAD_SUMS_PER_SECOND = 2e10  # of its transforms, to and from the caches, on one core
+WINOGRAD_PRODUCTS_PER_SECOND = 1.9e11  # operations of its products, on one core
 WHOLE_FLOPS_PER_SECOND = 2e10  # of transforms of whole images and their products, on one core
 CALL_SECONDS = 3e-6  # of each of their calls from Python, which do not run side by side
 SHARE_SECONDS = 4e-5  # sharing work among threads
 TORCH_FLOPS_PER_SECOND = 8e10  # by PyTorch, on one core, copies included
 TORCH_SECONDS = 3.0  # importing it
-BYTES_PER_SECOND = 2e10  # to and from memory, on one core
+BYTES_PER_SECOND = 1.5e10  # to and from memory, on one core
 MATRIX_FLOPS_PER_SECOND = 2e10  # of a matrix and several vectors, on one core
 STREAMED_BYTES_PER_SECOND = 3e10  # past the caches in long stretches, on one core
 FORM_BYTES_PER_SECOND = 2e9  # of changes of form, on one core
@@ -63,7 +66,7 @@ def estimated_seconds(steps: Iterable[Step], threads: int) -> float:
 
 def setup_seconds(primitive: Primitive, layer: Layer) -> float:
     """Seconds before a layer can be computed for the first time."""
-    if isinstance(primitive, (ConvTiledFFT, ConvPlanesFFT, ConvDirectFromFew)):
+    if isinstance(primitive, (ConvTiledFFT, ConvPlanesFFT, ConvDirectFromFew, ConvWinograd)):
         return COMPILE_SECONDS + primitive.prepared_bytes(layer) / BYTES_PER_SECOND
     if isinstance(primitive, ConvTorch):
         return TORCH_SECONDS
@@ -113,6 +116,13 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
         copied = Form.PLAIN.nbytes(problem.inputs[0]) + Form.PLAIN.nbytes(problem.output)
         seconds = wasted * primitive.flops(problem) / TORCH_FLOPS_PER_SECOND
         seconds += 4 * copied / BYTES_PER_SECOND
+    elif isinstance(primitive, ConvWinograd):
+        at_points = primitive.work(problem, threads)
+        seconds = (
+            at_points.transforms / WINOGRAD_SUMS_PER_SECOND
+            + at_points.products / WINOGRAD_PRODUCTS_PER_SECOND
+            + at_points.traffic_bytes / BYTES_PER_SECOND
+        )
     elif isinstance(primitive, ConvMatrix):
         seconds = max(
             _weights_bytes(problem.layer) / BYTES_PER_SECOND,

@@ -285,6 +285,12 @@ class Function:
         """Call another function of the module."""
         self._build.call(other.written, [_plain(a) for a in arguments])
 
+    def call_at(self, place: Number, *arguments: Address | Integer) -> None:
+        """Call the compiled function at a place in memory."""
+        given = [_plain(a) for a in arguments]
+        kind = ir.FunctionType(ir.VoidType(), [value.type for value in given])
+        self._build.call(self._build.inttoptr(place.value, kind.as_pointer()), given)
+
     def vector(self, value: float = 0.0) -> Vector:
         """The same number in all lanes."""
         return Vector(self._build, ir.Constant(_VECTOR, [value] * LANES))

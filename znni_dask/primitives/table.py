@@ -24,6 +24,7 @@ from znni_dask.primitives.conv_matrix import ConvMatrix
 from znni_dask.primitives.conv_torch import ConvTorch
 from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
+from znni_dask.primitives.conv_winograd import ConvWinograd
 from znni_dask.primitives.joining import ArithmeticOfInputs, Broadcasting, Concatenation
 from znni_dask.primitives.pointwise import ActivationFunction, AffineMap
 from znni_dask.primitives.pooling import (
@@ -49,6 +50,7 @@ TABLE: tuple[Primitive, ...] = (
     ConvDirectFromFew(),
     ConvDepthwise(),
     ConvImg2row(),
+    ConvWinograd(),
     ConvWholeFFT(tasks=False),
     ConvWholeFFT(tasks=True),
     ConvMatrix(),
