@@ -8,6 +8,7 @@ from llvmlite import binding as llvm
 from llvmlite import ir
 
 from znni_dask.kernels import compiled, from_few, planes, rows, tiles
+from znni_dask.kernels.adding import adding_module
 from znni_dask.kernels.code import LANES, Function
 from znni_dask.kernels.codelets import LONGEST, refusal
 from znni_dask.kernels.complex_product import Product
@@ -138,7 +139,7 @@ def test_other_processors_can_be_compiled_for(triple, cpu, machine):
     modules += [pooling_module(mean, wide=False) for mean in (False, True)]
     modules += [patches_module(), planes.stages_module(tile, True, wide=False)]
     modules += [from_few.from_few_module(from_few.Shape(3, 3, 1, 1), wide=False)]
-    modules += [winograd_module(WinogradTile((1, 2, 3)), relu=True)]
+    modules += [adding_module(), winograd_module(WinogradTile((1, 2, 3)), relu=True)]
     for text in [*map(str, modules), sharing_text(), turns_text()]:
         code = compiled.object_code(text, target)
         assert code[:4] == b"\x7fELF"

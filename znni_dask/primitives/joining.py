@@ -9,7 +9,8 @@ from typing import Any, ClassVar, cast, final
 import numpy as np
 
 from znni_dask.geometry import Size, ceil_divide, triple
-from znni_dask.kernels.code import LANES
+from znni_dask.kernels.adding import ADD, LINE, adding_library
+from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Arithmetic, Broadcast, Concat, Layer
 from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem
@@ -90,6 +91,10 @@ class ArithmeticOfInputs(Primitive):
 
         if all(view.flags.c_contiguous for view in views):
             lines, line = [view.reshape(-1) for view in views], out.reshape(-1)
+            if function == "add" and not any(x.ctypes.data % VECTOR_BYTES for x in (*lines, line)):
+                whole = _add_vectors(lines, line, layer.relu, team)
+                combine([one[whole:] for one in lines], line[whole:], ZEROS[: line.size - whole])
+                return
 
             def pieces(first: int, last: int) -> None:
                 for begin in range(first * PIECE, last * PIECE, PIECE):
@@ -106,6 +111,18 @@ class ArithmeticOfInputs(Primitive):
                 combine([view[at] for view in views], out[at], ZEROS[:1])
 
         team.share(blocks, out.shape[0] * out.shape[1])
+
+
+def _add_vectors(lines: Sequence[Array], out: Array, relu: bool, team: Team) -> int:
+    """Add up lines in whole vectors; how many values these are."""
+    count = out.size // LANES
+    first, *others = lines
+    for number, other in enumerate(others, 1):
+        places = (x.ctypes.data for x in (first, other, out))
+        told = count, int(relu and number == len(others))
+        team.run(adding_library()[ADD], (*places, *told), ceil_divide(count, LINE))
+        first = out
+    return count * LANES
 
 
 @final
