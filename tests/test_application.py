@@ -14,6 +14,7 @@ import graphs
 import oracle
 import znni_dask
 from test_identity import assert_same, at_once
+from znni_dask import costs
 from znni_dask.cli import main
 from znni_dask.errors import NetworkError, OptionError, OutputError, RunError, VolumeError
 from znni_dask.geometry import Box
@@ -23,6 +24,7 @@ from znni_dask.inspection import facts
 from znni_dask.network.build import Builder
 from znni_dask.network.layers import Pad
 from znni_dask.patches import Layout
+from znni_dask.primitives import conv_torch
 from znni_dask.storage.volume import open_volume
 from znni_dask.verify import verify
 
@@ -273,7 +275,7 @@ def test_a_halo_of_ones_own_is_what_patches_see_and_its_error_is_measured(tmp_pa
         summary = znni_dask.run(network, tmp_path / "in.npy", target, halo=halo, **common)
         got = stored(target)[0]
         assert_same(got, within(values, network, (16, 16, 16), halo))
-        error = summary.passes[0].halo_error
+        error = summary.passes[0].measured_error
         exact = at_once(network, values, "reflect")
         assert error.largest <= np.abs(got - exact).max() * 1.01 + 1e-4
         assert error.standard_deviation == pytest.approx(exact.std(), rel=0.2)
@@ -385,3 +387,44 @@ def test_facts_are_those_of_large_patches():
     assert found.needed_bytes > 64**3 * found.activation_bytes
     described = json.dumps(found.locality)
     assert "local" in described
+
+
+def test_lower_precision_is_used_when_asked_for_and_its_error_is_measured(
+    tmp_path, client, capsys, monkeypatch
+):
+    monkeypatch.setitem(costs.TORCH_FLOPS_PER_SECOND, "bfloat16", 1e15)
+    monkeypatch.setattr(costs, "TORCH_SECONDS", 0.0)
+    network = graphs.graph("unet", 2)
+    values = np.random.default_rng(4).standard_normal((1, 24, 32, 40)).astype(np.float32)
+    np.save(tmp_path / "in.npy", values)
+    save(network, tmp_path / "net.onnx")
+    files = [str(tmp_path / name) for name in ("net.onnx", "in.npy", "out.zarr")]
+    asked = ["--precision", "bfloat16", "--memory", "4GiB", "--chunks", "16,16,16"]
+    assert main(["infer", *files, *asked]) == 0
+    assert "approximate: in bfloat16 the largest difference at" in capsys.readouterr().out
+    assert main(["verify", *files, "--size", "8,8,8"]) == 0
+    assert "approximate, made in bfloat16" in capsys.readouterr().out
+    summary = znni_dask.run(
+        *files[:2], tmp_path / "run.zarr", client=client, precision="bfloat16", memory="4GiB"
+    )
+    (one,) = summary.passes
+    assert "torch bfloat16" in one.plan.primitives.values()
+    exact = at_once(network, values, "reflect")
+    found = np.abs(stored(tmp_path / "run.zarr")[0] - exact).max()
+    error = one.measured_error
+    assert 1e-4 * exact.std() < error.largest <= found * 1.01
+    assert found < 0.1 * exact.std()
+    full = znni_dask.run(*files[:2], tmp_path / "full.zarr", client=client, memory="4GiB")
+    assert full.passes[0].measured_error is None
+    assert "torch bfloat16" not in full.plan.primitives.values()
+
+
+def test_a_precision_that_is_not_to_be_had_is_refused(tmp_path, monkeypatch):
+    np.save(tmp_path / "in.npy", np.zeros((8, 8, 8), np.float32))
+    network, files = graphs.graph("unet", 2), (tmp_path / "in.npy", tmp_path / "out.zarr")
+    with pytest.raises(OptionError, match="float32, bfloat16"):
+        znni_dask.run(network, *files, precision="float16")
+    monkeypatch.setattr(conv_torch, "installed", lambda: False)
+    with pytest.raises(OptionError, match=r"pip install 'znni_dask\[torch\]'"):
+        znni_dask.run(network, *files, precision="bfloat16")
+    assert not (tmp_path / "out.zarr").exists()

@@ -6,18 +6,20 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from textwrap import dedent
 
 import numpy as np
 import pytest
 
+import oracle
 from znni_dask import costs
 from znni_dask.choices import Menu, choose_primitives
 from znni_dask.errors import OptionError
 from znni_dask.geometry import Box
 from znni_dask.kernels.team import Team
 from znni_dask.network.build import Builder
-from znni_dask.network.layers import Conv
+from znni_dask.network.layers import LOWER, Conv
 from znni_dask.patches import Layout
 from znni_dask.primitives import conv_torch
 from znni_dask.primitives.base import Problem
@@ -27,7 +29,7 @@ from znni_dask.schedule import Schedules
 
 
 def test_without_torch_it_is_refused_with_what_to_do(monkeypatch):
-    monkeypatch.setattr(conv_torch, "_installed", lambda: False)
+    monkeypatch.setattr(conv_torch, "installed", lambda: False)
     layer = Conv(3, 4, (3, 3, 3))
     assert "pip install 'znni_dask[torch]'" in ConvTorch().refusal(layer)
     assert not any(isinstance(p, ConvTorch) for p in candidates(layer))
@@ -125,7 +127,7 @@ def test_memory_and_threads_of_the_process_stay_within_what_is_promised():
 
 @pytest.mark.parametrize("rate", [1e7, 1e13])
 def test_the_planner_takes_it_where_it_is_faster(rate, monkeypatch):
-    monkeypatch.setattr(costs, "TORCH_FLOPS_PER_SECOND", rate)
+    monkeypatch.setitem(costs.TORCH_FLOPS_PER_SECOND, "float32", rate)
     b = Builder(1)
     x = b.conv(b.input, 64, 3)
     network = b.network(b.conv(x, 64, 7, groups=4))
@@ -135,3 +137,24 @@ def test_the_planner_takes_it_where_it_is_faster(rate, monkeypatch):
     roomy, narrow = (asked.fastest_within(room).values() for room in (2e9, 1.5e8))
     assert any(isinstance(p, ConvTorch) for p in roomy) == (rate == 1e13)
     assert not any(isinstance(p, ConvTorch) for p in narrow)  # no room for torch itself
+
+
+def test_lower_precision_is_computed_only_where_it_is_asked_for():
+    layer, lower = Conv(20, 24, (3, 3, 3), padding=((1, 1, 1), (1, 1, 1))), ConvTorch(lower=True)
+    assert lower not in candidates(layer)
+    assert "float32" in lower.refusal(layer)
+    asked = replace(layer, precision=LOWER)
+    assert {ConvTorch(), lower} <= set(candidates(asked))
+    random = np.random.default_rng(0)
+    weights = {
+        k: random.standard_normal(s).astype(np.float32) for k, s in asked.weight_shapes().items()
+    }
+    x = random.standard_normal((2, 20, 6, 9, 14)).astype(np.float32)
+    shape = (2, 24, 6, 9, 14)
+    problem = Problem(asked, (x.shape,), shape, ((-1, -1, -1),), (0, 0, 0), x.shape[2:])
+    out = np.full(shape, np.nan, np.float32)
+    with Team(2) as team:
+        lower.apply(lower.prepare(asked, weights), problem, [x], out, team)
+    want = np.stack([oracle._apply(layer, [one.astype(np.float64)], weights) for one in x])
+    error = np.linalg.norm(out - want) / np.linalg.norm(want)
+    assert 1e-4 < error < 1e-2  # eight bits of the values and of the weights

@@ -13,10 +13,12 @@ from typing import Any
 
 from znni_dask.errors import InputError, NetworkError, OptionError, OutputError
 from znni_dask.geometry import Box, Size, triple
+from znni_dask.network.layers import FULL, LOWER, PRECISIONS
 from znni_dask.network.network import Network
-from znni_dask.network.rewrites import simplify
+from znni_dask.network.rewrites import computed_in, simplify
 from znni_dask.normalization import Normalization, Statistics
 from znni_dask.patches import Layout
+from znni_dask.primitives import conv_torch
 from znni_dask.selection import Selection
 from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.volume import Volume
@@ -27,8 +29,9 @@ from znni_dask.windows import Laid, Patchwise, WindowGrid
 class Application:
     """A network, with all its outputs, on a volume.
 
-    ``patchwise`` and ``halo`` make the answer approximate (see `WindowGrid` and `Layout`); ``nan``
-    replaces what is not finite; what is not selected (by ``roi`` and ``mask``, see `Selection`) is
+    ``patchwise`` and ``halo`` make the answer approximate (see `WindowGrid` and `Layout`), and so
+    does a ``precision`` in which convolutions may be computed, other than float32; ``nan`` replaces
+    what is not finite; what is not selected (by ``roi`` and ``mask``, see `Selection`) is
     stored as 0; ``normalization`` says how the volume is normalised, by statistics that become
     part of ``volume`` once they are known (see `normalized`). Raises `NetworkError` where network
     and volume do not fit.
@@ -43,6 +46,7 @@ class Application:
     roi: Box | None = None
     mask: Volume | None = None
     normalization: Normalization | None = None
+    precision: str = FULL
 
     def __post_init__(self) -> None:
         network, volume = self.network, self.volume
@@ -54,7 +58,25 @@ class Application:
             )
         if self.patchwise and self.halo:
             raise OptionError("windows have no halo: give either patchwise or halo")
+        if self.precision not in PRECISIONS:
+            raise OptionError(f"precision {self.precision!r}: one of {', '.join(PRECISIONS)}")
+        if self.precision == LOWER and not conv_torch.installed():
+            raise OptionError(
+                f"{LOWER} is computed by PyTorch, which is not installed: "
+                "pip install 'znni_dask[torch]'"
+            )
         _ = self.selection
+
+    @property
+    def exact(self) -> Application:
+        """The same without what was asked for to be faster and makes it approximate: a halo, a
+        precision; windows are what they are."""
+        return replace(self, halo=None, precision=FULL)
+
+    @property
+    def approximate(self) -> bool:
+        """Whether that is another answer."""
+        return self.halo is not None or self.precision != FULL
 
     @cached_property
     def selection(self) -> Selection:
@@ -68,7 +90,7 @@ class Application:
     def laid(self, *outputs: str) -> Laid:
         """The network with these outputs, joined as channels of one, laid over the volume."""
         if outputs not in self._known:
-            network = simplify(self.network.only(*outputs))
+            network = computed_in(simplify(self.network.only(*outputs)), self.precision)
             try:
                 self._known[outputs] = self._laid(network)
             except InputError as error:
@@ -133,6 +155,7 @@ class Application:
             "level": self.volume.level,
             "patchwise": asdict(self.patchwise) if self.patchwise else None,
             "halo": self.halo,
+            "precision": self.precision,
             "roi": [self.roi.start, self.roi.stop] if self.roi else None,
             "mask": self.mask.path if self.mask else None,
             "normalize": self.normalization.described if self.normalization else None,

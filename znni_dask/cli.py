@@ -30,6 +30,7 @@ from znni_dask.importers import load_network
 from znni_dask.inspection import facts
 from znni_dask.kernels import compiled
 from znni_dask.machine import cores
+from znni_dask.network.layers import FULL, PRECISIONS
 from znni_dask.normalization import METHODS
 from znni_dask.patches import BOUNDARIES
 from znni_dask.run import run
@@ -195,6 +196,12 @@ def _add_approximate(infer: argparse.ArgumentParser) -> None:
         metavar="Z,Y,X",
         help="less than the derived halo: approximate, its error is measured and reported",
     )
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=FULL,
+        help="of convolutions, where that is faster: approximate like a halo (bfloat16: PyTorch)",
+    )
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
@@ -271,6 +278,7 @@ def _infer(options: argparse.Namespace) -> int:
             weights=options.weights,
             step=options.step,
             halo=options.halo,
+            precision=options.precision,
             roi=options.roi,
             mask=options.mask,
             normalize=options.normalize,

@@ -12,7 +12,7 @@ from typing import cast
 
 from znni_dask.geometry import ceil_divide, round_up
 from znni_dask.kernels.code import LANES
-from znni_dask.network.layers import Conv, Layer
+from znni_dask.network.layers import FULL, LOWER, Conv, Layer
 from znni_dask.primitives.base import ITEM_BYTES, Form, Primitive, Problem
 from znni_dask.primitives.conv_depthwise import ConvDepthwise
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked, groups_together
@@ -47,7 +47,7 @@ WINOGRAD_PRODUCTS_PER_SECOND = 1.9e11  # operations of its products, on one core
 WHOLE_FLOPS_PER_SECOND = 2e10  # of transforms of whole images and their products, on one core
 CALL_SECONDS = 3e-6  # of each of their calls from Python, which do not run side by side
 SHARE_SECONDS = 4e-5  # sharing work among threads
-TORCH_FLOPS_PER_SECOND = 8e10  # by PyTorch, on one core, copies included
+TORCH_FLOPS_PER_SECOND = {FULL: 8e10, LOWER: 1.6e11}  # by PyTorch, on one core, copies included
 TORCH_SECONDS = 3.0  # importing it
 BYTES_PER_SECOND = 1.5e10  # to and from memory, on one core
 MATRIX_FLOPS_PER_SECOND = 2e10  # of a matrix and several vectors, on one core
@@ -114,7 +114,7 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
         channels = problem.output[1] // cast("Conv", problem.layer).groups
         wasted = round_up(channels, LANES) / channels  # as groups do not share vectors
         copied = Form.PLAIN.nbytes(problem.inputs[0]) + Form.PLAIN.nbytes(problem.output)
-        seconds = wasted * primitive.flops(problem) / TORCH_FLOPS_PER_SECOND
+        seconds = wasted * primitive.flops(problem) / TORCH_FLOPS_PER_SECOND[primitive.precision]
         seconds += 4 * copied / BYTES_PER_SECOND
     elif isinstance(primitive, ConvWinograd):
         at_points = primitive.work(problem, threads)

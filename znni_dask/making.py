@@ -16,7 +16,7 @@ from znni_dask.journal import Journal
 from znni_dask.passes import PlannedPass
 from znni_dask.plan import Plan
 from znni_dask.pyramid import make_levels, voxels
-from znni_dask.recompute import HaloError
+from znni_dask.recompute import MeasuredError
 
 Progress = Callable[[int, int], None]
 _SHOWN_FAILURES = 3
@@ -41,7 +41,7 @@ class Pass:
     decoded_voxels: int
     needed_voxels: int
     plan: Plan
-    halo_error: HaloError | None = None
+    measured_error: MeasuredError | None = None
     levels: tuple[Size, ...] = ()
     level_blocks: int = 0
 
@@ -137,7 +137,7 @@ def _told_of(one: PlannedPass, tally: _Tally, level_blocks: int) -> Pass:
         channels=one.job.laid.network.out_channels,
         **vars(tally),
         plan=one.job.plan,
-        halo_error=one.halo_error,
+        measured_error=one.measured_error,
         levels=tuple(level.size for level in one.stored[0].levels[1:]),
         level_blocks=level_blocks,
     )

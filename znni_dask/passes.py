@@ -16,7 +16,7 @@ from znni_dask.journal import in_json, journal_of
 from znni_dask.machine import anonymous_bytes
 from znni_dask.plan import Plan
 from znni_dask.pyramid import Pyramid
-from znni_dask.recompute import HaloError, halo_error
+from znni_dask.recompute import MeasuredError, measured_error
 from znni_dask.resources import Resources
 from znni_dask.storage import output as store
 from znni_dask.storage.encoding import Encoding
@@ -26,7 +26,7 @@ from znni_dask.windows import Laid, WindowGrid
 
 _CHUNKS = (64, 64, 64)
 _CHUNKS_OF_VECTORS = (8, 8, 8)  # of a classifier, whose every voxel is a window computed
-_FOUND = ("halo_error", "statistics")  # what metadata tell that was not asked for
+_FOUND = ("measured_error", "statistics")  # what metadata tell that was not asked for
 _WANTED_BYTES = 2  # of a voxel: whether it is wanted, kept, and once more where that is found out
 
 
@@ -53,7 +53,7 @@ class PlannedPass:
     job: Job
     pyramid: Pyramid
     resources: Resources
-    halo_error: HaloError | None = None
+    measured_error: MeasuredError | None = None
 
 
 def plan_pass(
@@ -92,15 +92,15 @@ def plan_pass(
 
 def read_by(application: Application, planned: list[PlannedPass]) -> list[PlannedPass]:
     """The passes with the application's volume, whose statistics are known by now, and measured
-    in it what a halo of one's own costs."""
+    in it what a halo of one's own, or a lower precision, costs."""
     return [
         replace(
             one,
             job=replace(one.job, volume=application.volume),
-            halo_error=(
-                None
-                if application.halo is None
-                else halo_error(application, one.outputs, one.resources, one.job.plan)
+            measured_error=(
+                measured_error(application, one.outputs, one.resources, one.job.plan)
+                if application.approximate
+                else None
             ),
         )
         for one in planned
@@ -165,7 +165,8 @@ def create_outputs(
     statistics = {} if found is None else {"statistics": asdict(found)}
     for one in planned:
         targets: list[Target] = []
-        error = {"halo_error": one.halo_error.largest} if one.halo_error else {}
+        found_error = one.measured_error
+        error = {"measured_error": found_error.largest} if found_error else {}
         for name, layout in zip(one.outputs, one.stored, strict=True):
             place = images[name]
             image = store.existing(place, layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +10,18 @@ import numpy as np
 
 from znni_dask import planner
 from znni_dask.application import Application
-from znni_dask.choices import choose_primitives
+from znni_dask.choices import choose_primitives, chosen_primitives
 from znni_dask.errors import MemoryLimitError, RunError, VolumeError
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, Size, add, text, tiles, triple
 from znni_dask.machine import show_bytes
+from znni_dask.network.layers import FULL
 from znni_dask.patches import Layout
 from znni_dask.patchwise import WindowBlocks
 from znni_dask.plan import Plan
-from znni_dask.primitives.base import Array
+from znni_dask.primitives.base import Array, Primitive
 from znni_dask.resources import Resources
-from znni_dask.schedule import Schedules
+from znni_dask.schedule import Arrangement, Schedules
 from znni_dask.storage.volume import Volume
 from znni_dask.windows import Laid
 
@@ -37,14 +38,17 @@ def recompute(
     threads: int,
     time: int = 0,
     fragments: bool = True,
+    primitives: Mapping[str, Primitive] | None = None,
 ) -> Array:
-    """The answer within ``box`` (channel, z, y, x), in one patch of its own."""
+    """The answer within ``box`` (channel, z, y, x), in one patch of its own; by the plain
+    primitives where no others are given."""
     region = laid.region(box)
     values = source.read_extended(region, laid.boundary, nan, time)
+    if primitives is None:
+        primitives = choose_primitives(_arranged(laid), fragments)
     if not isinstance(laid, Layout):
-        with WindowBlocks(laid, choose_primitives(laid.layout), threads) as blocks:
+        with WindowBlocks(laid, primitives, threads) as blocks:
             return blocks.blended(box, values, region.start)
-    primitives = choose_primitives(laid, fragments)
     schedules = Schedules(laid, primitives)
     arena = schedules.arena(schedules.sizes(box))
     answer = np.empty((laid.network.out_channels, *box.size), np.float32)
@@ -53,34 +57,36 @@ def recompute(
     return answer
 
 
-@dataclass(frozen=True)
-class HaloError:
-    """How far an answer with a halo of its own is from the exact one, at random places.
+def _arranged(laid: Laid) -> Arrangement:
+    return laid if isinstance(laid, Layout) else laid.layout
 
-    ``largest`` difference and the exact answer's standard deviation, over ``voxels`` voxels.
+
+@dataclass(frozen=True)
+class MeasuredError:
+    """How far an approximate answer is from the exact one, at random places.
+
+    ``largest`` difference and the exact answer's standard deviation, over ``voxels`` voxels;
+    ``why`` it is approximate.
     """
 
+    why: str
     largest: float
     standard_deviation: float
     voxels: int
 
 
-def halo_error(
+def measured_error(
     application: Application, outputs: tuple[str, ...], resources: Resources, plan: Plan
-) -> HaloError:
-    """Measure what a halo of one's own costs in the patches of a plan, before the run.
+) -> MeasuredError:
+    """Measure what a halo of one's own and a lower precision cost in the patches of a plan, before
+    the run.
 
     Raises `MemoryLimitError` where not even one voxel can be computed exactly within the memory
     allowed, `VolumeError` where the volume cannot be read there.
     """
     near, source = application.laid(*outputs), application.volume
-    exact = Layout(near.network, near.size, near.boundary)
-    length = next((n for n in _LENGTHS if _fits(exact, resources, n)), None)
-    if length is None:
-        raise MemoryLimitError(
-            f"the error of a halo cannot be measured within {show_bytes(resources.allowed_bytes)}: "
-            f"one exact voxel needs the field of view, {text(exact.geometry.field_of_view)}"
-        )
+    exact = application.exact.laid(*outputs)
+    length, primitives = _length(exact, resources), _lower(near, plan)
     random, hull = np.random.default_rng(0), application.selection.hull(exact)
     largest, answers = 0.0, []
     for _ in range(_PLACES):
@@ -93,18 +99,31 @@ def halo_error(
         try:
             answer = recompute(exact, source, box, **how)
             made = np.full_like(answer, np.nan)
-            for patch in _patches_over(box, plan, exact.output_size):
-                around = recompute(near, source, patch, **how)
+            for patch in _made_with(box, near, plan):
+                around = recompute(near, source, patch, primitives=primitives, **how)
                 part = box.shared(patch)
                 assert part is not None
                 here, there = part.seen_from(box.start), part.seen_from(patch.start)
                 made[(slice(None), *here.slices)] = around[(slice(None), *there.slices)]
         except RunError as error:
-            raise VolumeError(f"where the error of a halo is measured, {error}") from None
+            raise VolumeError(f"where the error is measured, {error}") from None
         largest = max(largest, float(np.abs(made - answer).max()))
         answers.append(answer)
     values = np.concatenate([a.ravel() for a in answers])
-    return HaloError(largest, float(values.std()), values.size)
+    halo = "with this halo" if application.halo is not None else ""
+    lower = f"in {application.precision}" if application.precision != FULL else ""
+    why = ", ".join(filter(None, (halo, lower)))
+    return MeasuredError(why, largest, float(values.std()), values.size)
+
+
+def _lower(laid: Laid, plan: Plan) -> dict[str, Primitive]:
+    """Of the plan the primitives of lower precision; of all other layers the plain ones."""
+    layout = _arranged(laid)
+    planned = chosen_primitives(layout, plan)
+    return {
+        name: planned[name] if planned[name].precision != FULL else primitive
+        for name, primitive in choose_primitives(layout).items()
+    }
 
 
 def _place(random: np.random.Generator, hull: Box, size: Size, length: int, patch: Size) -> Box:
@@ -118,12 +137,28 @@ def _place(random: np.random.Generator, hull: Box, size: Size, length: int, patc
     return Box(start, add(start, edges))
 
 
-def _patches_over(box: Box, plan: Plan, size: Size) -> Iterator[Box]:
-    """The patches of a run that lie over a box."""
-    for block in tiles(size, plan.block, box):
+def _made_with(box: Box, laid: Laid, plan: Plan) -> Iterator[Box]:
+    """The patches of a run that lie over a box; windows are where they are."""
+    if not isinstance(laid, Layout):
+        yield box
+        return
+    for block in tiles(laid.output_size, plan.block, box):
         for patch in planner.patches_of(block, plan.patch):
             if patch.shared(box):
                 yield patch
+
+
+def _length(laid: Laid, resources: Resources) -> int:
+    """Of the boxes where an error is measured; raises `MemoryLimitError`."""
+    if not isinstance(laid, Layout):
+        return 1 if laid.classifies else _LENGTHS[-2]  # all windows that touch it are computed
+    length = next((n for n in _LENGTHS if _fits(laid, resources, n)), None)
+    if length is None:
+        raise MemoryLimitError(
+            f"the error cannot be measured within {show_bytes(resources.allowed_bytes)}: "
+            f"one exact voxel needs the field of view, {text(laid.geometry.field_of_view)}"
+        )
+    return length
 
 
 def _fits(layout: Layout, resources: Resources, length: int) -> bool:

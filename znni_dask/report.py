@@ -14,6 +14,7 @@ from rich.table import Table
 from znni_dask.geometry import AXES, text
 from znni_dask.machine import show_bytes
 from znni_dask.network.field_of_view import NetworkGeometry
+from znni_dask.network.layers import FULL
 from znni_dask.network.network import Network
 
 if TYPE_CHECKING:
@@ -136,10 +137,10 @@ def run_lines(summary: Summary) -> list[str]:
             f"{plan.reading.amplification:.2f} predicted), with up to "
             f"{show_bytes(plan.reading.cache_bytes)} of decoded chunks kept"
         )
-        if one.halo_error is not None:
-            error = one.halo_error
+        if one.measured_error is not None:
+            error = one.measured_error
             lines.append(
-                f"approximate: with this halo the largest difference at {error.voxels:,} random "
+                f"approximate: {error.why} the largest difference at {error.voxels:,} random "
                 f"voxels is {error.largest:.3g}, the exact answer's standard deviation "
                 f"{error.standard_deviation:.3g}"
             )
@@ -155,8 +156,10 @@ def run_lines(summary: Summary) -> list[str]:
 def verification_lines(found: Verification) -> list[str]:
     """What a verification found."""
     verdict = "holds" if found.holds else "DIFFERS"
-    if found.halo is not None:
-        verdict = f"approximate, made with a halo of {text(found.halo)}"
+    if found.halo is not None or found.precision != FULL:
+        halo = f"with a halo of {text(found.halo)}" if found.halo is not None else ""
+        lower = f"in {found.precision}" if found.precision != FULL else ""
+        verdict = "approximate, made " + ", ".join(filter(None, (halo, lower)))
     return [
         f"{verdict}: largest difference {found.largest_difference:.3g} at z, y, x = {found.at} "
         f"among {found.voxels:,} values at {found.places} places",

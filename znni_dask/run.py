@@ -103,6 +103,7 @@ def run(
     weights: str = "constant",
     step: Size | int | None = None,
     halo: Size | int | None = None,
+    precision: str = "float32",
     roi: str | Sequence[slice] | None = None,
     mask: str | Path | None = None,
     normalize: str = "none",
@@ -145,6 +146,9 @@ def run(
     step : distance (z, y, x) of windows of a network that makes one vector of a window.
     halo : voxels (z, y, x) that patches see beyond themselves, for a padded network whose field
         of view is needlessly large; the answer is approximate, its error is measured.
+    precision : ``"float32"``, or ``"bfloat16"`` where convolutions may be computed in that (by
+        PyTorch, the extra ``torch``) if it is faster; the answer is approximate, its error is
+        measured.
     roi : the part of the volume that is wanted, ``"z0:z1,y0:y1,x0:x1"`` (ends may be left open)
         or three slices, in voxels of the volume. The output keeps its whole grid; what is not
         wanted is not computed, and 0.
@@ -179,6 +183,7 @@ def run(
         None if roi is None else roi_box(roi, source.size),
         None if mask is None else open_volume(mask),
         normalization,
+        precision,
     )
     check_alike(source, surveyed)
     request = Request(

@@ -18,6 +18,7 @@ from znni_dask.application import Application, patchwise_of
 from znni_dask.errors import OptionError, OutputError
 from znni_dask.geometry import Box, Size, add, tiles, triple
 from znni_dask.importers import load_network
+from znni_dask.network.layers import FULL
 from znni_dask.network.network import Network
 from znni_dask.normalization import Statistics
 from znni_dask.options import computing_threads
@@ -31,12 +32,12 @@ from znni_dask.storage.volume import Volume, open_volume
 from znni_dask.windows import Laid, WindowGrid
 
 TOLERANCE = 1e-4  # largest difference allowed, in standard deviations of the answer
-_OF_HALO_ERROR = 4.0  # times the largest difference measured at a few places
+_OF_MEASURED_ERROR = 4.0  # times the largest difference measured at a few places
 _TRIES = 64  # to find a place that holds something selected, before the mask is searched
 _SEARCHED = (128, 128, 128)  # of the mask at a time
 _TOLD = {
     *("network", "output", "boundary", "nan", "dtype", "range", "axes", "channels", "level"),
-    *("patchwise", "halo", "roi", "mask", "normalize"),
+    *("patchwise", "halo", "precision", "roi", "mask", "normalize"),
 }
 
 
@@ -47,9 +48,9 @@ class Verification:
     ``allowed`` is 1e-4 standard deviations of the recomputed values, plus one step of the stored
     type (values that differ by less may be rounded apart). The difference of a stored label is how
     far the answer of its channel lies below that of the best one: another label is wrong only where
-    the two channels differ by more than is allowed. An output made with a ``halo`` of its own is
-    compared with the exact answer, from which it differs by design: a few times the error that was
-    measured is allowed.
+    the two channels differ by more than is allowed. An output made with a ``halo`` of its own
+    or in a lower ``precision`` is compared with the exact answer, from which it differs by design:
+    a few times the error that was measured is allowed.
     """
 
     places: int
@@ -59,6 +60,7 @@ class Verification:
     standard_deviation: float
     allowed: float
     halo: Size | None = None
+    precision: str = FULL
 
     @property
     def holds(self) -> bool:
@@ -139,8 +141,7 @@ def _open_output(path: str | Path) -> tuple[Volume, dict[str, Any]]:
 def _repeated(
     network: str | Path | Network, input: str | Path, made: Mapping[str, Any]
 ) -> Application:
-    """What an output's metadata say it was made of; of an answer with a halo of its own the exact
-    one, without."""
+    """What an output's metadata say it was made of; of an approximate answer the exact one."""
     patchwise = patchwise_of(made)
     repeated = Application(
         load_network(network, patchwise.window if patchwise else None),
@@ -254,13 +255,16 @@ def _compare(found: list[_Compared], encoding: Encoding, made: Mapping[str, Any]
     finite = values[np.isfinite(values)]
     deviation = float(finite.std()) if finite.size else 0.0
     allowed = TOLERANCE * deviation + encoding.step(float(np.abs(finite).max(initial=0)))
-    halo = made["halo"]
+    halo, precision = made["halo"], str(made["precision"])
+    approximate = halo is not None or precision != FULL
+    error = float(made["measured_error"]) if approximate else 0.0
     return Verification(
         places=len(found),
         voxels=sum(one.fresh.size for one in found),
         largest_difference=float(differences[worst].max()),
         at=triple(int(a + b) for a, b in zip(found[worst].box.start, place, strict=True)),
         standard_deviation=deviation,
-        allowed=allowed + (_OF_HALO_ERROR * float(made["halo_error"]) if halo else 0.0),
+        allowed=allowed + _OF_MEASURED_ERROR * error,
         halo=None if halo is None else triple(halo),
+        precision=precision,
     )

@@ -57,6 +57,17 @@ def simplify(network: Network) -> Network:
     return Network(tuple(nodes), outputs, weights, alike)
 
 
+def computed_in(network: Network, precision: str) -> Network:
+    """The network whose convolutions may be computed in some precision."""
+    nodes = (
+        replace(node, layer=replace(node.layer, precision=precision))
+        if isinstance(node.layer, Conv)
+        else node
+        for node in network
+    )
+    return Network(tuple(nodes), network.outputs, network.weights, network.alike)
+
+
 def as_sliding(network: Network, window: Size) -> Network:
     """A classifier of windows of one size as a sliding network, where it is one.
 

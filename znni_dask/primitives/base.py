@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from znni_dask.geometry import Size, ceil_divide
 from znni_dask.kernels.code import LANES
 from znni_dask.kernels.team import Team
-from znni_dask.network.layers import ONES, Layer
+from znni_dask.network.layers import FULL, ONES, Layer
 from znni_dask.network.network import Weights
 
 Array = NDArray[np.float32]
@@ -72,7 +72,7 @@ class Primitive(ABC):
     ``in_place``: `apply` may be given its first input as output. ``fragments``: the layer is
     evaluated at all offsets of its stride, the fragments joining the batch. ``library_bytes``: what
     a library takes that it computes with, once in a process. ``takes``: where `fits` holds not for
-    all layers of its kind, in words.
+    all layers of its kind, in words. ``precision``: what it computes in.
     """
 
     name: ClassVar[str]
@@ -81,6 +81,7 @@ class Primitive(ABC):
     fragments: ClassVar[bool] = False
     library_bytes: ClassVar[int] = 0
     takes: ClassVar[str] = ""
+    precision: ClassVar[str] = FULL
 
     def refusal(self, layer: Layer) -> str | None:
         """Why the primitive cannot take this layer; None where it can."""

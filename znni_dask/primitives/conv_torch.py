@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from math import prod
 from typing import Any, ClassVar, NamedTuple, cast, final
 
 import numpy as np
@@ -19,7 +21,7 @@ from znni_dask.errors import OptionError
 from znni_dask.geometry import Size, ceil_divide, round_up, triple
 from znni_dask.kernels.code import VECTOR_BYTES
 from znni_dask.kernels.team import Team
-from znni_dask.network.layers import Conv, Layer
+from znni_dask.network.layers import FULL, LOWER, Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives.base import (
     ITEM_BYTES,
@@ -37,24 +39,42 @@ _HEAP_BYTES = 64 << 20  # of a thread, where glibc keeps for it what torch gave 
 
 
 @final
+@dataclass(frozen=True)
 class ConvTorch(Primitive):
-    """Convolution on the CPU by PyTorch, any stride, dilation, groups and padding."""
+    """Convolution on the CPU by PyTorch, any stride, dilation, groups and padding; ``lower``: in
+    bfloat16, of layers for which that was asked."""
 
-    name: ClassVar[str] = "torch"
+    lower: bool = False
     layer: ClassVar[type[Layer]] = Conv
     library_bytes: ClassVar[int] = LIBRARY_BYTES
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """As the table and plans name it."""
+        return f"torch {LOWER}" if self.lower else "torch"
+
+    @property
+    def precision(self) -> str:  # type: ignore[override]
+        """What it computes in."""
+        return LOWER if self.lower else FULL
 
     def refusal(self, layer: Layer) -> str | None:
         if (reason := super().refusal(layer)) is not None:
             return reason
-        if not _installed():
+        if not installed():
             return f"{self.name} is not installed: pip install 'znni_dask[torch]'"
-        if cast("Conv", layer).whole:
+        conv = cast("Conv", layer)
+        if conv.whole:
             return f"{self.name} takes no whole window, not {layer.summary}"
+        if self.lower and conv.precision != LOWER:
+            return f"{self.name} is less than {conv.precision}, in which the layer is computed"
         return None
 
     def flops(self, problem: Problem) -> int:
         return direct_flops(problem)
+
+    def prepared_bytes(self, layer: Layer) -> int:
+        return 2 * super().prepared_bytes(layer)  # as they are, while they are put in order
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
         """Of every thread a slab, and what torch makes of it, in forms of its own: the slab, the
@@ -74,10 +94,14 @@ class ConvTorch(Primitive):
                 f"torch {torch.__version__} was built without oneDNN, so its memory is not known: "
                 "install another, or plan without it"
             )
-        weight, bias = torch.from_numpy(weights["weight"]), weights.get("bias")
+        kind = getattr(torch, self.precision)
+        weight, bias = (
+            torch.from_numpy(np.require(array, requirements="W"))  # torch takes no other
+            for array in (weights["weight"], weights.get("bias", np.zeros(0, np.float32)))
+        )
         with _one_thread(torch.get_num_threads()):
-            weight = weight.contiguous(memory_format=torch.channels_last_3d)
-        return weight, None if bias is None else torch.from_numpy(bias)
+            weight = weight.to(kind).contiguous(memory_format=torch.channels_last_3d)
+        return weight, bias.to(kind) if len(bias) else None
 
     def apply(
         self,
@@ -94,7 +118,7 @@ class ConvTorch(Primitive):
         buffers = [memory[i * slab.nbytes :] for i in range(team.threads)]
         source, made = torch.from_numpy(inputs[0]), torch.from_numpy(out)
         turns = ceil_divide(problem.output[2], slab.made[2])
-        threads = torch.get_num_threads()
+        threads, kind = torch.get_num_threads(), getattr(torch, self.precision)
 
         def work(first: int, last: int) -> None:
             buffer = buffers.pop()  # there is one for every thread
@@ -103,7 +127,8 @@ class ConvTorch(Primitive):
                     sample, turn = divmod(unit, turns)
                     begin = turn * slab.made[2]
                     end = min(begin + slab.made[2], problem.output[2])
-                    x = slab.filled(buffer, source[sample], problem, begin, end - begin)
+                    stored = torch.from_numpy(buffer).view(kind)
+                    x = slab.filled(stored, source[sample], problem, begin, end - begin)
                     found = torch.nn.functional.conv3d(
                         x, *prepared, conv.stride, 0, conv.dilation, conv.groups
                     )
@@ -145,16 +170,12 @@ class _Slab(NamedTuple):
         """Memory of the part of the input."""
         return round_up(Form.PLAIN.nbytes(self.read), VECTOR_BYTES)
 
-    def filled(self, buffer: Any, source: Any, problem: Problem, begin: int, planes: int) -> Any:
+    def filled(self, stored: Any, source: Any, problem: Problem, begin: int, planes: int) -> Any:
         """What lies behind ``planes`` planes of output from ``begin`` on, with its padding; a
-        tensor in ``buffer``, channels last."""
-        import torch
-
+        tensor in what is ``stored``, channels last."""
         size = self._behind(problem, (planes, *self.made[3:]))
         channels = self.read[1]
-        count = int(np.prod(size)) * channels
-        stored = buffer[: ITEM_BYTES * count].view(np.float32).reshape(1, *size, channels)
-        slab = torch.from_numpy(stored).permute(0, 4, 1, 2, 3)
+        slab = stored[: prod(size) * channels].reshape(1, *size, channels).permute(0, 4, 1, 2, 3)
         starts = list(problem.offsets[0])
         starts[0] += begin * problem.layer.window(0).stride
         known, there = [], []
@@ -182,5 +203,6 @@ def _one_thread(before: int) -> Iterator[None]:
 
 
 @cache
-def _installed() -> bool:
+def installed() -> bool:
+    """Whether PyTorch is there."""
     return find_spec("torch") is not None

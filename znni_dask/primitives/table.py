@@ -55,6 +55,7 @@ TABLE: tuple[Primitive, ...] = (
     ConvWholeFFT(tasks=True),
     ConvMatrix(),
     ConvTorch(),
+    ConvTorch(lower=True),
     ConvTransposeDirect(),
     ConvTransposeBlocked(),
     MaxPoolingFragments(),

@@ -6,7 +6,7 @@ says which arrays a layer wants). Names and meanings are those of ONNX operators
 """
 
 from znni_dask.network.layers.base import NO_PADDING, ONES, Input, Layer, Padding, extent
-from znni_dask.network.layers.convolution import Conv, ConvTranspose
+from znni_dask.network.layers.convolution import FULL, LOWER, PRECISIONS, Conv, ConvTranspose
 from znni_dask.network.layers.joining import Arithmetic, Broadcast, Concat, Join
 from znni_dask.network.layers.pointwise import FUNCTIONS, Activation, Affine, Function
 from znni_dask.network.layers.pooling import AveragePool, MaxPool
@@ -22,9 +22,12 @@ from znni_dask.network.layers.rearranging import (
 from znni_dask.network.layers.reducing import Normalize, Reduce, Reduction, Softmax
 
 __all__ = [
+    "FULL",
     "FUNCTIONS",
+    "LOWER",
     "NO_PADDING",
     "ONES",
+    "PRECISIONS",
     "Activation",
     "Affine",
     "Arithmetic",

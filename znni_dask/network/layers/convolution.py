@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import final
 
@@ -22,6 +22,9 @@ from znni_dask.network.layers.base import (
     window_text,
 )
 from znni_dask.network.window import Window
+
+FULL, LOWER = "float32", "bfloat16"
+PRECISIONS = (FULL, LOWER)
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,14 @@ class Conv(_Convolution):
     ``whole``: the axes of space along which the kernel is as large as the input of one window of
     the network (a flattening followed by a matrix), so outputs exist for that alone. ``same``:
     the padding is that of sizes with an output for every ``stride`` voxels; others are not taken.
-    ``relu``: what is negative becomes zero.
+    ``relu``: what is negative becomes zero. ``precision``: the lowest that it may be computed in,
+    which is asked for and no part of the network.
     """
 
     whole: str = ""
     same: bool = False
     relu: bool = False
+    precision: str = field(default=FULL, repr=False)
 
     def channels(self, inputs: Sequence[int]) -> int:
         if self.whole not in ("", *AXES_OF_SPACE):
