@@ -16,7 +16,7 @@ from znni_dask.geometry import triple
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.memory import allocate
 from znni_dask.kernels.team import Team
-from znni_dask.network.layers import Input, Layer
+from znni_dask.network.layers import ConvTranspose, Input, Layer
 from znni_dask.primitives.base import Array, Form, Primitive, Problem, Shape
 from znni_dask.primitives.forms import FormChange
 from znni_dask.primitives.table import candidates
@@ -60,7 +60,8 @@ class Point:
     def name(self) -> str:
         """The layer, like ``80 → 80, 3³``."""
         made = self.layer.channels([self.channels])
-        return f"{self.channels} → {made}, {self.layer.summary.removesuffix(', relu')}"
+        kind = "transposed " if isinstance(self.layer, ConvTranspose) else ""
+        return f"{self.channels} → {made}, {kind}{self.layer.summary.removesuffix(', relu')}"
 
     @property
     def size(self) -> str:
