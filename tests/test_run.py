@@ -424,7 +424,7 @@ def test_a_run_by_fourier_transforms_is_right_and_keeps_its_promise(tmp_path, mo
     b = Builder(1, seed=2)
     x = b.relu(b.conv(b.input, 18, 3, padding="same"))
     x = b.relu(b.conv(x, 20, (1, 5, 5), padding="same"))
-    network = b.network(b.conv(x, 17, 3, padding="same"))
+    network = b.network(b.conv(x, 17, (3, 5, 3), padding="same"))
     volume = np.random.default_rng(0).standard_normal((70, 66, 75)).astype(np.float32)
     np.save(tmp_path / "in.npy", volume)
     how = {"memory": "4GiB", "patch": (32, 40, 48), "chunks": 32, "threads": 2}
