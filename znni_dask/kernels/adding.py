@@ -25,7 +25,7 @@ def adding_module() -> ir.Module:
     module = ir.Module(ADD)
     code = Function(module, ADD, ("one", "other", "out"), ("count", "relu", "first", "last"))
     (one, other, out), (count, relu, first, last) = code.addresses, code.numbers
-    least = code.choose(relu.differs(0), code.vector(), code.vector(float("-inf")))
+    least = code.least(relu)
     with code.loop(first * LINE, (last * LINE).at_most(count)) as number:
         place = number * VECTOR_BYTES
         out.store((one.load(place) + other.load(place)).at_least(least), place)

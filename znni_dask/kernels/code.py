@@ -307,6 +307,10 @@ class Function:
         """Whether all of some conditions hold."""
         return reduce(self._build.and_, conditions)
 
+    def least(self, relu: Number) -> Vector:
+        """What answers are at least: zero where a number is not 0, or else anything."""
+        return self.choose(relu.differs(0), self.vector(), self.vector(float("-inf")))
+
     def variable(self, value: Vector) -> Variable:
         """A place for a vector that changes in loops."""
         return Variable(self._build, self._entry, value)

@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from znni_dask.kernels.code import VECTOR_BYTES, Function, Number
+from znni_dask.kernels.code import FLOAT_BYTES, VECTOR_BYTES, Function, Number
 from znni_dask.kernels.compiled import Library, compiled_library, host
 
 CONVOLVE, PAD = "convolve", "pad"
 _VOXELS = {True: 14, False: 4}  # summed at once, with 32 long registers, and without
-_FLOAT_BYTES = 4
 _INPUT = ("channels", "channel_bytes", "taps_z", "tap_z_bytes", "tap_y_bytes")
 
 
@@ -80,7 +79,7 @@ def _write_convolve(module: ir.Module, shape: Shape, most: int) -> None:
         with code.loop(begin, (begin + together).at_most(rows)) as y:
             row, made = here + y * step_y, to + y * row_bytes
             for x, some in _parts(code, width, sums):
-                at = row + x * (shape.stride * _FLOAT_BYTES)
+                at = row + x * (shape.stride * FLOAT_BYTES)
                 code.call(some, at, weight, bias, made + x * VECTOR_BYTES, *taps, relu)
     code.finish()
 
@@ -98,18 +97,18 @@ def _write_pad(module: ir.Module) -> None:
     ]
     with code.loop(first, last) as item:
         channel, z = item // made[0], item % made[0]
-        to = out + item * (made[1] * made[2] * _FLOAT_BYTES)
+        to = out + item * (made[1] * made[2] * FLOAT_BYTES)
         plane = channel * there[0] + z + begins[0]
         with code.loop(0, made[1] * made[2]) as i:
-            to.store_floats(code.vector(), 1, i * _FLOAT_BYTES)
+            to.store_floats(code.vector(), 1, i * FLOAT_BYTES)
         with (
             code.when(code.all(z > inside[0][0] - 1, z < inside[0][1])),
             code.loop(*inside[1]) as y,
             code.loop(*inside[2]) as x,
         ):
             place = (plane * there[1] + y + begins[1]) * there[2] + x + begins[2]
-            value = source.load_floats(1, place * _FLOAT_BYTES)
-            to.store_floats(value, 1, (y * made[2] + x) * _FLOAT_BYTES)
+            value = source.load_floats(1, place * FLOAT_BYTES)
+            to.store_floats(value, 1, (y * made[2] + x) * FLOAT_BYTES)
     code.finish()
 
 
@@ -149,10 +148,10 @@ def _sums(module: ir.Module, shape: Shape, voxels: int) -> Function:
             factor = weight.load((y * shape.taps_x + x) * VECTOR_BYTES)
             row = plane + tap_y_bytes * y
             for v, total in enumerate(sums):
-                place = (v * shape.stride + x * shape.dilation) * _FLOAT_BYTES
+                place = (v * shape.stride + x * shape.dilation) * FLOAT_BYTES
                 total.set(total.get() + row.spread(place) * factor)
     added = bias.load()
-    least = code.choose(relu.differs(0), code.vector(), code.vector(float("-inf")))
+    least = code.least(relu)
     for v, total in enumerate(sums):
         out.store((total.get() + added).at_least(least), v * VECTOR_BYTES, streamed=True)
     return code.finish()

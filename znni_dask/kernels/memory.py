@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 _HUGE_PAGE = 2 << 20
+_LINE = 64
 Bytes = NDArray[np.uint8]
+
+
+def odd_lines(nbytes: int) -> int:
+    """At least so many bytes, an odd number of cache lines: what lies so far apart does not all
+    fall on the same lines of a cache."""
+    return (-(-nbytes // _LINE) | 1) * _LINE
 
 
 def allocated_bytes(nbytes: int) -> int:

@@ -37,6 +37,7 @@ from znni_dask.kernels.code import LANES, VECTOR_BYTES, Function
 from znni_dask.kernels.compiled import Library, compiled_library, host
 from znni_dask.kernels.complex_product import PAIR_BYTES
 from znni_dask.kernels.lines import complex_line, restored_line
+from znni_dask.kernels.memory import odd_lines
 from znni_dask.kernels.tiles import Place, Tile
 
 SPECTRA, ANSWERS = "spectra", "answers"
@@ -61,7 +62,7 @@ def planes_at_once() -> int:
 def line_bytes(planes: int) -> int:
     """Memory of one frequency of so many planes: an odd number of cache lines, lest lines fall on
     the same ones of a cache."""
-    return (ceil_divide(planes * _COMPLEX_BYTES, VECTOR_BYTES) | 1) * VECTOR_BYTES
+    return odd_lines(planes * _COMPLEX_BYTES)
 
 
 def buffer_bytes(tile: Tile) -> int:

@@ -80,7 +80,7 @@ class Sums:
                 with code.loop(x0, x1) as x:
                     here = line + x * (rows.x.dilation * rows.source.x)
                     self._add(sums, rows, here, first + x * rows.apart_x * tap_bytes, channels)
-        least = code.choose(clip.differs(0), code.vector(), code.vector(float("-inf")))
+        least = code.least(clip)
         totals = [[total.get() for total in values] for values in sums]
         if self.lanes is Lanes.INPUTS:
             for i, of_output in enumerate(zip(*totals, strict=True)):

@@ -10,6 +10,7 @@ transforms, a product of matrices at every point, is direct convolution of one v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -150,9 +151,7 @@ def _write_evaluate(module: ir.Module, tile: Tile, plane: int) -> Function:
     with code.loop(0, count) as number:
         here = _Place.of(told, tile, begin + number)
         starts = [a + axis.offset for a, axis in zip(here.starts, told[:3], strict=True)]
-        corner = source + here.sample * told.source.batch
-        for start, stride in zip(starts, strides, strict=True):
-            corner = corner + start * stride
+        corner = _at(source, told.source, here.sample, starts)
         spans: list[Number] = []
         missing = code.number(0)
         for start, axis, size in zip(starts, told[:3], tile.size, strict=True):
@@ -212,9 +211,7 @@ def _write_restore(module: ir.Module, tile: Tile, plane: int, relu: bool) -> Fun
     strides = (told.target.z, told.target.y, told.target.x)
     with code.loop(0, count) as number:
         here = _Place.of(told, tile, begin + number)
-        corner = out + here.sample * told.target.batch
-        for start, stride in zip(here.starts, strides, strict=True):
-            corner = corner + start * stride
+        corner = _at(out, told.target, here.sample, here.starts)
         left = [axis.outputs - start for axis, start in zip(told[:3], here.starts, strict=True)]
         with code.loop(0, told.made) as block:
             source = products + (block * told.at_once + number) * VECTOR_BYTES
@@ -273,6 +270,14 @@ def _answers(products: list[Vector], made: int) -> list[Vector]:
     found[0] = found[0] + at_zero
     found[-1] = found[-1] + at_infinity
     return found
+
+
+def _at(
+    array: Address, strides: Strides[Number], sample: Number, voxel: Sequence[Number]
+) -> Address:
+    """A voxel of a sample's first block."""
+    z, y, x = voxel
+    return array + sample * strides.batch + z * strides.z + y * strides.y + x * strides.x
 
 
 class _Place(NamedTuple):

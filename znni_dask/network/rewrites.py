@@ -10,6 +10,7 @@ import numpy as np
 from znni_dask.geometry import AXES, Size, triple
 from znni_dask.network.field_of_view import sizes_of
 from znni_dask.network.layers import (
+    FULL,
     ONES,
     Activation,
     Affine,
@@ -59,6 +60,8 @@ def simplify(network: Network) -> Network:
 
 def computed_in(network: Network, precision: str) -> Network:
     """The network whose convolutions may be computed in some precision."""
+    if precision == FULL:
+        return network
     nodes = (
         replace(node, layer=replace(node.layer, precision=precision))
         if isinstance(node.layer, Conv)

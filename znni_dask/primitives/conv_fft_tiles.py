@@ -23,7 +23,7 @@ from znni_dask.kernels import tiles
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.codelets import operations
 from znni_dask.kernels.complex_product import PAIR_BYTES, TRIPLE_BYTES
-from znni_dask.kernels.memory import Bytes, allocate, allocated_bytes
+from znni_dask.kernels.memory import Bytes, allocate, allocated_bytes, odd_lines
 from znni_dask.kernels.team import Each, Team
 from znni_dask.kernels.tiles import Tile
 from znni_dask.network.layers import ONES, Conv, Layer
@@ -249,9 +249,12 @@ class _Workspace:
         ``remade_bytes``."""
         tile, (blocks, made_blocks) = stacks.tile, _blocks(conv)
         rows = stacks.batch * stacks.tiles
-        column_stride = _odd(stacks.batch * blocks * stacks.planes * PAIR_BYTES)
-        answer_stride = _odd(tile.columns * PAIR_BYTES)
-        before, after = _odd(rows * blocks * TRIPLE_BYTES), _odd(rows * group * PAIR_BYTES)
+        column_stride = odd_lines(stacks.batch * blocks * stacks.planes * PAIR_BYTES)
+        answer_stride = odd_lines(tile.columns * PAIR_BYTES)
+        before, after = (
+            odd_lines(rows * blocks * TRIPLE_BYTES),
+            odd_lines(rows * group * PAIR_BYTES),
+        )
         block_stride = stacks.planes_made * answer_stride
         thread_bytes = max(tile.plane_buffer_bytes, tile.size[0] * (before + after))
         if remade_bytes:
@@ -284,11 +287,6 @@ class _Workspace:
         address ``start`` on."""
         answers = start + self.spectra_bytes
         return [start, answers, answers + self.answers_bytes, start + self._shared_bytes]
-
-
-def _odd(nbytes: int) -> int:
-    """At least so many bytes: an odd number of cache lines."""
-    return (ceil_divide(nbytes, VECTOR_BYTES) | 1) * VECTOR_BYTES
 
 
 def _conv(problem: Problem) -> Conv:

@@ -16,8 +16,9 @@ import numpy as np
 
 from znni_dask.geometry import ceil_divide, volume
 from znni_dask.kernels import patch_matrix
-from znni_dask.kernels.axes import Axis, Lanes, Strides
+from znni_dask.kernels.axes import Strides
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
+from znni_dask.kernels.memory import odd_lines
 from znni_dask.kernels.patch_matrix import Patches
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv, Layer
@@ -27,7 +28,6 @@ from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Proble
 
 GATHERED_BYTES = 1 << 19  # of rows that lie in the second-level cache
 _LEAST_ROWS = 48  # or the kernels' way from memory would be all that counts
-_ALONE = Axis(1, 1, 1, 0, 1, 1)
 
 
 @final
@@ -80,8 +80,9 @@ class ConvImg2row(Primitive):
         buffers = [scratch + i * gathered.nbytes for i in range(team.threads)]
         voxels, step = prod(problem.output[2:]), gathered.rows
         turns = ceil_divide(voxels, step)
+        place = rows.Place(0, Strides(0, VECTOR_BYTES, 0, 0, gathered.row_bytes, ITEM_BYTES))
         products = {
-            count: _products(prepared, count, gathered.row_bytes, _columns(conv), target, conv.relu)
+            count: rows.products(prepared, count, _columns(conv), place, target, conv.relu)
             for count in {min(step, voxels - step * (turns - 1)), step}
         }
 
@@ -101,8 +102,7 @@ class ConvImg2row(Primitive):
 
 
 class _Gathered(NamedTuple):
-    """The rows of a patch matrix that a thread has at once. From one to the next it is an odd
-    number of cache lines, lest all fall on the same lines of a cache."""
+    """The rows of a patch matrix that a thread has at once."""
 
     rows: int
     row_bytes: int
@@ -110,7 +110,7 @@ class _Gathered(NamedTuple):
     @classmethod
     def of(cls, problem: Problem) -> _Gathered:
         """As many as there is room for, of a sample."""
-        row_bytes = (ceil_divide(ITEM_BYTES * _columns(problem.layer), VECTOR_BYTES) | 1) * 64
+        row_bytes = odd_lines(ITEM_BYTES * _columns(problem.layer))
         most = max(_LEAST_ROWS, GATHERED_BYTES // row_bytes)
         voxels = prod(problem.output[2:])
         turns = ceil_divide(voxels, most)
@@ -120,22 +120,6 @@ class _Gathered(NamedTuple):
     def nbytes(self) -> int:
         """Memory of the rows, and of a vector after the last."""
         return self.rows * self.row_bytes + VECTOR_BYTES
-
-
-def _products(
-    parts: Sequence[rows.Part],
-    count: int,
-    row_bytes: int,
-    columns: int,
-    target: rows.Place,
-    relu: bool,
-) -> list[rows.Pass]:
-    """Products of so many gathered rows with each part of the kernel matrix: convolutions with
-    kernels of one voxel, whose channels are the numbers of a patch."""
-    gathered = rows.Place(0, Strides(0, VECTOR_BYTES, 0, 0, row_bytes, ITEM_BYTES))
-    line = Axis(count, 1, 1, 0, count, 1)
-    axes, shape = (_ALONE, _ALONE, line), (1, columns)
-    return list(rows.passes_into(parts, Lanes.OUTPUTS, axes, shape, gathered, target, relu))
 
 
 def _columns(layer: Layer) -> int:

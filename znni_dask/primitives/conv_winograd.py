@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 
 from znni_dask.geometry import ceil_divide, round_up, volume
 from znni_dask.kernels import winograd
-from znni_dask.kernels.axes import Axis, Lanes, Strides
+from znni_dask.kernels.axes import Strides
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
-from znni_dask.kernels.memory import allocate, allocated_bytes
-from znni_dask.kernels.rows import most_at_once
+from znni_dask.kernels.memory import allocate, allocated_bytes, odd_lines
 from znni_dask.kernels.team import Each, Team
 from znni_dask.kernels.turns import Turn
 from znni_dask.kernels.winograd import Tile, Tiles
@@ -34,7 +33,6 @@ from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Proble
 from znni_dask.primitives.stacks import Work
 
 CACHED_BYTES = 1 << 20  # of values and products of a thread, which stay near
-_ALONE = Axis(1, 1, 1, 0, 1, 1)
 
 
 class Prepared(NamedTuple):
@@ -79,7 +77,7 @@ class ConvWinograd(Primitive):
         )
 
     def prepared_bytes(self, layer: Layer) -> int:
-        conv, made = cast("Conv", layer), _blocks_at_once(cast("Conv", layer))
+        conv, made = cast("Conv", layer), rows.blocks_at_once(cast("Conv", layer).out_channels)
         values = [Tile(conv.kernel).points * conv.in_channels * n * VECTOR_BYTES for n in made]
         biases = allocated_bytes(sum(made) * VECTOR_BYTES)
         return allocated_bytes(sum(values)) + biases + 3 * max(values)
@@ -91,7 +89,7 @@ class ConvWinograd(Primitive):
         """The kernels' values, in the order in which they are read."""
         conv = cast("Conv", layer)
         weight, bias = weights["weight"], weights.get("bias")
-        points, made = Tile(conv.kernel).points, _blocks_at_once(conv)
+        points, made = Tile(conv.kernel).points, rows.blocks_at_once(conv.out_channels)
         size = points * conv.in_channels * LANES * sum(made)
         values, begin = allocate(ITEM_BYTES * size).view(np.float32), 0
         for first, blocks in zip(accumulate(made, initial=0), made, strict=False):
@@ -147,10 +145,9 @@ class _Batches:
 
     @property
     def point_bytes(self) -> tuple[int, int]:
-        """From point to point of values and of products: an odd number of cache lines, lest a
-        tile's values all fall on the same lines of a cache."""
-        read, made = (blocks * self.at_once | 1 for blocks in (self.read, self.made))
-        return read * VECTOR_BYTES, made * VECTOR_BYTES
+        """From point to point of values and of products."""
+        read, made = (blocks * self.at_once * VECTOR_BYTES for blocks in (self.read, self.made))
+        return odd_lines(read), odd_lines(made)
 
     @property
     def nbytes(self) -> int:
@@ -175,23 +172,15 @@ def _told(problem: Problem, threads: int) -> _Told:
     axes = zip(rows.axes_of(problem, conv), batches.tile.made, strict=True)
     z, y, x = (axis._replace(stride=step) for axis, step in axes)
     counts = batches.tiles, batches.at_once, batches.read, batches.made
-    parts = _blocks_at_once(conv)
+    parts = rows.blocks_at_once(conv.out_channels)
     turns = len(parts) * batches.tile.points_of_plane
     source, target = (_strides(Form.BLOCKED.stored(shape)) for shape in (problem.inputs[0], made))
     tiles = Tiles(z, y, x, source, target, *counts, *batches.point_bytes, turns)
 
-    many, block_bytes = batches.at_once, batches.at_once * VECTOR_BYTES
+    block_bytes, nothing = batches.at_once * VECTOR_BYTES, np.zeros(0, np.float32)
     place = rows.Place(0, Strides(0, block_bytes, 0, 0, VECTOR_BYTES, ITEM_BYTES))
-    nothing = np.zeros(0, np.float32)
-    passes = list(
-        rows.passes_into(
-            [rows.Part(blocks, nothing, nothing) for blocks in parts],
-            Lanes.OUTPUTS,
-            (_ALONE, _ALONE, Axis(many, 1, 1, 0, many, 1)),
-            (1, conv.in_channels),
-            *(place, place),
-        )
-    )
+    nowhere = [rows.Part(blocks, nothing, nothing) for blocks in parts]
+    passes = rows.products(nowhere, batches.at_once, conv.in_channels, place, place)
     return _Told(batches, winograd.flat(tiles), _turns(batches, conv, passes), passes)
 
 
@@ -226,8 +215,3 @@ def _values(weight: Array) -> Array:
 
 def _conv(problem: Problem) -> Conv:
     return cast("Conv", problem.layer)
-
-
-def _blocks_at_once(conv: Conv) -> list[int]:
-    """Output blocks that are computed together."""
-    return rows.equal_parts(ceil_divide(conv.out_channels, LANES), most_at_once(Lanes.OUTPUTS))

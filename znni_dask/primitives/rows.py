@@ -32,6 +32,7 @@ PART_BYTES = 40 << 10  # of weights that stay in the first-level cache
 SHARED_BYTES = 1 << 18  # of input that passes take turns on
 VOXELS_TOGETHER = 128  # whose sums take parts of the taps in turn, where a row has fewer
 PIECES_PER_THREAD = 8
+_ALONE = Axis(1, 1, 1, 0, 1, 1)
 
 
 class Place(NamedTuple):
@@ -204,6 +205,20 @@ def passes_into(
         out = out.on(part.made * out.strides.block)
 
 
+def products(
+    parts: Sequence[Part],
+    count: int,
+    channels: int,
+    source: Place,
+    out: Place,
+    relu: bool = False,
+) -> list[Pass]:
+    """Products of matrices: of so many rows of numbers, as voxels of so many channels, with each
+    part, whose kernels are one voxel."""
+    axes = (_ALONE, _ALONE, Axis(count, 1, 1, 0, count, 1))
+    return list(passes_into(parts, Lanes.OUTPUTS, axes, (1, channels), source, out, relu))
+
+
 def share(passes: Sequence[Pass], team: Team) -> None:
     """Run passes over the same input: some rows of it by one after the other, while they are near;
     so many that sums take parts of the taps together, and that there is work for all threads."""
@@ -238,6 +253,11 @@ def equal_parts(count: int, most: int) -> list[int]:
     return [count * (i + 1) // parts - count * i // parts for i in range(parts)]
 
 
+def blocks_at_once(outputs: int) -> list[int]:
+    """The blocks of so many output channels, those together that are computed at once."""
+    return equal_parts(ceil_divide(outputs, LANES), rows.most_at_once(Lanes.OUTPUTS))
+
+
 def kept(arrays: Iterable[Array]) -> Array:
     """Arrays one after the other, aligned."""
     flat = [np.ravel(array) for array in arrays]
@@ -260,8 +280,7 @@ def padded(array: Array, count: int) -> Array:
 def dense_parts(weight: Array, bias: Array | None) -> list[Part]:
     """Of weights (output channel, channel, z, y, x): parts of whole blocks of output channels."""
     found, begin = [], 0
-    blocks = ceil_divide(len(weight), LANES)
-    for made in equal_parts(blocks, rows.most_at_once(Lanes.OUTPUTS)):
+    for made in blocks_at_once(len(weight)):
         part = slice(begin * LANES, (begin + made) * LANES)
         begin += made
         outputs = padded(weight[part], made * LANES)
@@ -282,7 +301,7 @@ def dense_count(outputs: int) -> int:
 def dense_bytes(outputs: int, fan_ins: Sequence[int]) -> int:
     """Memory of `dense_parts` of some convolutions to so many output channels, each with so many
     weights, and of what they are made of."""
-    made = equal_parts(ceil_divide(outputs, LANES), rows.most_at_once(Lanes.OUTPUTS))
+    made = blocks_at_once(outputs)
     biases = [VECTOR_BYTES * blocks for blocks in made]
     weights = [size * fan_in for size in biases for fan_in in fan_ins]
     return len(fan_ins) * sum(map(allocated_bytes, biases)) + kept_bytes(weights)
@@ -308,13 +327,12 @@ def _joined(
 ) -> tuple[Axis[int], Axis[int], Axis[int]]:
     """The axes, rows that simply follow one another being one."""
     z, y, x = axes
-    alone = Axis(1, 1, 1, 0, 1, 1)
     plain = all(a == Axis(a.size, 1, a.dilation, 0, a.size, 1) for a in (y, x))
     follow = source.y == x.size * source.x and out.y == x.outputs * out.x
     if not (plain and follow):
         return z, y, x
     length = y.size * x.size
-    return z, alone, Axis(length, 1, 1, 0, length, 1)
+    return z, _ALONE, Axis(length, 1, 1, 0, length, 1)
 
 
 def _inside(x: Axis[int]) -> tuple[int, int]:
