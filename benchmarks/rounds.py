@@ -18,7 +18,8 @@ ROUNDS, TRIES = 5, 12
 AGREE = 0.1
 _LEAST_SECONDS = 0.02  # of one timing: what is shorter is repeated
 _PAUSE_SECONDS = 0.05  # in which threads that wait for more work fall asleep
-_SHORT_SECONDS = 0.5  # of a call: waking threads, which may take 10 ms, counts in no shorter one
+_SHORT_SECONDS = 0.5  # of a call: waking threads, which may take 20 ms, counts in no shorter one
+_AWAKE_SECONDS = 0.05  # of calls before: meanwhile threads that wake on one core find another
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,17 @@ def _rate(team: Team) -> float:
 
 
 def _repeats(call: Callable[[], object]) -> tuple[int, bool]:
-    """How often to repeat a call, which this makes ready; whether to call it once before."""
+    """How often to repeat a call, which this makes ready; whether to call it before."""
     call()
     seconds, _ = _timed(call, 1, False)
     return max(1, round(_LEAST_SECONDS / max(seconds, 1e-6))), seconds < _SHORT_SECONDS
 
 
 def _timed(call: Callable[[], object], repeats: int, awake: bool) -> tuple[float, float]:
-    """Seconds of one call, and the cores that were busy meanwhile; ``awake`` after another."""
+    """Seconds of one call, and the cores that were busy meanwhile; ``awake`` after others."""
     time.sleep(_PAUSE_SECONDS)
-    if awake:
+    begin = time.perf_counter()
+    while awake and time.perf_counter() < begin + _AWAKE_SECONDS:
         call()
     begin, begin_busy = time.perf_counter(), time.process_time()
     for _ in range(repeats):

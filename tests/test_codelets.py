@@ -137,7 +137,7 @@ def test_other_processors_can_be_compiled_for(triple, cpu, machine):
     modules = [tiles.stages_module(tile, relu, wide=False) for relu in (False, True)]
     modules += [rows.rows_module(lanes, 1, wide=False) for lanes in rows.Lanes]
     modules += [pooling_module(mean, wide=False) for mean in (False, True)]
-    modules += [patches_module(), planes.stages_module(tile, True, wide=False)]
+    modules += [patches_module(), planes.planes_module(tile, True, wide=False)]
     modules += [from_few.from_few_module(from_few.Shape(3, 3, 1, 1), wide=False)]
     modules += [adding_module(), winograd_module(WinogradTile((1, 2, 3)), relu=True)]
     for text in [*map(str, modules), sharing_text(), turns_text()]:

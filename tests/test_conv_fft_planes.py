@@ -87,8 +87,9 @@ def test_what_is_prepared_takes_the_memory_that_is_predicted():
     assert kept <= peak <= primitive.prepared_bytes(layer) + (16 << 10) <= 2 * kept
 
 
-@pytest.mark.parametrize("at_once", [1, 7, 1024])
-def test_batches_of_any_size_equal_the_oracle(at_once, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("near", "turns"), [(1, 1), (1 << 13, 1), (1 << 16, 40), (1 << 30, 1)])
+def test_batches_of_any_size_equal_the_oracle(near, turns, threads, monkeypatch):
     padding = ((1, 2, 0), (3, 1, 4))
     layer = Conv(2, 20, (3, 4, 5), dilation=(2, 1, 1), padding=padding, relu=True)
     primitive, random = ConvPlanesFFT((10, 12)), np.random.default_rng(1)
@@ -98,8 +99,9 @@ def test_batches_of_any_size_equal_the_oracle(at_once, monkeypatch):
     problem, _ = problem_of(layer, primitive, 2, [2], size, Box(ZERO, made))
     (forms,) = forms_of(primitive, layer, [2])
     given, out = formed(forms, [x], problem.output)
-    monkeypatch.setattr(conv_fft_planes, "PLANES_AT_ONCE", at_once)
-    with Team(2) as team:
+    monkeypatch.setattr(conv_fft_planes, "SPECTRA_BYTES", near)
+    monkeypatch.setattr(conv_fft_planes, "TURNS", turns)
+    with Team(threads) as team:
         primitive.apply(primitive.prepare(layer, weights), problem, given, out, team)
     want = expected(layer, [x], weights)
     assert (want == 0).any()

@@ -83,7 +83,7 @@ def step_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
             + work.traffic_bytes / BYTES_PER_SECOND
         )
     elif isinstance(primitive, ConvPlanesFFT):
-        in_planes = primitive.work(problem)
+        in_planes = primitive.work(problem, threads)
         seconds = max(
             in_planes.transforms / PLANES_TRANSFORMS_PER_SECOND
             + in_planes.products / PLANES_PRODUCTS_PER_SECOND,

@@ -3,13 +3,13 @@
 Where few channels come in, the products of transforms are few, and what takes time is to bring
 spectra of answers to memory and back. Here nothing does: tiles are cut along y and x alone, spectra
 of a plane of the input are numbers, shared by all output channels, and along z they are summed
-directly. What is computed for some planes of a tile stays in a core's caches up to the answer. The
-stages go over ranges of items that any thread may take, with a buffer of its own:
+directly. One thread takes some stacks of planes of tiles from the input to the answer, in memory of
+its own that stays in its core's caches: what one core wrote another waits long for.
 
-1. `SPECTRA`: of every plane of every tile, along x by the definition (a lane for every frequency),
-   along y by a codelet.
-2. `ANSWERS`: frequency by frequency of the tile products with the kernels' spectra, summed over
-   channels and taps along z for some planes at once; transforms back, with bias and activation.
+1. Spectra of every plane, along x by the definition (a lane for every frequency), along y by a
+   codelet.
+2. Frequency by frequency products with the kernels' spectra, summed over channels and taps along z
+   for some planes at once; transforms back, with bias and activation.
 
 =========  =======================================================  ==========================
 array      from outside in                                          elements
@@ -33,17 +33,19 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from znni_dask.geometry import ceil_divide
+from znni_dask.kernels.axes import NUMBER_BYTES
 from znni_dask.kernels.code import LANES, VECTOR_BYTES, Function
 from znni_dask.kernels.compiled import Library, compiled_library, host
 from znni_dask.kernels.complex_product import PAIR_BYTES
 from znni_dask.kernels.lines import complex_line, restored_line
 from znni_dask.kernels.memory import odd_lines
-from znni_dask.kernels.tiles import Place, Tile
+from znni_dask.kernels.tiles import STACK_NUMBERS, Place, Tile
 
-SPECTRA, ANSWERS = "spectra", "answers"
+CONVOLVE = "convolve"
 _PLANES_AT_ONCE = {True: 4, False: 1}  # with 32 long registers, and without
 _ROWS_AT_ONCE = {True: 6, False: 2}  # of transforms along x
-_FLOAT_BYTES, _COMPLEX_BYTES = 4, 8
+_FLOAT_BYTES, COMPLEX_BYTES = 4, 8
+STACK_BYTES = NUMBER_BYTES * STACK_NUMBERS
 _STRIDES = ("channel_stride", "row_stride", "stride")
 
 
@@ -62,11 +64,11 @@ def planes_at_once() -> int:
 def line_bytes(planes: int) -> int:
     """Memory of one frequency of so many planes: an odd number of cache lines, lest lines fall on
     the same ones of a cache."""
-    return odd_lines(planes * _COMPLEX_BYTES)
+    return odd_lines(planes * COMPLEX_BYTES)
 
 
 def buffer_bytes(tile: Tile) -> int:
-    """Memory that a thread needs."""
+    """Memory that a thread needs beside spectra."""
     _, ny, nx = tile.size
     planes = planes_at_once()
     read = 2 * ny * PAIR_BYTES + _aside_bytes(tile)
@@ -80,36 +82,62 @@ def waves(length: int) -> NDArray[np.float32]:
 
 
 @cache
-def stages(tile: Tile, relu: bool) -> Library:
-    """The compiled stages for a tile, with or without ReLU after them."""
-    return compiled_library(stages_module(tile, relu, host().wide))
+def planes_library(tile: Tile, relu: bool) -> Library:
+    """The compiled function for a tile, with or without ReLU after it."""
+    return compiled_library(planes_module(tile, relu, host().wide))
 
 
-def stages_module(tile: Tile, relu: bool, wide: bool) -> ir.Module:
-    """The stages as they are written; ``wide`` for processors with 32 long registers."""
+def planes_module(tile: Tile, relu: bool, wide: bool) -> ir.Module:
+    """It as it is written; ``wide`` for processors with 32 long registers.
+
+    Items are ``together`` of the ``stacked`` stacks, the last perhaps fewer. ``memory`` is the
+    thread's own: their spectra, and `buffer_bytes`. Tables and strides ``out_…`` are those of the
+    output, the others of the input.
+    """
     module = ir.Module(f"planes {tile.size} kernel {tile.kernel} relu {relu}")
-    _write_spectra(module, tile, wide)
-    _write_answers(module, tile, relu, _PLANES_AT_ONCE[wide])
+    transform = _write_spectra(module, tile, wide)
+    answer = _write_answers(module, tile, relu, _PLANES_AT_ONCE[wide])
+    addresses = ("table", "stacks", "waves", "out_table", "out_stacks", "kernels", "biases")
+    read = ("stacked", "together", "channels", "planes", "line_bytes", *_STRIDES)
+    numbers = (*read, "blocks", "made", *(f"out_{name}" for name in _STRIDES), "first", "last")
+    code = Function(module, CONVOLVE, ("memory", *addresses), numbers)
+    memory, table, stacks, wave, out_table, out_stacks, kernels, biases = code.addresses
+    stacked, together, channels, planes, line, *strides, first, last = code.numbers
+    there, (blocks, outputs, *here) = strides[: len(_STRIDES)], strides[len(_STRIDES) :]
+    buffer = memory + together * channels * line * tile.columns
+    groups = (outputs + (_PLANES_AT_ONCE[wide] - 1)) // _PLANES_AT_ONCE[wide]
+    with code.loop(first, last) as item:
+        begin = item * together
+        count = (stacked - begin).at_most(together)
+        place = table + begin * planes * NUMBER_BYTES, stacks + begin * STACK_BYTES
+        told = channels, planes, line, *there
+        code.call(transform, buffer, *place, wave, memory, *told, 0, count * channels * planes)
+        place = out_table + begin * outputs * NUMBER_BYTES, out_stacks + begin * STACK_BYTES
+        told = count, channels, line, outputs, *here
+        last_item = blocks * count * groups
+        code.call(answer, buffer, *place, memory, kernels, biases, *told, 0, last_item)
+    code.finish()
     return module
 
 
-def _write_spectra(module: ir.Module, tile: Tile, wide: bool) -> None:
+def _write_spectra(module: ir.Module, tile: Tile, wide: bool) -> Function:
     """Items are (stack, channel, plane)."""
     _, ny, nx = tile.size
     along_x = _row_spectra(module, tile, wide)
     along_y = complex_line(module, ny, ny, ny)
     code = Function(
         module,
-        SPECTRA,
+        "spectra",
         ("buffer", "table", "stacks", "waves", "spectra"),
         ("channels", "planes", "line_bytes", *_STRIDES, "first", "last"),
+        inner=True,
     )
     buffer, table, stacks, wave, spectra = code.addresses
     channels, planes, line, channel_stride, row_stride, stride, first, last = code.numbers
     lines, aside = buffer + ny * PAIR_BYTES, buffer + 2 * ny * PAIR_BYTES
     with code.loop(first, last) as item:
         plane = item % planes
-        target = spectra + item // planes * (tile.columns * line) + plane * _COMPLEX_BYTES
+        target = spectra + item // planes * (tile.columns * line) + plane * COMPLEX_BYTES
         place = Place.of(table, stacks, item // (channels * planes), plane, planes)
         with code.when(place.address.equals(0)), code.loop(0, 2 * ny) as i:
             lines.store(code.vector(), i * VECTOR_BYTES)
@@ -137,7 +165,7 @@ def _write_spectra(module: ir.Module, tile: Tile, wide: bool) -> None:
             for shift in (0, 1):
                 value = source.load_floats(1, shift * VECTOR_BYTES)
                 to.store_floats(value, 1, shift * _FLOAT_BYTES)
-    code.finish()
+    return code.finish()
 
 
 def _row_spectra(module: ir.Module, tile: Tile, wide: bool) -> Function:
@@ -164,7 +192,7 @@ def _row_spectra(module: ir.Module, tile: Tile, wide: bool) -> Function:
     return code.finish()
 
 
-def _write_answers(module: ir.Module, tile: Tile, relu: bool, together: int) -> None:
+def _write_answers(module: ir.Module, tile: Tile, relu: bool, together: int) -> Function:
     """Items are (output block, stack, some planes)."""
     (_, ny, _), (_, my, _), half = tile.size, tile.made, tile.half
     several, single = (_product(module, tile, n) for n in (together, 1))
@@ -172,9 +200,10 @@ def _write_answers(module: ir.Module, tile: Tile, relu: bool, together: int) -> 
     along_x = _restored_row(module, tile, relu)
     code = Function(
         module,
-        ANSWERS,
+        "answers",
         ("buffer", "table", "stacks", "spectra", "kernels", "biases"),
         ("stacked", "channels", "line_bytes", "made", *_STRIDES, "first", "last"),
+        inner=True,
     )
     column, table, stacks, spectra, kernels, biases = code.addresses
     stacked, channels, line_bytes, made, *strides, first, last = code.numbers
@@ -187,14 +216,14 @@ def _write_answers(module: ir.Module, tile: Tile, relu: bool, together: int) -> 
         block, stack = item // (stacked * groups), item // groups % stacked
         begin = item % groups * together
         count = (made - begin).at_most(together)
-        source = spectra + stack * channels * (tile.columns * line_bytes) + begin * _COMPLEX_BYTES
+        source = spectra + stack * channels * (tile.columns * line_bytes) + begin * COMPLEX_BYTES
         with code.loop(0, half) as q:
             kernel = kernels + (block * half + q) * channels * (tile.kernel[0] * line)
             here = source + q * ny * line_bytes
             with code.when(count.equals(together)):
                 code.call(several, here, kernel, column, channels, line_bytes)
             with code.when(count < together), code.loop(0, count) as z:
-                one = here + z * _COMPLEX_BYTES
+                one = here + z * COMPLEX_BYTES
                 code.call(single, one, kernel, column + z * line, channels, line_bytes)
             with code.loop(0, count) as z:
                 to = restored + z * (my * row_bytes) + q * PAIR_BYTES
@@ -206,7 +235,7 @@ def _write_answers(module: ir.Module, tile: Tile, relu: bool, together: int) -> 
                 addresses = rows + y * row_bytes, corner + y * row_stride
                 bias = biases + block * VECTOR_BYTES
                 code.call(along_x, *addresses, bias, aside, stride, place.left, place.right)
-    code.finish()
+    return code.finish()
 
 
 def _restored_row(module: ir.Module, tile: Tile, relu: bool) -> Function:
@@ -251,7 +280,7 @@ def _product(module: ir.Module, tile: Tile, together: int) -> Function:
             for tap in range(taps):
                 c, d = (weight.load(tap * PAIR_BYTES + i) for i in (0, VECTOR_BYTES))
                 for z, (re, im) in enumerate(sums):
-                    a, b = (here.spread((z + tap) * _COMPLEX_BYTES + i) for i in (0, _FLOAT_BYTES))
+                    a, b = (here.spread((z + tap) * COMPLEX_BYTES + i) for i in (0, _FLOAT_BYTES))
                     re.set(re.get() + a * c - b * d)
                     im.set(im.get() + a * d + b * c)
         for z, (re, im) in enumerate(sums):

@@ -8,7 +8,7 @@ volume is taken as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import ClassVar, NamedTuple, cast, final
@@ -32,7 +32,8 @@ _NAME = "fft of planes "
 MOST_CHANNELS = 16  # beyond, transforms along z pay
 FEWEST_PRODUCTS = 27  # of a sum; of fewer the sum itself is faster, and loses less
 LONGEST_OF_PLANES = 24  # along an axis: transforms of longer lines run out of registers
-PLANES_AT_ONCE = 1024  # of tiles, whose spectra are kept
+SPECTRA_BYTES = 1 << 19  # of a batch of stacks, which stay in a second-level cache
+TURNS = 3  # of every thread, so that none waits long for the others
 
 
 class Prepared(NamedTuple):
@@ -90,13 +91,13 @@ class ConvPlanesFFT(Primitive):
         return Form.PLAIN, Form.BLOCKED
 
     def flops(self, problem: Problem) -> int:
-        work = self.work(problem)
+        work = self.work(problem, threads=1)
         return work.transforms + work.products
 
-    def work(self, problem: Problem) -> Work:
+    def work(self, problem: Problem, threads: int) -> Work:
         """Operations of transforms (half as many of real numbers) and of products (8), and what
         goes to and from memory."""
-        conv, stacks = _conv(problem), self._stacks(problem)
+        conv, stacks = _conv(problem), self._stacks(problem, threads)
         tile, blocks = stacks.tile, ceil_divide(conv.out_channels, LANES)
         _, ny, nx = tile.size
         line_y, line_x = map(operations, (ny, nx))
@@ -119,9 +120,8 @@ class ConvPlanesFFT(Primitive):
         return sum(map(allocated_bytes, self._prepared_bytes(conv))) + made_of
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        stacks = self._stacks(problem)
-        own_bytes = threads * _thread_bytes(stacks.tile)
-        return _spectra_bytes(_conv(problem), stacks) + own_bytes + stacks.table_bytes
+        stacks = self._stacks(problem, threads)
+        return threads * _thread_bytes(_conv(problem), stacks) + stacks.table_bytes
 
     def prepare(self, layer: Layer, weights: Weights) -> Prepared:
         """Spectra of the kernels, conjugate: a network's convolution is a correlation."""
@@ -149,38 +149,39 @@ class ConvPlanesFFT(Primitive):
     def apply(
         self, prepared: Prepared, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        conv, stacks = _conv(problem), self._stacks(problem)
-        tile, blocks = stacks.tile, ceil_divide(conv.out_channels, LANES)
+        conv, stacks = _conv(problem), self._stacks(problem, team.threads)
+        own_bytes = _thread_bytes(conv, stacks)
+        memory = Each(team.scratch(team.threads * own_bytes).ctypes.data, own_bytes)
         kernels, waves, biases = (array.ctypes.data for array in prepared)
-        shared_bytes, own_bytes = _spectra_bytes(conv, stacks), _thread_bytes(tile)
-        spectra = team.scratch(shared_bytes + team.threads * own_bytes).ctypes.data
-        own = Each(spectra + shared_bytes, own_bytes)
-        compiled, line_bytes = planes.stages(tile, conv.relu), planes.line_bytes(stacks.planes)
-
-        def share(stage: str, items: int, *fixed: int) -> None:
-            team.run(compiled[stage], (own, *fixed), items)
-
-        groups = ceil_divide(stacks.planes_made, planes.planes_at_once())
-        for here, there in zip(stacks.of_input(inputs[0]), stacks.of_output(out), strict=True):
-            share(
-                planes.SPECTRA,
-                here.stacked * conv.in_channels * stacks.planes,
-                *(*here.addresses, waves, spectra),
-                *(conv.in_channels, stacks.planes, line_bytes, *here.strides),
-            )
-            share(
-                planes.ANSWERS,
-                blocks * here.stacked * groups,
-                *(*there.addresses, spectra, kernels, biases, here.stacked),
-                *(conv.in_channels, line_bytes, stacks.planes_made, *there.strides),
-            )
+        at_once = replace(stacks, batch=stacks.count)  # of which tables are told
+        (here,), (there,) = at_once.of_input(inputs[0]), at_once.of_output(out)
+        team.run(
+            planes.planes_library(stacks.tile, conv.relu)[planes.CONVOLVE],
+            (
+                *(memory, *here.addresses, waves, *there.addresses, kernels, biases),
+                *(stacks.count, stacks.batch, conv.in_channels, stacks.planes),
+                *(planes.line_bytes(stacks.planes), *here.strides),
+                *(ceil_divide(conv.out_channels, LANES), stacks.planes_made, *there.strides),
+            ),
+            ceil_divide(stacks.count, stacks.batch),
+        )
 
     def _tile(self, conv: Conv) -> Tile:
         return Tile(triple((conv.kernel[0], *self.tile)), conv.kernel)
 
-    def _stacks(self, problem: Problem) -> Stacks:
+    def _stacks(self, problem: Problem, threads: int) -> Stacks:
+        """Of so many planes, and in batches of so many, that spectra of a batch stay near a core,
+        and that there are batches for several turns of all threads."""
         conv = _conv(problem)
-        return stacks_of(problem, self._tile(conv), conv.dilation, PLANES_AT_ONCE)
+        tile, turns = self._tile(conv), TURNS * threads
+        whole = stacks_of(problem, tile, conv.dilation, problem.output[2])
+        plane_bytes = conv.in_channels * tile.columns * planes.COMPLEX_BYTES
+        most = max(SPECTRA_BYTES // plane_bytes - conv.kernel[0] + 1, conv.kernel[0])
+        most = min(most, ceil_divide(whole.tiles, ceil_divide(turns, whole.count)))
+        stacks = stacks_of(problem, tile, conv.dilation, most)
+        needed = ceil_divide(stacks.count * stacks.planes * plane_bytes, SPECTRA_BYTES)
+        batches = min(stacks.count, round_up(max(needed, turns), threads))
+        return replace(stacks, batch=ceil_divide(stacks.count, batches))
 
     def _prepared_bytes(self, conv: Conv) -> tuple[int, int, int]:
         """Memory of the kernels' spectra, of waves and of biases."""
@@ -189,14 +190,11 @@ class ConvPlanesFFT(Primitive):
         return blocks * spectra, tile.size[2] * PAIR_BYTES, blocks * VECTOR_BYTES
 
 
-def _spectra_bytes(conv: Conv, stacks: Stacks) -> int:
-    """Memory of the spectra of a batch of stacks."""
+def _thread_bytes(conv: Conv, stacks: Stacks) -> int:
+    """Memory of a thread: spectra of a batch of stacks, and what they are computed in."""
     lines = stacks.batch * conv.in_channels * stacks.tile.columns
-    return lines * planes.line_bytes(stacks.planes)
-
-
-def _thread_bytes(tile: Tile) -> int:
-    return round_up(planes.buffer_bytes(tile), VECTOR_BYTES)
+    buffer = round_up(planes.buffer_bytes(stacks.tile), VECTOR_BYTES)
+    return lines * planes.line_bytes(stacks.planes) + buffer
 
 
 def _floats(memory: Bytes) -> Array:
