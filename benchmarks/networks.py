@@ -5,9 +5,10 @@
 The papers' networks n337 to n926 make one patch of the answer behind 212 to 226³ voxels, within
 12 GB. Their peer is PyTorch in float32 by the same algorithm, pooling into fragments: every layer
 is timed on some of its fragments, of at least 10 GFLOP, in the better of two memory formats, and
-scaled; ``--whole`` runs it as it is, too, to check that. The other networks are computed whole by
-everybody: a U-Net for patches of 128³, and two classifiers of video, for one clip and for eight.
-Times count only between two probes of the machine's rate that agree within 10 %.
+scaled; ``--whole`` runs it on the whole patch, fragment by fragment, too, to check that. The other
+networks are computed whole by everybody: a U-Net for patches of 128³, and two classifiers of video,
+for one clip and for eight. Times count only between two probes of the machine's rate that agree
+within 10 %.
 """
 
 from __future__ import annotations
@@ -199,9 +200,9 @@ def pooling_by_torch(layer: MaxPool, shape: Shape) -> Iterator[tuple[str, Callab
 
 def checked_whole(network: Network, own: Dense, team: Team) -> dict[str, float]:
     """PyTorch on the whole patch, once: its seconds, and how far its answer is."""
-    peer = TorchNetwork(network, team.threads, FORMATS[""], fragments=True)
+    peer = TorchNetwork(network, team.threads, FORMATS[""])
     begin = time.perf_counter()
-    made = peer.apply(own.x[None])
+    made = peer.fragments(own.x[None])
     seconds = time.perf_counter() - begin
     answer = np.empty_like(own.out)
     for fragment, start in zip(made, own.todo.positions, strict=True):

@@ -19,23 +19,17 @@ from znni_dask.network.layers import (
     MaxPool,
     Reduce,
 )
-from znni_dask.network.network import Network
+from znni_dask.network.network import Network, Node
 from znni_dask.primitives.base import Array
 
 FORMATS = {"": torch.contiguous_format, " channels last": torch.channels_last_3d}
 
 
 class TorchNetwork:
-    """A network with its weights in one memory format, on so many threads.
+    """A network with its weights in one memory format, on so many threads."""
 
-    Where ``fragments``, max-pooling is done at every offset of its stride, and the fragments join
-    the batch.
-    """
-
-    def __init__(
-        self, network: Network, threads: int, memory: torch.memory_format, fragments: bool = False
-    ) -> None:
-        self._network, self._memory, self._fragments = network, memory, fragments
+    def __init__(self, network: Network, threads: int, memory: torch.memory_format) -> None:
+        self._network, self._memory = network, memory
         torch.set_num_threads(threads)
         self._weights = {
             name: {key: self._placed(array) for key, array in weights.items()}
@@ -60,6 +54,25 @@ class TorchNetwork:
                         del values[name]
         return cast("Array", values[self._network.output].contiguous().numpy())
 
+    @torch.inference_mode()
+    def fragments(self, x: Array) -> list[Array]:
+        """The fragments of the output for one input (1, channel, z, y, x), where the network is one
+        layer after another: max-pooling is done at every offset of its stride. One fragment of
+        every pooling goes to the end before the next, or memory would not suffice for large inputs;
+        the order is that of fragments that join a batch."""
+        layers = [node for node in self._network if node.inputs]
+        return [made.numpy() for made in self._to_the_end(layers, self._placed(x))]
+
+    def _to_the_end(self, layers: list[Node], x: torch.Tensor) -> list[torch.Tensor]:
+        for number, node in enumerate(layers):
+            if isinstance(node.layer, MaxPool):
+                parts = fragments(node.layer, x)
+                del x
+                rest = [self._to_the_end(layers[number + 1 :], part) for part in parts]
+                return [made for together in zip(*rest, strict=True) for made in together]
+            x = self._layer(node.layer, [x], self._weights.get(node.name, {}))
+        return [x[0].contiguous()]
+
     def _last_uses(self) -> dict[str, str]:
         return {name: node.name for node in self._network for name in node.inputs}
 
@@ -73,8 +86,6 @@ class TorchNetwork:
             case ConvTranspose(padding=((0, 0, 0), (0, 0, 0)), dilation=(1, 1, 1)):
                 weight, bias = weights["weight"], weights.get("bias")
                 return functional.conv_transpose3d(x, weight, bias, layer.stride)
-            case MaxPool() if self._fragments:
-                return torch.cat(fragments(layer, x))
             case MaxPool():
                 return pooled(layer, x)
             case Activation(function="relu"):
