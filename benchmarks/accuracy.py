@@ -7,7 +7,8 @@ Three kinds of input: values of mean 0; raw grey values of mean 1000, with stand
 L2 error counts, of grey values the error over the output's standard deviation, beside that of
 PyTorch's direct convolution in the same run. Networks are those of the ZNNi paper, on the smallest
 volume that gives a few outputs, computed by the primitives chosen for large volumes. The result is
-kept under `benchmarks/results/` with the machine's fingerprint.
+kept under `benchmarks/results/` with the machine's fingerprint; of networks that are not asked for
+that of an earlier run stays.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from layer import empty, formed
-from machine import keep
+from machine import keep, kept
 from znni_dask.choices import Menu, choose_primitives, tiled
 from znni_dask.costs import step_seconds
 from znni_dask.executors.serial import SerialExecutor
@@ -99,6 +100,8 @@ def weights_of(conv: Conv, zero_sum: bool) -> dict[str, Array]:
 def computing(problem: Problem) -> list[Primitive]:
     """All primitives of a convolution; of tiles that which is fastest and the largest."""
     sizes = list(tiled(problem))
+    if not sizes:
+        return candidates(problem.layer)
     best = min(sizes, key=lambda p: step_seconds(p, problem, 1))
     largest = max(sizes, key=lambda p: prod(p.tile))
     return [*candidates(problem.layer), *dict.fromkeys((best, largest))]
@@ -124,6 +127,8 @@ def errors_of_primitives(team: Team) -> Iterator[dict[str, Any]]:
         shape, made = (1, fan_in, edge, edge, edge), (1, fan_out, MADE, MADE, MADE)
         problem = Problem(conv, (shape,), made, ((0, 0, 0),), (0, 0, 0), (edge, edge, edge))
         for kind, x, zero_sum in inputs(fan_in, edge):
+            if zero_sum and kernel == 1:
+                continue  # there is none but 0
             weights = weights_of(conv, zero_sum)
             want = exact(conv, weights, x.astype(float))
             scale = np.linalg.norm(want if kind == "mean 0" else spread(want))
@@ -193,7 +198,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="*", choices=PAPER_NETWORKS, default=PAPER_NETWORKS)
     options = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {"primitives": [], "networks": []}
+    earlier = kept("accuracy").get("networks", [])
+    others = [row for row in earlier if row["network"] not in options.networks]
+    found: dict[str, list[dict[str, Any]]] = {"primitives": [], "networks": others}
     with Team(cores()) as team:
         for row in errors_of_primitives(team):
             found["primitives"].append(row)

@@ -372,7 +372,7 @@ def test_processors_with_short_vectors_make_the_same(label, name, monkeypatch, t
         monkeypatch.setattr(module, "host", lambda: other)
     libraries = ((rows_kernel, "rows_library"), (tiles_kernel, "stages"))
     others = (
-        *((patch_matrix, "patches_library"), (planes_kernel, "stages")),
+        *((patch_matrix, "patches_library"), (planes_kernel, "planes_library")),
         *((winograd, "winograd_library"), (from_few, "from_few_library")),
     )
     for module, library in (*libraries, *others):

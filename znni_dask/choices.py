@@ -20,7 +20,7 @@ from znni_dask.kernels.codelets import LONGEST, refusal
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Node
 from znni_dask.plan import Plan
-from znni_dask.primitives.base import Form, Primitive, Problem
+from znni_dask.primitives.base import FEWEST_PRODUCTS, Form, Primitive, Problem, products_of
 from znni_dask.primitives.conv_fft_planes import LONGEST_OF_PLANES, ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.forms import FormChange
@@ -222,8 +222,9 @@ def _primitives(chosen: dict[str, _Option]) -> dict[str, Primitive]:
 
 def tiled(problem: Problem) -> Iterator[ConvTiledFFT | ConvPlanesFFT]:
     """Tiled convolutions worth trying for a problem: of each axis the lengths that transform
-    fewest values for its outputs, kernels' spectra kept or, for where memory is short, remade."""
-    if not isinstance(problem.layer, Conv):
+    fewest values for its outputs, kernels' spectra kept or, for where memory is short, remade. Of
+    few products the sum itself is faster, and loses less."""
+    if not isinstance(problem.layer, Conv) or products_of(problem.layer) < FEWEST_PRODUCTS:
         return
     conv, kernel = problem.layer, without_stride(problem.layer).kernel
 

@@ -7,8 +7,9 @@ numbered so that a range ``[first, last)`` of items can be given to any thread.
 A convolution adds taps to *runs* of outputs, `CHANNELS` output channels at a time, in a buffer
 that stays in the first-level cache; each run of the input is read once for all of them. A run
 goes on from row to row of a plane: the few voxels between rows are computed too and dropped, and
-short rows cost no more than long ones. Where the plane is padded, the stretch that a run reads is
-copied with its padding first. Runs go in blocks of `LANES` voxels, so a last block may read
+short rows cost no more than long ones. Sums are made of parts, lest small products be added to
+large sums one by one. Where the plane is padded, the stretch that a run reads is copied with its
+padding first. Runs go in blocks of `LANES` voxels, so a last block may read
 (never write) up to ``LANES - 1`` voxels beyond the input: arrays given must be followed by
 `SLACK_BYTES`.
 """
@@ -21,6 +22,7 @@ from numba import njit
 CHANNELS = 4
 RUN = 512
 LANES = 16
+TOGETHER = 64  # products at least that are summed apart, before they are added to the others
 SLACK_BYTES = 4 * LANES
 OPTIONS = {
     "nogil": True,
@@ -50,7 +52,7 @@ def convolve(x, weight, bias, out, offset, stride, dilation, least, first, last)
     pitch = size_x if inside else out_x + (kx - 1) * dilation[2]
     length = (out_y - 1) * pitch + out_x
     reach = (ky - 1) * dilation[1] * pitch + (kx - 1) * dilation[2]
-    runs = np.empty(CHANNELS * RUN, np.float32)
+    runs, part = np.empty(CHANNELS * RUN, np.float32), np.zeros(CHANNELS * RUN, np.float32)
     padded = np.zeros(0 if inside else RUN + reach + LANES, np.float32)
     for item in range(first, last):
         z = item % out_z
@@ -77,7 +79,9 @@ def convolve(x, weight, bias, out, offset, stride, dilation, least, first, last)
                     for ty in range(ky):
                         taps = weight[group, block, f, tz, ty]
                         row = start + ty * dilation[1] * pitch
-                        _add_taps(runs, source, row, taps, dilation[2], count)
+                        _add_taps(part, source, row, taps, dilation[2], count)
+                if _is_whole(f, fan_in, kz * ky * kx):
+                    _add_part(runs, part)
             _store(out, runs, batch, group, groups, block, z, 0, begin, count, pitch, least)
 
 
@@ -87,7 +91,7 @@ def convolve_strided(x, weight, bias, out, offset, stride, dilation, least, firs
     groups, blocks, fan_in, kz, ky, kx = weight.shape[:6]
     _, _, size_z, size_y, _ = x.shape
     _, _, out_z, out_y, out_x = out.shape
-    runs = np.empty(CHANNELS * RUN, np.float32)
+    runs, part = np.empty(CHANNELS * RUN, np.float32), np.zeros(CHANNELS * RUN, np.float32)
     line = np.zeros(RUN + LANES, np.float32)
     for item in range(first, last):
         z = item % out_z
@@ -112,7 +116,9 @@ def convolve_strided(x, weight, bias, out, offset, stride, dilation, least, firs
                                 first_x = begin * stride[2] + tx * dilation[2] + offset[2]
                                 _gather(line, row, first_x, stride[2], count)
                                 tap = weight[group, block, f, tz, ty, tx]
-                                _add_tap(runs, line, 0, tap, count)
+                                _add_tap(part, line, 0, tap, count)
+                    if _is_whole(f, fan_in, kz * ky * kx):
+                        _add_part(runs, part)
                 _store(out, runs, batch, group, groups, block, z, y, begin, count, out_x, least)
 
 
@@ -121,6 +127,21 @@ def _start(runs, bias):
     """Begin runs with the bias of each channel."""
     for c in range(CHANNELS):
         runs[c * RUN : (c + 1) * RUN] = bias[c]
+
+
+@njit(**OPTIONS)
+def _is_whole(f, fan_in, taps):
+    """Whether a part of the sum ends with channel ``f``."""
+    together = (TOGETHER + taps - 1) // taps
+    return (f + 1) % together == 0 or f + 1 == fan_in
+
+
+@njit(**OPTIONS)
+def _add_part(runs, part):
+    """Add a part of the sum, and begin the next."""
+    for i in range(CHANNELS * RUN):
+        runs[i] += part[i]
+        part[i] = 0
 
 
 @njit(**OPTIONS)

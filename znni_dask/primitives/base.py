@@ -27,6 +27,7 @@ from znni_dask.network.network import Weights
 Array = NDArray[np.float32]
 Shape = tuple[int, int, int, int, int]
 ITEM_BYTES = 4
+FEWEST_PRODUCTS = 27  # of a sum; of fewer the sum itself is faster than transforms, and loses less
 
 
 class Form(Enum):
@@ -139,6 +140,12 @@ class Primitive(ABC):
     ) -> None:
         """Compute the problem into ``out``; inputs and ``out`` are C-contiguous, in the
         primitive's forms."""
+
+
+def products_of(layer: Layer) -> int:
+    """How many products an output of a convolution is the sum of."""
+    _, *fan_in = layer.weight_shapes()["weight"]
+    return prod(fan_in)
 
 
 def direct_flops(problem: Problem) -> int:

@@ -25,12 +25,11 @@ from znni_dask.kernels.team import Each, Team
 from znni_dask.kernels.tiles import Tile
 from znni_dask.network.layers import ONES, Conv, Layer
 from znni_dask.network.network import Weights
-from znni_dask.primitives.base import Array, Form, Primitive, Problem
+from znni_dask.primitives.base import FEWEST_PRODUCTS, Array, Form, Primitive, Problem, products_of
 from znni_dask.primitives.stacks import Stacks, Work, stacks_of
 
 _NAME = "fft of planes "
 MOST_CHANNELS = 16  # beyond, transforms along z pay
-FEWEST_PRODUCTS = 27  # of a sum; of fewer the sum itself is faster, and loses less
 LONGEST_OF_PLANES = 24  # along an axis: transforms of longer lines run out of registers
 SPECTRA_BYTES = 1 << 19  # of a batch of stacks, which stay in a second-level cache
 TURNS = 3  # of every thread, so that none waits long for the others
@@ -80,7 +79,7 @@ class ConvPlanesFFT(Primitive):
         conv = cast("Conv", layer)
         if conv.in_channels > MOST_CHANNELS:
             return f"{self.name} takes at most {MOST_CHANNELS} channels, not {conv.in_channels}"
-        if (products := conv.in_channels * volume(conv.kernel)) < FEWEST_PRODUCTS:
+        if (products := products_of(conv)) < FEWEST_PRODUCTS:
             return (
                 f"{self.name} takes sums of at least {FEWEST_PRODUCTS} products, which lose less "
                 f"so, not of {products}"

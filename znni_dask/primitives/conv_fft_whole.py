@@ -21,7 +21,7 @@ from znni_dask.kernels import fourier
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
-from znni_dask.primitives.base import Array, Primitive, Problem
+from znni_dask.primitives.base import FEWEST_PRODUCTS, Array, Primitive, Problem, products_of
 from znni_dask.primitives.images import Frame, Images, spectra_bytes
 
 _PLAN_BYTES = 1 << 20  # FFTW's own, for each thread
@@ -40,7 +40,7 @@ class Work(NamedTuple):
 @final
 @dataclass(frozen=True)
 class ConvWholeFFT(Primitive):
-    """Convolution of whole images on the CPU, any kernel, stride, dilation, groups and padding.
+    """Convolution of whole images on the CPU, any stride, dilation, groups and padding.
 
     ``tasks``: every thread has images of its own.
     """
@@ -48,11 +48,15 @@ class ConvWholeFFT(Primitive):
     tasks: bool
     layer: ClassVar[type[Layer]] = Conv
     library_bytes: ClassVar[int] = fourier.LIBRARY_BYTES
+    takes: ClassVar[str] = f"sums of at least {FEWEST_PRODUCTS} products"
 
     @property
     def name(self) -> str:  # type: ignore[override]
         """How it shares work, too."""
         return f"whole fft, {'task' if self.tasks else 'data'} parallel"
+
+    def fits(self, layer: Layer) -> bool:
+        return products_of(layer) >= FEWEST_PRODUCTS
 
     def flops(self, problem: Problem) -> int:
         return self.work(problem, threads=1).operations
