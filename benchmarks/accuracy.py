@@ -26,7 +26,7 @@ import torch
 from layer import empty, formed
 from machine import keep, kept
 from znni_dask.choices import Menu, choose_primitives, tiled
-from znni_dask.costs import step_seconds
+from znni_dask.costs import Costs
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, triple
 from znni_dask.kernels.team import Team
@@ -102,7 +102,7 @@ def computing(problem: Problem) -> list[Primitive]:
     sizes = list(tiled(problem))
     if not sizes:
         return candidates(problem.layer)
-    best = min(sizes, key=lambda p: step_seconds(p, problem, 1))
+    best = min(sizes, key=lambda p: Costs().step_seconds(p, problem, 1))
     largest = max(sizes, key=lambda p: prod(p.tile))
     return [*candidates(problem.layer), *dict.fromkeys((best, largest))]
 

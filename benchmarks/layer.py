@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from znni_dask.choices import tiled
-from znni_dask.costs import step_seconds
+from znni_dask.costs import Costs
 from znni_dask.geometry import triple
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.memory import allocate
@@ -115,7 +115,7 @@ def fastest(point: Point, threads: int) -> Primitive:
 
     def seconds(primitive: Primitive) -> float:
         steps = _steps(point, primitive)
-        return sum(step_seconds(primitive, problem, threads) for primitive, problem in steps)
+        return sum(Costs().step_seconds(*step, threads) for step in steps)
 
     return min(own, key=seconds)
 

@@ -14,7 +14,6 @@ import graphs
 import oracle
 import znni_dask
 from test_identity import assert_same, at_once
-from znni_dask import costs
 from znni_dask.cli import main
 from znni_dask.errors import NetworkError, OptionError, OutputError, RunError, VolumeError
 from znni_dask.geometry import Box
@@ -25,6 +24,7 @@ from znni_dask.network.build import Builder
 from znni_dask.network.layers import Pad
 from znni_dask.patches import Layout
 from znni_dask.primitives import conv_torch
+from znni_dask.primitives.work import Rate
 from znni_dask.storage.volume import open_volume
 from znni_dask.verify import verify
 
@@ -290,7 +290,7 @@ def test_a_halo_of_ones_own_is_what_patches_see_and_its_error_is_measured(tmp_pa
     assert (
         main(["infer", *files, "--halo", "2,4,4", "--memory", "4GiB", "--chunks", "16,16,16"]) == 0
     )
-    assert "approximate: with this halo the largest difference at" in capsys.readouterr().out
+    assert "approximate: with a halo of 2·4·4 the largest difference at" in capsys.readouterr().out
     assert main(["verify", *files, "--size", "8,8,8"]) == 0
     assert "approximate, made with a halo of 2·4·4" in capsys.readouterr().out
 
@@ -392,8 +392,8 @@ def test_facts_are_those_of_large_patches():
 def test_lower_precision_is_used_when_asked_for_and_its_error_is_measured(
     tmp_path, client, capsys, monkeypatch
 ):
-    monkeypatch.setitem(costs.TORCH_FLOPS_PER_SECOND, "bfloat16", 1e15)
-    monkeypatch.setattr(costs, "TORCH_SECONDS", 0.0)
+    monkeypatch.setitem(conv_torch.RATES, "bfloat16", Rate("fast", 1e15))
+    monkeypatch.setattr(conv_torch.ConvTorch, "setup_seconds", 0.0)
     network = graphs.graph("unet", 2)
     values = np.random.default_rng(4).standard_normal((1, 24, 32, 40)).astype(np.float32)
     np.save(tmp_path / "in.npy", values)
@@ -414,6 +414,9 @@ def test_lower_precision_is_used_when_asked_for_and_its_error_is_measured(
     error = one.measured_error
     assert 1e-4 * exact.std() < error.largest <= found * 1.01
     assert found < 0.1 * exact.std()
+    monkeypatch.setitem(conv_torch.RATES, "bfloat16", Rate("slow", 1.0))
+    assert main(["infer", *files, *asked, "--overwrite"]) == 0
+    assert "no layer is faster in bfloat16: the answer is exact" in capsys.readouterr().out
     full = znni_dask.run(*files[:2], tmp_path / "full.zarr", client=client, memory="4GiB")
     assert full.passes[0].measured_error is None
     assert "torch bfloat16" not in full.plan.primitives.values()

@@ -10,13 +10,7 @@ import pytest
 import graphs
 from znni_dask import choices
 from znni_dask.choices import Menu, choose_primitives
-from znni_dask.costs import (
-    BYTES_PER_SECOND,
-    DIRECT_FLOPS_PER_SECOND,
-    STEP_SECONDS,
-    setup_seconds,
-    step_seconds,
-)
+from znni_dask.costs import STEP_SECONDS, Costs
 from znni_dask.geometry import Box
 from znni_dask.network.build import Builder
 from znni_dask.network.layers import Conv
@@ -25,6 +19,7 @@ from znni_dask.primitives.base import Problem
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.forms import FormChange
+from znni_dask.primitives.work import MEMORY
 from znni_dask.schedule import Schedules
 
 THREADS, PATCHES = 2, 100
@@ -42,10 +37,10 @@ def costs(asked, primitives):
     steps = schedules.steps(schedules.sizes(asked.patch))
     seconds, prepared, workspaces = 0.0, 0, []
     for step in steps:
-        seconds += PATCHES * step_seconds(step.primitive, step.problem, THREADS)
+        seconds += PATCHES * Costs().step_seconds(step.primitive, step.problem, THREADS)
         if not isinstance(step.primitive, FormChange):
             layer = step.operation.node.layer
-            seconds += setup_seconds(step.primitive, layer)
+            seconds += Costs().setup_seconds(step.primitive, layer)
             prepared += step.primitive.prepared_bytes(layer)
         workspaces.append(step.primitive.workspace_bytes(step.problem, THREADS))
     libraries = {type(p): p.library_bytes for p in primitives.values()}
@@ -130,11 +125,10 @@ def test_products_that_only_padding_is_behind_are_not_counted(stride, dilation, 
     problem = Problem(conv, ((batch, 32, *size),), (batch, 32, *out), (first,), (0, 0, 0), size)
     places = [o * stride + tap * dilation - padding for o in range(made) for tap in range(3)]
     share = (sum(0 <= place < n for place in places) / len(places)) ** 3
-    found = step_seconds(ConvDirectBlocked(), problem, 1) - STEP_SECONDS
+    found = Costs().step_seconds(ConvDirectBlocked(), problem, 1) - STEP_SECONDS
     flops = share * ConvDirectBlocked().flops(problem)
     weights = 4 * (32 * 32 * 27 + 32)
     arrays = 4 * (batch * 32 * (n**3 + made**3))
-    expected = max(
-        flops / DIRECT_FLOPS_PER_SECOND[ConvDirectBlocked], (weights + arrays) / BYTES_PER_SECOND
-    )
+    computing = flops / ConvDirectBlocked.rate.per_second
+    expected = max(computing, (weights + arrays) / MEMORY.per_second)
     assert found == pytest.approx(expected)

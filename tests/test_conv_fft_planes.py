@@ -8,7 +8,7 @@ from test_primitives import expected, formed, forms_of, plain, problem_of, weigh
 
 from peaks import traced_peak
 from znni_dask.choices import tiled
-from znni_dask.costs import step_seconds
+from znni_dask.costs import Costs
 from znni_dask.geometry import Box
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv
@@ -33,7 +33,7 @@ def whole(layer, size):
 
 def fastest(problem):
     options = [*candidates(problem.layer), *tiled(problem)]
-    return min(options, key=lambda option: step_seconds(option, problem, 1))
+    return min(options, key=lambda option: Costs().step_seconds(option, problem, 1))
 
 
 @pytest.mark.parametrize("edge", [66, 130])

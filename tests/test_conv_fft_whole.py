@@ -13,7 +13,7 @@ import pyfftw
 import pytest
 
 from znni_dask.choices import Menu, choose_primitives
-from znni_dask.costs import step_seconds
+from znni_dask.costs import Costs
 from znni_dask.geometry import Box
 from znni_dask.kernels import fourier
 from znni_dask.kernels.codelets import LONGEST
@@ -223,5 +223,5 @@ def test_the_library_counts_in_memory():
 def test_threads_have_images_of_their_own_where_there_are_enough():
     for channels, tasks in ((1, False), (8, True)):
         problem = problem_of(Conv(channels, channels, (9, 9, 9)), 1, (80, 80, 80))
-        seconds = {p.tasks: step_seconds(p, problem, 4) for p in BOTH}
+        seconds = {p.tasks: Costs().step_seconds(p, problem, 4) for p in BOTH}
         assert min(seconds, key=seconds.get) is tasks

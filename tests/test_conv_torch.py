@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import oracle
-from znni_dask import costs
 from znni_dask.choices import Menu, choose_primitives
 from znni_dask.errors import OptionError
 from znni_dask.geometry import Box
@@ -25,6 +24,7 @@ from znni_dask.primitives import conv_torch
 from znni_dask.primitives.base import Problem
 from znni_dask.primitives.conv_torch import ConvTorch
 from znni_dask.primitives.table import candidates
+from znni_dask.primitives.work import Rate
 from znni_dask.schedule import Schedules
 
 
@@ -127,13 +127,18 @@ def test_memory_and_threads_of_the_process_stay_within_what_is_promised():
 
 @pytest.mark.parametrize("rate", [1e7, 1e13])
 def test_the_planner_takes_it_where_it_is_faster(rate, monkeypatch):
-    monkeypatch.setitem(costs.TORCH_FLOPS_PER_SECOND, "float32", rate)
+    monkeypatch.setitem(conv_torch.RATES, "float32", Rate("torch", rate))
     b = Builder(1)
     x = b.conv(b.input, 64, 3)
     network = b.network(b.conv(x, 64, 7, groups=4))
     layout = Layout(network, (300, 300, 300), "reflect")
     plain = Schedules(layout, choose_primitives(layout))
-    asked = Menu(plain, Box((0, 0, 0), (64, 64, 64)), patches=1000, threads=2)
+    asked = Menu(
+        plain,
+        Box((0, 0, 0), (64, 64, 64)),
+        1000,
+        threads=2,
+    )
     roomy, narrow = (asked.fastest_within(room).values() for room in (2e9, 1.5e8))
     assert any(isinstance(p, ConvTorch) for p in roomy) == (rate == 1e13)
     assert not any(isinstance(p, ConvTorch) for p in narrow)  # no room for torch itself

@@ -15,7 +15,7 @@ import znni_dask
 from znni_dask import window_planner
 from znni_dask.choices import Menu, choose_primitives, chosen_primitives
 from znni_dask.cli import main
-from znni_dask.costs import estimated_seconds
+from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError, NetworkError, OptionError, VolumeError
 from znni_dask.geometry import Box, tiles, volume
 from znni_dask.importers.to_onnx import save
@@ -350,7 +350,7 @@ def rates(grid, plan):
     """Estimated seconds of a window."""
     samples = plan.stages[0].samples
     schedules = Schedules(grid.layout, chosen_primitives(grid.layout, plan), samples)
-    return estimated_seconds(schedules.steps(grid.layout.sizes), 1) / samples
+    return Costs().estimated_seconds(schedules.steps(grid.layout.sizes), 1) / samples
 
 
 def test_more_memory_takes_more_windows_at_once_and_is_never_slower():

@@ -11,7 +11,7 @@ import pytest
 import graphs
 from znni_dask import planner
 from znni_dask.choices import choose_primitives, chosen_primitives
-from znni_dask.costs import estimated_seconds
+from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Box, tiles, volume
 from znni_dask.network.build import Builder
@@ -70,7 +70,7 @@ def test_more_memory_never_makes_the_plan_slower():
         made = plan(wanted)
         schedules = Schedules(wanted.layout, chosen_primitives(wanted.layout, made))
         box = Box((0, 0, 0), made.patch)
-        rates.append(box.voxels / estimated_seconds(schedules.schedule(box).steps, 2))
+        rates.append(box.voxels / Costs().estimated_seconds(schedules.schedule(box).steps, 2))
     assert all(b >= 0.9 * a for a, b in pairwise(rates))
     assert rates[-1] > 2 * rates[0]
 
@@ -126,7 +126,7 @@ def test_several_blocks_are_made_where_that_costs_little(monkeypatch):
     assert volume(Reads(wanted.layout, made.block, None).blocks) >= 8
     schedules = Schedules(wanted.layout, choose_primitives(wanted.layout))
     seconds = [
-        estimated_seconds(schedules.schedule(box).steps, 2) / box.voxels
+        Costs().estimated_seconds(schedules.schedule(box).steps, 2) / box.voxels
         for box in (Box((0, 0, 0), made.patch), Box((0, 0, 0), fastest.patch))
     ]
     assert seconds[0] <= 1.1 * seconds[1]

@@ -22,6 +22,7 @@ STAIRS = [
         "cli",
         "report",
         "inspection",
+        "calibration",
         "verify",
         "xarray",
         "overlap",
@@ -42,7 +43,7 @@ STAIRS = [
         "patchwise",
     ),
     *("executors", "window_planner", "planner", "resources", "reading", "choices"),
-    *("costs", "schedule", "primitives", "kernels"),
+    *("costs", "schedule", "timings", "primitives", "kernels"),
     *(
         "selection",
         "options",

@@ -61,10 +61,7 @@ class Application:
         if self.precision not in PRECISIONS:
             raise OptionError(f"precision {self.precision!r}: one of {', '.join(PRECISIONS)}")
         if self.precision == LOWER and not conv_torch.installed():
-            raise OptionError(
-                f"{LOWER} is computed by PyTorch, which is not installed: "
-                "pip install 'znni_dask[torch]'"
-            )
+            raise OptionError(f"{LOWER} needs {conv_torch.MISSING}")
         _ = self.selection
 
     @property

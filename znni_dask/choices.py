@@ -7,13 +7,13 @@ only the fastest for those of that size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from itertools import product
 from math import inf
 from typing import TypeAlias
 
-from znni_dask.costs import setup_seconds, step_seconds
+from znni_dask.costs import Costs
 from znni_dask.errors import NetworkError, OptionError
 from znni_dask.geometry import Box, ceil_divide, triple
 from znni_dask.kernels.codelets import LONGEST, refusal
@@ -87,17 +87,37 @@ class Menu:
     """What may compute each layer in a run of patches of one size, and what it would take.
 
     ``schedules`` are those of the plain primitives, whose fragments all options share; there are
-    ``patches`` patches of the size of ``patch``.
+    ``patches`` patches of the size of ``patch``, and ``costs`` are those of the machine.
     """
 
     schedules: Schedules
     patch: Box
     patches: float
     threads: int
+    costs: Costs = field(default_factory=Costs)
 
     def fastest(self) -> dict[str, Primitive]:
         """For every layer the primitive that takes least time by its estimate."""
         return _primitives(self._at(inf, 0.0, self._libraries))
+
+    @property
+    def families(self) -> list[str]:
+        """Of all that may compute some layer."""
+        options = (option for course in self._courses for option in course.options)
+        return list(dict.fromkeys(option.primitive.family for option in options))
+
+    def of_family(self, family: str) -> dict[str, Primitive]:
+        """Of a family the fastest wherever it takes a layer, and else the fastest of all."""
+
+        def seconds(option: _Option) -> float:
+            return option.seconds
+
+        chosen = self.fastest()
+        for course in self._courses:
+            some = [o for o in course.options if o.primitive.family == family]
+            if some:
+                chosen[course.node.name] = min(some, key=seconds).primitive
+        return chosen
 
     def fastest_within(self, room_bytes: float) -> dict[str, Primitive] | None:
         """The same, so that together they need no more than ``room_bytes`` for what they prepare
@@ -183,6 +203,7 @@ class Menu:
     @cached_property
     def _courses(self) -> tuple[_Course, ...]:
         runs = self.schedules.repeats * self.patches
+        seconds = partial(self.costs.step_seconds, threads=self.threads)
         network = self.schedules.layout.network
         found: list[_Course] = []
         for step in self.schedules.steps(self.schedules.sizes(self.patch)):
@@ -199,18 +220,14 @@ class Menu:
                     tuple(
                         _Option(
                             p,
-                            setup_seconds(p, node.layer)
-                            + runs * step_seconds(p, problem, self.threads),
+                            self.costs.setup_seconds(p, node.layer) + runs * seconds(p, problem),
                             p.prepared_bytes(node.layer),
                             p.workspace_bytes(problem, self.threads),
                         )
                         for p in dict.fromkeys([step.primitive, *others, *tiled(problem)])
                     ),
                     tuple(network.channels[name] for name in node.inputs),
-                    {
-                        form: runs * step_seconds(FormChange(form), change, self.threads)
-                        for form in Form
-                    },
+                    {form: runs * seconds(FormChange(form), change) for form in Form},
                 )
             )
         return tuple(found)

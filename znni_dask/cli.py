@@ -1,4 +1,4 @@
-"""The command ``znni``: info, infer, verify.
+"""The command ``znni``: info, infer, verify, measure.
 
 Exit codes: 0 done; 1 blocks failed, or a verification does not hold; 2 the input cannot be used
 (nothing was written); 130 interrupted.
@@ -23,7 +23,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from znni_dask import report
+from znni_dask import report, timings
+from znni_dask.calibration import calibrate
 from znni_dask.errors import InputError, RunError
 from znni_dask.geometry import Size, triple
 from znni_dask.importers import load_network
@@ -32,6 +33,7 @@ from znni_dask.kernels import compiled
 from znni_dask.machine import cores
 from znni_dask.network.layers import FULL, PRECISIONS
 from znni_dask.normalization import METHODS
+from znni_dask.options import computing_threads
 from znni_dask.patches import BOUNDARIES
 from znni_dask.run import run
 from znni_dask.storage.encoding import DTYPES
@@ -87,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--seed", type=int, default=0)
     check.add_argument("--threads", type=int, metavar="N")
     check.set_defaults(command=_verify)
+    study = commands.add_parser(
+        "measure", help="measure once how fast this machine is, for better plans"
+    )
+    study.add_argument("--threads", type=int, metavar="N")
+    study.set_defaults(command=_measure)
     return parser
 
 
@@ -306,6 +313,23 @@ def _verify(options: argparse.Namespace) -> int:
     for line in report.verification_lines(found):
         console.print(line, soft_wrap=True)
     return 0 if found.holds else 1
+
+
+def _measure(options: argparse.Namespace) -> int:
+    console = _console()
+    counts = sorted({1, computing_threads(options.threads)})
+    found = timings.kept()
+    with _telling_of_compilation(console):
+        for threads in counts:
+
+            def told(done: int, total: int, threads: int = threads) -> None:
+                console.print(f"{threads} threads: {done} of {total} networks measured")
+
+            found = found.joined(calibrate(threads, told).found)
+    place = timings.keep_timings(found)
+    console.print(report.timings_table(found))
+    console.print(f"kept in {place}; plans are made by it from now on", soft_wrap=True)
+    return 0
 
 
 @contextmanager

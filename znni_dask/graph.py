@@ -10,7 +10,9 @@ from itertools import accumulate, product
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from znni_dask import timings
 from znni_dask.application import Application
+from znni_dask.costs import Costs
 from znni_dask.errors import NetworkError
 from znni_dask.geometry import Box, Size, multiply, round_up, triple
 from znni_dask.job import Job
@@ -107,6 +109,7 @@ class Asked:
             threads=computing_threads(self.threads),
             hull=Box((0, 0, 0), laid.output_size),
             block=chunks,
+            costs=Costs(timings.kept()),
         )
 
     def _chunks_of(self, laid: Laid) -> Size:

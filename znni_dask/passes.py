@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from znni_dask import planner, pyramid, window_planner
+from znni_dask import planner, pyramid, timings, window_planner
 from znni_dask.application import Application
+from znni_dask.costs import Costs
 from znni_dask.errors import OptionError, OutputError
 from znni_dask.geometry import Size
 from znni_dask.job import Job, Target
@@ -81,6 +82,7 @@ def plan_pass(
         block=block,
         hull=selection.hull(laid),
         selected_bytes=0 if selection.everything else _WANTED_BYTES,
+        costs=Costs(timings.kept()),
     )
     plan = plan_for(laid, resources, request.patch)
     held = planner.OVERHEAD_BYTES + planner.weights_bytes(laid.network)

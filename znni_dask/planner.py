@@ -14,7 +14,6 @@ from itertools import product
 from math import gcd, inf, log
 
 from znni_dask.choices import Menu, choose_primitives
-from znni_dask.costs import estimated_seconds
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import (
     Box,
@@ -125,7 +124,8 @@ def _fastest(plain: _Fits, block: Size, patch: Size) -> _Fits | None:
     where there is none, or where plain ones are."""
     request = plain.request
     box = _largest_box(request.layout, patch)
-    menu = Menu(plain.schedules, box, request.hull.voxels / box.voxels, request.threads)
+    patches = request.hull.voxels / box.voxels
+    menu = Menu(plain.schedules, box, patches, request.threads, request.costs)
     schedules = Schedules(request.layout, menu.fastest())
     over = predicted_bytes(request, schedules, block, patch, 1) - request.allowed_bytes
     if over > 0:
@@ -353,7 +353,7 @@ def _parts(length: int, granule: int) -> set[int]:
 def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _Candidate:
     box = _largest_box(request.layout, patch)
     steps = schedules.steps(schedules.sizes(box))
-    seconds = schedules.repeats * estimated_seconds(steps, request.threads)
+    seconds = schedules.repeats * request.costs.estimated_seconds(steps, request.threads)
     # patches at the ragged end make fewer voxels, but cost nearly as much; so do those that are
     # wanted in part
     used = 1.0

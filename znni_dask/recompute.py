@@ -65,11 +65,14 @@ def _arranged(laid: Laid) -> Arrangement:
 class MeasuredError:
     """How far an approximate answer is from the exact one, at random places.
 
-    ``largest`` difference and the exact answer's standard deviation, over ``voxels`` voxels;
-    ``why`` it is approximate.
+    It is so for a ``halo`` less than the derived one, and for ``lowered`` layers that are computed
+    in a lower precision. ``largest`` difference and the exact answer's standard deviation, over
+    ``voxels`` voxels.
     """
 
-    why: str
+    halo: Size | None
+    precision: str
+    lowered: int
     largest: float
     standard_deviation: float
     voxels: int
@@ -86,7 +89,8 @@ def measured_error(
     """
     near, source = application.laid(*outputs), application.volume
     exact = application.exact.laid(*outputs)
-    length, primitives = _length(exact, resources), _lower(near, plan)
+    length, lower = _length(exact, resources), _lower(near, plan)
+    primitives = choose_primitives(_arranged(near)) | lower
     random, hull = np.random.default_rng(0), application.selection.hull(exact)
     largest, answers = 0.0, []
     for _ in range(_PLACES):
@@ -110,20 +114,14 @@ def measured_error(
         largest = max(largest, float(np.abs(made - answer).max()))
         answers.append(answer)
     values = np.concatenate([a.ravel() for a in answers])
-    halo = "with this halo" if application.halo is not None else ""
-    lower = f"in {application.precision}" if application.precision != FULL else ""
-    why = ", ".join(filter(None, (halo, lower)))
-    return MeasuredError(why, largest, float(values.std()), values.size)
+    asked = application.halo, application.precision
+    return MeasuredError(*asked, len(lower), largest, float(values.std()), values.size)
 
 
 def _lower(laid: Laid, plan: Plan) -> dict[str, Primitive]:
-    """Of the plan the primitives of lower precision; of all other layers the plain ones."""
-    layout = _arranged(laid)
-    planned = chosen_primitives(layout, plan)
-    return {
-        name: planned[name] if planned[name].precision != FULL else primitive
-        for name, primitive in choose_primitives(layout).items()
-    }
+    """Of the plan the primitives of lower precision."""
+    planned = chosen_primitives(_arranged(laid), plan)
+    return {name: p for name, p in planned.items() if p.precision != FULL}
 
 
 def _place(random: np.random.Generator, hull: Box, size: Size, length: int, patch: Size) -> Box:

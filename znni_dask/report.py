@@ -6,12 +6,13 @@ Computes nothing beyond what it formats.
 from __future__ import annotations
 
 from fractions import Fraction
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
-from znni_dask.geometry import AXES, text
+from znni_dask.geometry import AXES, Size, text
 from znni_dask.machine import show_bytes
 from znni_dask.network.field_of_view import NetworkGeometry
 from znni_dask.network.layers import FULL
@@ -19,7 +20,9 @@ from znni_dask.network.network import Network
 
 if TYPE_CHECKING:
     from znni_dask.inspection import Facts
+    from znni_dask.recompute import MeasuredError
     from znni_dask.run import Summary
+    from znni_dask.timings import Timings
     from znni_dask.verify import Verification
 
 _SIZES_SHOWN = 4
@@ -67,6 +70,26 @@ def layer_table(network: Network) -> Table:
             f"{weights:,}" if weights else "",
             f"{float(work):,.0f}" if work else "",
         )
+    return table
+
+
+def timings_table(found: Timings) -> Table:
+    """Of every family of primitives how many steps were measured, and how many times longer than
+    estimated they took."""
+    table = Table(
+        title="seconds measured, over those estimated for 512-bit vectors",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("primitive")
+    for column in ("threads", "steps", "median", "least", "most"):
+        table.add_column(column, justify="right")
+    groups: dict[tuple[str, int], list[float]] = {}
+    for one in found.found:
+        groups.setdefault((one.family, one.threads), []).append(one.ratio)
+    for (family, threads), ratios in sorted(groups.items()):
+        shown = (f"{n:.2f}" for n in (median(ratios), min(ratios), max(ratios)))
+        table.add_row(family, str(threads), str(len(ratios)), *shown)
     return table
 
 
@@ -138,12 +161,7 @@ def run_lines(summary: Summary) -> list[str]:
             f"{show_bytes(plan.reading.cache_bytes)} of decoded chunks kept"
         )
         if one.measured_error is not None:
-            error = one.measured_error
-            lines.append(
-                f"approximate: {error.why} the largest difference at {error.voxels:,} random "
-                f"voxels is {error.largest:.3g}, the exact answer's standard deviation "
-                f"{error.standard_deviation:.3g}"
-            )
+            lines.append(_error_line(one.measured_error))
     predicted = max(summary.measured_bytes, *(p.plan.predicted_bytes for p in summary.passes))
     return [
         *lines,
@@ -157,15 +175,31 @@ def verification_lines(found: Verification) -> list[str]:
     """What a verification found."""
     verdict = "holds" if found.holds else "DIFFERS"
     if found.halo is not None or found.precision != FULL:
-        halo = f"with a halo of {text(found.halo)}" if found.halo is not None else ""
-        lower = f"in {found.precision}" if found.precision != FULL else ""
-        verdict = "approximate, made " + ", ".join(filter(None, (halo, lower)))
+        verdict = f"approximate, made {_approximated(found.halo, found.precision)}"
     return [
         f"{verdict}: largest difference {found.largest_difference:.3g} at z, y, x = {found.at} "
         f"among {found.voxels:,} values at {found.places} places",
         f"allowed {found.allowed:.3g}; standard deviation of the answer "
         f"{found.standard_deviation:.3g}",
     ]
+
+
+def _error_line(error: MeasuredError) -> str:
+    """How far an answer is from the exact one."""
+    if error.halo is None and not error.lowered:
+        return f"no layer is faster in {error.precision}: the answer is exact"
+    how = _approximated(error.halo, error.precision)
+    return (
+        f"approximate: {how} the largest difference at {error.voxels:,} random voxels is "
+        f"{error.largest:.3g}, the exact answer's standard deviation {error.standard_deviation:.3g}"
+    )
+
+
+def _approximated(halo: Size | None, precision: str) -> str:
+    """What makes an answer approximate."""
+    asked = f"with a halo of {text(halo)}" if halo is not None else ""
+    lower = f"in {precision}" if precision != FULL else ""
+    return ", ".join(filter(None, (asked, lower)))
 
 
 def progress_line(done: int, total: int, seconds: float) -> str:

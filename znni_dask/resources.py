@@ -6,9 +6,10 @@ Both planners share it: of patches and of windows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
+from znni_dask.costs import Costs
 from znni_dask.geometry import Box, Size, volume
 from znni_dask.plan import Reading
 from znni_dask.reading import Reads
@@ -30,7 +31,7 @@ class Resources:
     ``voxel_bytes``, and ``encoding_bytes`` while it is encoded. ``baseline_bytes`` is what the
     process uses before it computes. ``block`` is that of a run that is resumed. Only the outputs
     within ``hull`` are made; to tell which of them are selected takes ``selected_bytes`` for each
-    voxel of a block.
+    voxel of a block. ``costs`` are what the machine takes.
     """
 
     unit: Size
@@ -45,6 +46,7 @@ class Resources:
     cells: Cells | None = None
     block: Size | None = None
     selected_bytes: int = 0
+    costs: Costs = field(default_factory=Costs)
 
     def block_bytes(self, size: Size, region: Size, by_cells: bool = False) -> int:
         """Memory that a block of ``size`` takes while it is in flight, its computing not counted;

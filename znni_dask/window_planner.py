@@ -15,7 +15,7 @@ from itertools import product
 from math import prod
 
 from znni_dask.choices import Menu, choose_primitives
-from znni_dask.costs import estimated_seconds, setup_seconds
+from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError
 from znni_dask.geometry import Box, Size, text, triple, volume
 from znni_dask.machine import show_bytes
@@ -53,14 +53,14 @@ class _Way:
     computing_bytes: int
 
     @classmethod
-    def of(cls, schedules: Schedules, grid: WindowGrid, threads: int) -> _Way:
+    def of(cls, schedules: Schedules, grid: WindowGrid, threads: int, costs: Costs) -> _Way:
         """Estimates are for one thread, lest answers differ in rounding with their number."""
         sizes = grid.layout.sizes
         steps = schedules.steps(sizes)
         return cls(
             schedules,
-            estimated_seconds(steps, threads=1) / schedules.samples,
-            sum(setup_seconds(s.primitive, s.operation.node.layer) for s in steps),
+            costs.estimated_seconds(steps, threads=1) / schedules.samples,
+            sum(costs.setup_seconds(s.primitive, s.operation.node.layer) for s in steps),
             computing_bytes(schedules, sizes, grid.layout.output_size, threads),
         )
 
@@ -117,7 +117,8 @@ def _ways(grid: WindowGrid, resources: Resources, candidates: list[_Candidate]) 
     windows that some block has the fastest ones, and those that are so within the memory that the
     smallest such block leaves."""
     plain = Schedules(grid.layout, choose_primitives(grid.layout))
-    yield _Way.of(plain, grid, resources.threads)
+    way = partial(_Way.of, grid=grid, threads=resources.threads, costs=resources.costs)
+    yield way(plain)
     window = Box((0, 0, 0), grid.layout.output_size)
     windows = prod(grid.count(axis, 0, n) for axis, n in enumerate(grid.output_size))
     for samples in SAMPLES:
@@ -125,16 +126,15 @@ def _ways(grid: WindowGrid, resources: Resources, candidates: list[_Candidate]) 
         if not some:
             return
         together = replace(plain, samples=samples)
-        menu = Menu(together, window, windows / samples, threads=1)
-        fast = _Way.of(replace(together, primitives=menu.fastest()), grid, resources.threads)
+        menu = Menu(together, window, windows / samples, threads=1, costs=resources.costs)
+        fast = way(replace(together, primitives=menu.fastest()))
         yield fast
         smallest = min(some, key=lambda c: volume(c.block))
         over = _predicted_bytes(grid, fast, resources, smallest, 1, False) - resources.allowed_bytes
         if over > 0:
             spent = fast.schedules.spent_bytes(grid.layout.sizes, resources.threads)
             if (within := menu.fastest_within(spent - over)) is not None:
-                schedules = replace(together, primitives=within)
-                yield _Way.of(schedules, grid, resources.threads)
+                yield way(replace(together, primitives=within))
 
 
 def _best(

@@ -7,6 +7,7 @@ arena holds all activations; it is allocated once and serves every patch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,20 +44,22 @@ class SerialExecutor(Closing):
 
     def run(
         self, todo: Schedule, volumes: Sequence[NDArray[np.generic]], outs: Sequence[Array]
-    ) -> None:
+    ) -> tuple[float, ...]:
         """Compute one patch of each of so many ``volumes`` as ``todo`` has samples.
 
         A volume is the extended volume within ``todo.input``, (channel, z, y, x), of any real
         dtype; its answer, (channel, z, y, x) of size ``todo.output.size``, goes into the one of
-        ``outs`` at its place.
+        ``outs`` at its place. Returns the seconds of every step, of all offsets together.
         """
+        spent = [0.0] * len(todo.steps)
         source = Stored(self.network.input.name, Form.PLAIN)
         for offset in todo.offsets:
             z, y, x = (slice(o, o + n) for o, n in zip(offset, todo.input_shape[2:], strict=True))
             arrays = {source: self._view(source, todo.input_shape)}
             for sample, volume in zip(arrays[source], volumes, strict=True):
                 sample[...] = volume[:, z, y, x]
-            for step in todo.steps:
+            for number, step in enumerate(todo.steps):
+                begin = perf_counter()
                 output = step.operation.output
                 arrays[output] = self._view(output, step.problem.output)
                 step.primitive.apply(
@@ -66,11 +69,13 @@ class SerialExecutor(Closing):
                     arrays[output],
                     self._team,
                 )
+                spent[number] += perf_counter() - begin
             numbers = {add(position, offset): i for i, position in enumerate(todo.positions)}
             made = arrays[Stored(self.network.output, Form.PLAIN)]
             for sample, out in enumerate(outs):
                 fragments = made[sample :: len(outs)]
                 recombine(fragments, numbers, todo.spacing, out, self._team)
+        return tuple(spent)
 
     def close(self) -> None:
         """End the threads and free the arena."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import Enum
 from itertools import count, islice
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from znni_dask.kernels.code import Address, Number
 
@@ -81,10 +81,10 @@ class Rows(NamedTuple, Generic[N]):
         return turned._replace(apart_y=self.apart_x, apart_x=self.apart_y)
 
 
-def flat(rows: Rows[int]) -> list[int]:
-    """The numbers as compiled code is told them, one after the other."""
-    z, y, x, source, target, *others = rows
-    return [*z, *y, *x, *source, *target, *others]
+def flat(told: tuple[Any, ...]) -> list[int]:
+    """The numbers of what holds axes, strides and numbers, one after the other: as compiled code
+    is told them."""
+    return [n for part in told for n in (flat(part) if isinstance(part, tuple) else [part])]
 
 
 NUMBER_BYTES = 8
@@ -98,6 +98,16 @@ def numbers_at(place: Address) -> Iterator[Number]:
     return (place.number(offset) for offset in count(0, NUMBER_BYTES))
 
 
+def axes_from(numbers: Iterator[Number]) -> Iterator[Axis[Number]]:
+    """The axes z, y and x that come next."""
+    return (Axis(*islice(numbers, len(Axis._fields))) for _ in "zyx")
+
+
+def strides_from(numbers: Iterator[Number]) -> Strides[Number]:
+    """The strides that come next."""
+    return Strides(*islice(numbers, len(Strides._fields)))
+
+
 class Told(NamedTuple):
     """What is told, and where."""
 
@@ -108,7 +118,5 @@ class Told(NamedTuple):
     def of(cls, place: Address) -> Told:
         """The numbers of `flat`, as code."""
         numbers = numbers_at(place)
-        z, y, x = (Axis(*islice(numbers, len(Axis._fields))) for _ in "zyx")
-        source, target = (Strides(*islice(numbers, len(Strides._fields))) for _ in range(2))
-        others = islice(numbers, len(Rows._fields) - 5)
-        return cls(place, Rows(z, y, x, source, target, *others))
+        axes, source, target = axes_from(numbers), strides_from(numbers), strides_from(numbers)
+        return cls(place, Rows(*axes, source, target, *islice(numbers, len(Rows._fields) - 5)))

@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple
 
 from llvmlite import ir
 
-from znni_dask.kernels.axes import Axis, N, Strides, numbers_at
+from znni_dask.kernels.axes import Axis, N, Strides, axes_from, numbers_at, strides_from
 from znni_dask.kernels.code import LANES, VECTOR_BYTES, Address, Function, Number
 from znni_dask.kernels.compiled import Library, compiled_library
 
@@ -26,12 +26,6 @@ class Patches(NamedTuple, Generic[N]):
     source: Strides[N]
     channels: N
     row_bytes: N
-
-
-def flat(patches: Patches[int]) -> list[int]:
-    """The numbers as compiled code is told them, one after the other."""
-    z, y, x, source, *others = patches
-    return [*z, *y, *x, *source, *others]
 
 
 @cache
@@ -95,5 +89,4 @@ def _within(place: Number, axis: Axis[Number]) -> list[ir.Value]:
 def _told(place: Address) -> Patches[Number]:
     """The numbers of `flat`, as code."""
     numbers = numbers_at(place)
-    z, y, x = (Axis(*islice(numbers, len(Axis._fields))) for _ in "zyx")
-    return Patches(z, y, x, Strides(*islice(numbers, len(Strides._fields))), *islice(numbers, 2))
+    return Patches(*axes_from(numbers), strides_from(numbers), *islice(numbers, 2))

@@ -21,7 +21,15 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from znni_dask.geometry import Size, triple, volume
-from znni_dask.kernels.axes import NUMBER_BYTES, Axis, N, Strides, numbers_at
+from znni_dask.kernels.axes import (
+    NUMBER_BYTES,
+    Axis,
+    N,
+    Strides,
+    axes_from,
+    numbers_at,
+    strides_from,
+)
 from znni_dask.kernels.code import VECTOR_BYTES, Address, Function, Number, Vector
 from znni_dask.kernels.compiled import Library, compiled_library
 from znni_dask.kernels.turns import Turn
@@ -80,12 +88,6 @@ class Tiles(NamedTuple, Generic[N]):
     value_bytes: N
     product_bytes: N
     turns: N
-
-
-def flat(tiles: Tiles[int]) -> NDArray[np.int64]:
-    """The numbers as compiled code is told them."""
-    z, y, x, source, target, *others = tiles
-    return np.array([*z, *y, *x, *source, *target, *others], np.int64)
 
 
 def kernel_matrix(kernel: int) -> NDArray[np.float32]:
@@ -299,6 +301,5 @@ class _Place(NamedTuple):
 def _told(place: Address) -> Tiles[Number]:
     """The numbers of `flat`, as code."""
     numbers = numbers_at(place)
-    z, y, x = (Axis(*islice(numbers, len(Axis._fields))) for _ in "zyx")
-    source, target = (Strides(*islice(numbers, len(Strides._fields))) for _ in range(2))
-    return Tiles(z, y, x, source, target, *islice(numbers, len(Tiles._fields) - 5))
+    axes, source, target = axes_from(numbers), strides_from(numbers), strides_from(numbers)
+    return Tiles(*axes, source, target, *islice(numbers, len(Tiles._fields) - 5))

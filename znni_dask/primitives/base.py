@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from math import prod
+from math import log2, prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,11 +23,13 @@ from znni_dask.kernels.code import LANES
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import FULL, ONES, Layer
 from znni_dask.network.network import Weights
+from znni_dask.primitives.work import LOOPS, Work
 
 Array = NDArray[np.float32]
 Shape = tuple[int, int, int, int, int]
 ITEM_BYTES = 4
 FEWEST_PRODUCTS = 27  # of a sum; of fewer the sum itself is faster than transforms, and loses less
+_PLANE_OVERHEAD = 64  # voxels: what starting a plane costs plain loops
 
 
 class Form(Enum):
@@ -72,7 +74,8 @@ class Primitive(ABC):
 
     ``in_place``: `apply` may be given its first input as output. ``fragments``: the layer is
     evaluated at all offsets of its stride, the fragments joining the batch. ``library_bytes``: what
-    a library takes that it computes with, once in a process. ``takes``: where `fits` holds not for
+    a library takes that it computes with, once in a process; ``setup_seconds`` what this takes
+    before the first patch, compiling for a layer included. ``takes``: where `fits` holds not for
     all layers of its kind, in words. ``precision``: what it computes in.
     """
 
@@ -81,6 +84,7 @@ class Primitive(ABC):
     in_place: ClassVar[bool] = False
     fragments: ClassVar[bool] = False
     library_bytes: ClassVar[int] = 0
+    setup_seconds: ClassVar[float] = 0.0
     takes: ClassVar[str] = ""
     precision: ClassVar[str] = FULL
 
@@ -100,6 +104,24 @@ class Primitive(ABC):
         """Arithmetic operations, a multiply-add counting as two."""
         return prod(problem.output)
 
+    def work(self, problem: Problem, threads: int) -> Work:
+        """What it takes of a machine, for estimates; here that of plain loops."""
+        *_, y, x = problem.output
+        slowdown = 1 + _PLANE_OVERHEAD / (y * x)
+        return Work({LOOPS: slowdown * self.flops(problem)})
+
+    @property
+    def family(self) -> str:
+        """Its name, without what tells it from others that do the same in other sizes."""
+        return self.name
+
+    def features(self, problem: Problem) -> tuple[float, ...]:
+        """What problems differ in of which some take longer than estimated: logarithms, so that 1
+        is as much as makes a difference."""
+        read, (batch, made, *size) = problem.inputs[0][1], problem.output
+        adds = 1 + float(problem.layer.multiply_adds()) / made
+        return log2(read), log2(made), log2(adds), log2(prod(size)) / 2, log2(batch) / 2
+
     def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
         """In which form inputs of so many channels are taken, and the output is made; None: in
         either form, all inputs in the same, and in that one."""
@@ -107,7 +129,7 @@ class Primitive(ABC):
 
     def prepared_bytes(self, layer: Layer) -> int:
         """Memory of what `prepare` makes."""
-        return ITEM_BYTES * sum(prod(shape) for shape in layer.weight_shapes().values())
+        return weights_bytes(layer)
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
         """Peak memory beyond inputs and output while `apply` runs, scratch memory included."""
@@ -146,6 +168,11 @@ def products_of(layer: Layer) -> int:
     """How many products an output of a convolution is the sum of."""
     _, *fan_in = layer.weight_shapes()["weight"]
     return prod(fan_in)
+
+
+def weights_bytes(layer: Layer) -> int:
+    """Memory of a layer's weights, as the network has them."""
+    return ITEM_BYTES * sum(map(prod, layer.weight_shapes().values()))
 
 
 def direct_flops(problem: Problem) -> int:

@@ -15,6 +15,7 @@ from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows
 from znni_dask.primitives.base import Form, Problem
+from znni_dask.primitives.work import Rate
 
 
 @final
@@ -23,6 +24,7 @@ class ConvDepthwise(rows.InRows):
 
     name: ClassVar[str] = "direct depthwise"
     layer: ClassVar[type[Layer]] = Conv
+    rate: ClassVar[Rate] = Rate("direct depthwise", 8e10)  # operations
     takes: ClassVar[str] = "layers that make one output of every channel alone"
 
     def fits(self, layer: Layer) -> bool:

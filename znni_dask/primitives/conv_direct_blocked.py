@@ -20,6 +20,7 @@ from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows
 from znni_dask.primitives.base import ITEM_BYTES, Form, Problem
+from znni_dask.primitives.work import Rate, Work
 
 
 @final
@@ -28,6 +29,7 @@ class ConvDirectBlocked(rows.InRows):
 
     name: ClassVar[str] = "direct blocked"
     layer: ClassVar[type[Layer]] = Conv
+    rate: ClassVar[Rate] = Rate("direct blocked", 2e11)  # operations
     takes: ClassVar[str] = "no whole window"
 
     def fits(self, layer: Layer) -> bool:
@@ -35,6 +37,10 @@ class ConvDirectBlocked(rows.InRows):
 
     def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
         return None, Form.BLOCKED
+
+    def work(self, problem: Problem, threads: int) -> Work:
+        groups = groups_together(cast("Conv", problem.layer))
+        return rows.work_of(self.rate, problem, problem.output, wasted=groups)
 
     def count(self, layer: Layer) -> int:
         return sum(rows.dense_count(made) for _, made in _together(cast("Conv", layer)))

@@ -20,6 +20,7 @@ from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows
 from znni_dask.primitives.base import Form, Problem
+from znni_dask.primitives.work import Rate, Work
 
 
 @final
@@ -28,6 +29,7 @@ class ConvDirectFew(rows.InRows):
 
     name: ClassVar[str] = "direct to few channels"
     layer: ClassVar[type[Layer]] = Conv
+    rate: ClassVar[Rate] = Rate("direct to few channels", 1.8e11)  # operations
     takes: ClassVar[str] = "no groups or whole window"
 
     def fits(self, layer: Layer) -> bool:
@@ -36,6 +38,9 @@ class ConvDirectFew(rows.InRows):
 
     def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
         return Form.BLOCKED, Form.PLAIN
+
+    def work(self, problem: Problem, threads: int) -> Work:
+        return rows.work_of(self.rate, problem, lanes=problem.inputs[0])
 
     def count(self, layer: Layer) -> int:
         return len(_parts(cast("Conv", layer)))

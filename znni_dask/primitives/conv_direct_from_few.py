@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple, cast, final
 
 import numpy as np
 
-from znni_dask.geometry import Size, ceil_divide, triple, volume
+from znni_dask.geometry import Size, ceil_divide, round_up, triple, volume
 from znni_dask.kernels import from_few
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.compiled import Library
@@ -21,7 +21,9 @@ from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, direct_flops
+from znni_dask.primitives.work import COMPILE_SECONDS, STREAMED, Rate, Work
 
+SUMS = Rate("direct from few channels", 2.2e11)  # operations
 MOST_CHANNELS = 4
 MOST_TAPS = 25  # of a plane, which are straight-line code
 ROWS_TOGETHER = 16  # of one block of channels; what they read is still near for the next
@@ -40,6 +42,7 @@ class ConvDirectFromFew(Primitive):
 
     name: ClassVar[str] = "direct from few channels"
     layer: ClassVar[type[Layer]] = Conv
+    setup_seconds: ClassVar[float] = COMPILE_SECONDS
     takes: ClassVar[str] = (
         f"at most {MOST_CHANNELS} channels and {MOST_TAPS} taps of a plane, no groups or whole "
         "window"
@@ -55,6 +58,11 @@ class ConvDirectFromFew(Primitive):
 
     def flops(self, problem: Problem) -> int:
         return direct_flops(problem)
+
+    def work(self, problem: Problem, threads: int) -> Work:
+        wasted = round_up(problem.output[1], LANES) / problem.output[1]
+        moved = Form.PLAIN.nbytes(problem.inputs[0]) + Form.BLOCKED.nbytes(problem.output)
+        return Work({SUMS: wasted * self.flops(problem)}, {STREAMED: moved})
 
     def prepared_bytes(self, layer: Layer) -> int:
         return sum(map(allocated_bytes, _prepared_bytes(cast("Conv", layer))))

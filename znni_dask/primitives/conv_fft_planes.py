@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from math import prod
+from math import log2, prod
 from typing import ClassVar, NamedTuple, cast, final
 
 import numpy as np
@@ -26,8 +26,11 @@ from znni_dask.kernels.tiles import Tile
 from znni_dask.network.layers import ONES, Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives.base import FEWEST_PRODUCTS, Array, Form, Primitive, Problem, products_of
-from znni_dask.primitives.stacks import Stacks, Work, stacks_of
+from znni_dask.primitives.stacks import Stacks, stacks_of
+from znni_dask.primitives.work import COMPILE_SECONDS, MEMORY, Rate, Work
 
+TRANSFORMS = Rate("transforms of planes", 1.6e11)  # operations; they stay in the caches
+PRODUCTS = Rate("products of planes", 2.4e11)  # operations
 _NAME = "fft of planes "
 MOST_CHANNELS = 16  # beyond, transforms along z pay
 LONGEST_OF_PLANES = 24  # along an axis: transforms of longer lines run out of registers
@@ -54,6 +57,7 @@ class ConvPlanesFFT(Primitive):
 
     tile: tuple[int, ...]
     layer: ClassVar[type[Layer]] = Conv
+    setup_seconds: ClassVar[float] = COMPILE_SECONDS
     takes: ClassVar[str] = "no stride, groups or whole window"
 
     @property
@@ -68,6 +72,14 @@ class ConvPlanesFFT(Primitive):
         if not name.startswith(_NAME) or len(lengths) != 2 or not all(map(str.isdecimal, lengths)):
             return None
         return cls(tuple(map(int, lengths)))
+
+    @property
+    def family(self) -> str:
+        """All of them."""
+        return _NAME.strip()
+
+    def features(self, problem: Problem) -> tuple[float, ...]:
+        return *super().features(problem), log2(prod(self.tile))
 
     def fits(self, layer: Layer) -> bool:
         conv = cast("Conv", layer)
@@ -90,8 +102,7 @@ class ConvPlanesFFT(Primitive):
         return Form.PLAIN, Form.BLOCKED
 
     def flops(self, problem: Problem) -> int:
-        work = self.work(problem, threads=1)
-        return work.transforms + work.products
+        return self.work(problem, threads=1).amount(TRANSFORMS, PRODUCTS)
 
     def work(self, problem: Problem, threads: int) -> Work:
         """Operations of transforms (half as many of real numbers) and of products (8), and what
@@ -105,11 +116,8 @@ class ConvPlanesFFT(Primitive):
         back = LANES * (tile.half * line_y + ny * line_x / 2)
         products = 8 * LANES * tile.columns * prod((conv.in_channels, conv.kernel[0]))
         traffic = Form.BLOCKED.nbytes(problem.output) + Form.PLAIN.nbytes(problem.inputs[0])
-        return Work(
-            int(read * conv.in_channels * forward + made * blocks * back),
-            made * blocks * products,
-            traffic,
-        )
+        transforms = read * conv.in_channels * forward + made * blocks * back
+        return Work({TRANSFORMS: transforms, PRODUCTS: made * blocks * products}, {MEMORY: traffic})
 
     def prepared_bytes(self, layer: Layer) -> int:
         conv = cast("Conv", layer)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log2
 from typing import ClassVar, NamedTuple, cast, final
 
 import numpy as np
@@ -35,8 +36,11 @@ from znni_dask.primitives.phases import (
     split_weights,
     without_stride,
 )
-from znni_dask.primitives.stacks import Stacks, Work, stacks_of
+from znni_dask.primitives.stacks import Stacks, stacks_of
+from znni_dask.primitives.work import COMPILE_SECONDS, MEMORY, Rate, Work
 
+TRANSFORMS = Rate("transforms of tiles", 8e10)  # operations
+PRODUCTS = Rate("products of transforms", 2.6e11)  # operations
 _NAME, _REMADE = "tiled fft ", ", spectra remade"
 TILES_AT_ONCE = 64  # rows of the matrices that are multiplied
 
@@ -61,6 +65,7 @@ class ConvTiledFFT(Primitive):
     tile: Size
     remade: bool = False
     layer: ClassVar[type[Layer]] = Conv
+    setup_seconds: ClassVar[float] = COMPILE_SECONDS
     takes: ClassVar[str] = "no groups or whole window"
 
     @property
@@ -76,6 +81,14 @@ class ConvTiledFFT(Primitive):
             return None
         return cls(triple(int(length) for length in lengths), name.endswith(_REMADE))
 
+    @property
+    def family(self) -> str:
+        """All of them."""
+        return f"{_NAME.strip()}{_REMADE if self.remade else ''}"
+
+    def features(self, problem: Problem) -> tuple[float, ...]:
+        return *super().features(problem), log2(volume(self.tile))
+
     def fits(self, layer: Layer) -> bool:
         conv = cast("Conv", layer)
         return conv.groups == 1 and not conv.whole
@@ -89,10 +102,9 @@ class ConvTiledFFT(Primitive):
         return Form.BLOCKED if cast("Conv", layer).stride == ONES else None, Form.BLOCKED
 
     def flops(self, problem: Problem) -> int:
-        work = self.work(problem)
-        return work.transforms + work.products
+        return self.work(problem, threads=1).amount(TRANSFORMS, PRODUCTS)
 
-    def work(self, problem: Problem) -> Work:
+    def work(self, problem: Problem, threads: int) -> Work:
         """Operations of transforms (half as many of real numbers) and of products (8), and what
         goes to and from memory."""
         split = _split_bytes(problem)
@@ -117,7 +129,7 @@ class ConvTiledFFT(Primitive):
             pruned = kz * (ky * line[2] / 2 + tile.half * line[1]) + column
             transforms += batches * made_blocks * conv.in_channels * LANES * pruned
             traffic += batches * kernels
-        return Work(int(transforms), products, traffic)
+        return Work({TRANSFORMS: transforms, PRODUCTS: products, MEMORY: traffic})
 
     def prepared_bytes(self, layer: Layer) -> int:
         conv = without_stride(cast("Conv", layer))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log2
-from typing import ClassVar, NamedTuple, cast, final
+from typing import ClassVar, cast, final
 
 import numpy as np
 
@@ -23,18 +23,12 @@ from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives.base import FEWEST_PRODUCTS, Array, Primitive, Problem, products_of
 from znni_dask.primitives.images import Frame, Images, spectra_bytes
+from znni_dask.primitives.work import Rate, Work
 
+WHOLE = Rate("transforms of images", 2e10)  # operations, of their products, too
+_CALL_SECONDS = 3e-6  # of each call from Python, which do not run side by side
+_SHARE_SECONDS = 4e-5  # sharing work among threads
 _PLAN_BYTES = 1 << 20  # FFTW's own, for each thread
-
-
-class Work(NamedTuple):
-    """What a problem takes: operations; calls from Python, which do not run side by side; pieces
-    of work that threads share; and how many threads that keeps busy."""
-
-    operations: int
-    calls: int
-    shared: int
-    threads: float
 
 
 @final
@@ -49,6 +43,7 @@ class ConvWholeFFT(Primitive):
     layer: ClassVar[type[Layer]] = Conv
     library_bytes: ClassVar[int] = fourier.LIBRARY_BYTES
     takes: ClassVar[str] = f"sums of at least {FEWEST_PRODUCTS} products"
+    setup_seconds: ClassVar[float] = 1.5  # planning transforms, too
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -59,7 +54,7 @@ class ConvWholeFFT(Primitive):
         return products_of(layer) >= FEWEST_PRODUCTS
 
     def flops(self, problem: Problem) -> int:
-        return self.work(problem, threads=1).operations
+        return self.work(problem, threads=1).amount(WHOLE)
 
     def work(self, problem: Problem, threads: int) -> Work:
         """5 n log n for a line of n complex numbers, half of it for real ones; 8 for a product."""
@@ -74,13 +69,14 @@ class ConvWholeFFT(Primitive):
         kernels = outputs * frame.fan_in
         products = 8 * batch * kernels * frame.half * frame.size[0] * frame.size[1]
         blocks, busy = frame.blocks, outputs / ceil_divide(outputs, threads)
+        transforms = images * image + kernels * kernel + batch * outputs * made
+        calls = images * (planes + blocks) + kernels * (1 + blocks)
+        calls += outputs * (blocks + batch * frame.made[0])
+        shared = 0 if threads == 1 else 2 if self.tasks else 2 * images + 3 * outputs
         return Work(
-            operations=int(images * image + kernels * kernel + batch * outputs * made) + products,
-            calls=images * (planes + blocks)
-            + kernels * (1 + blocks)
-            + outputs * (blocks + batch * frame.made[0]),
-            shared=2 if self.tasks else 2 * images + 3 * outputs,
-            threads=busy if self.tasks else threads,
+            {WHOLE: transforms + products},
+            busy=busy if self.tasks else threads,
+            alone=calls * _CALL_SECONDS + shared * _SHARE_SECONDS,
         )
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 from znni_dask.geometry import ceil_divide, volume
 from znni_dask.kernels import patch_matrix
-from znni_dask.kernels.axes import Strides
+from znni_dask.kernels.axes import Strides, flat
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.memory import odd_lines
 from znni_dask.kernels.patch_matrix import Patches
@@ -25,6 +25,7 @@ from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows
 from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, direct_flops
+from znni_dask.primitives.work import Rate, Work
 
 GATHERED_BYTES = 1 << 19  # of rows that lie in the second-level cache
 _LEAST_ROWS = 48  # or the kernels' way from memory would be all that counts
@@ -37,6 +38,7 @@ class ConvImg2row(Primitive):
 
     name: ClassVar[str] = "img2row"
     layer: ClassVar[type[Layer]] = Conv
+    rate: ClassVar[Rate] = Rate("img2row", 1.6e11)  # operations
     takes: ClassVar[str] = "no groups or whole window"
 
     def fits(self, layer: Layer) -> bool:
@@ -48,6 +50,9 @@ class ConvImg2row(Primitive):
 
     def flops(self, problem: Problem) -> int:
         return direct_flops(problem)
+
+    def work(self, problem: Problem, threads: int) -> Work:
+        return rows.work_of(self.rate, problem, lanes=problem.output)
 
     def prepared_bytes(self, layer: Layer) -> int:
         conv = cast("Conv", layer)
@@ -73,7 +78,7 @@ class ConvImg2row(Primitive):
         source, target = rows.Place.of(inputs[0]), rows.Place.of(out)
         (z, y, x), channels = rows.axes_of(problem, conv), problem.inputs[0][1]
         patches = Patches(z, y, x, source.strides, channels, gathered.row_bytes)
-        told = np.array(patch_matrix.flat(patches), np.int64)
+        told = np.array(flat(patches), np.int64)
         zeros = rows.kept([np.zeros(LANES, np.float32)])
         gather = patch_matrix.patches_library()[patch_matrix.GATHER[inputs[0].ndim > 5]]
         scratch = team.scratch(team.threads * gathered.nbytes).ctypes.data

@@ -15,7 +15,10 @@ from znni_dask.kernels.matrix import multiply
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import NO_PADDING, Conv, Layer
 from znni_dask.network.network import Weights
-from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem
+from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, weights_bytes
+from znni_dask.primitives.work import MEMORY, Rate, Work
+
+MULTIPLYING = Rate("matrix", 2e10)  # operations
 
 
 @final
@@ -24,7 +27,6 @@ class ConvMatrix(Primitive):
 
     name: ClassVar[str] = "matrix"
     layer: ClassVar[type[Layer]] = Conv
-
     takes: ClassVar[str] = "kernels as large as what they see"
 
     def fits(self, layer: Layer) -> bool:
@@ -33,6 +35,9 @@ class ConvMatrix(Primitive):
 
     def flops(self, problem: Problem) -> int:
         return int(2 * problem.layer.multiply_adds() * problem.output[0])
+
+    def work(self, problem: Problem, threads: int) -> Work:
+        return Work({MULTIPLYING: self.flops(problem)}, {MEMORY: weights_bytes(problem.layer)})
 
     def prepared_bytes(self, layer: Layer) -> int:
         """Of the bias alone: weights are kept by the network."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from znni_dask.errors import OptionError
 from znni_dask.geometry import Size, ceil_divide, round_up, triple
-from znni_dask.kernels.code import VECTOR_BYTES
+from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import FULL, LOWER, Conv, Layer
 from znni_dask.network.network import Weights
@@ -32,7 +32,11 @@ from znni_dask.primitives.base import (
     Shape,
     direct_flops,
 )
+from znni_dask.primitives.work import MEMORY, Rate, Work
 
+RATES = {FULL: Rate("torch", 8e10), LOWER: Rate(f"torch {LOWER}", 1.6e11)}  # operations, of
+# copies, too
+MISSING = "PyTorch, which is not installed: pip install 'znni_dask[torch]'"
 LIBRARY_BYTES = 160 << 20  # memory that torch takes, with all it imports
 SLAB_BYTES = 32 << 20  # of the padded input that a thread has at once
 _HEAP_BYTES = 64 << 20  # of a thread, where glibc keeps for it what torch gave back
@@ -47,6 +51,7 @@ class ConvTorch(Primitive):
     lower: bool = False
     layer: ClassVar[type[Layer]] = Conv
     library_bytes: ClassVar[int] = LIBRARY_BYTES
+    setup_seconds: ClassVar[float] = 3.0
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -62,7 +67,7 @@ class ConvTorch(Primitive):
         if (reason := super().refusal(layer)) is not None:
             return reason
         if not installed():
-            return f"{self.name} is not installed: pip install 'znni_dask[torch]'"
+            return f"{self.name} needs {MISSING}"
         conv = cast("Conv", layer)
         if conv.whole:
             return f"{self.name} takes no whole window, not {layer.summary}"
@@ -72,6 +77,12 @@ class ConvTorch(Primitive):
 
     def flops(self, problem: Problem) -> int:
         return direct_flops(problem)
+
+    def work(self, problem: Problem, threads: int) -> Work:
+        channels = problem.output[1] // cast("Conv", problem.layer).groups
+        wasted = round_up(channels, LANES) / channels  # as groups do not share vectors
+        copied = Form.PLAIN.nbytes(problem.inputs[0]) + Form.PLAIN.nbytes(problem.output)
+        return Work({RATES[self.precision]: wasted * self.flops(problem), MEMORY: 4 * copied})
 
     def prepared_bytes(self, layer: Layer) -> int:
         return 2 * super().prepared_bytes(layer)  # as they are, while they are put in order

@@ -20,6 +20,7 @@ from znni_dask.network.network import Weights
 from znni_dask.primitives import rows
 from znni_dask.primitives.base import ITEM_BYTES, Form, Problem
 from znni_dask.primitives.conv_transpose_direct import offsets_of_output
+from znni_dask.primitives.work import Rate
 
 _MOST_PHASES = 512  # each is a call of its own
 
@@ -30,6 +31,7 @@ class ConvTransposeBlocked(rows.InRows):
 
     name: ClassVar[str] = "direct transposed blocked"
     layer: ClassVar[type[Layer]] = ConvTranspose
+    rate: ClassVar[Rate] = Rate("direct transposed", 1.6e11)  # operations
     takes: ClassVar[str] = f"no groups and at most {_MOST_PHASES} phases"
 
     def fits(self, layer: Layer) -> bool:

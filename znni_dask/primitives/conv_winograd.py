@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from znni_dask.geometry import ceil_divide, round_up, volume
 from znni_dask.kernels import winograd
-from znni_dask.kernels.axes import Strides
+from znni_dask.kernels.axes import Strides, flat
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.memory import allocate, allocated_bytes, odd_lines
 from znni_dask.kernels.team import Each, Team
@@ -30,8 +30,10 @@ from znni_dask.network.layers import ONES, Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows
 from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem
-from znni_dask.primitives.stacks import Work
+from znni_dask.primitives.work import COMPILE_SECONDS, MEMORY, Rate, Work
 
+SUMS = Rate("sums at points", 2e10)  # operations of transforms, to and from the caches
+PRODUCTS = Rate("products at points", 1.9e11)  # operations
 CACHED_BYTES = 1 << 20  # of values and products of a thread, which stay near
 
 
@@ -49,6 +51,7 @@ class ConvWinograd(Primitive):
 
     name: ClassVar[str] = "winograd"
     layer: ClassVar[type[Layer]] = Conv
+    setup_seconds: ClassVar[float] = COMPILE_SECONDS
     takes: ClassVar[str] = "kernels of 2 and 3 voxels along an axis, no stride, dilation or groups"
 
     def fits(self, layer: Layer) -> bool:
@@ -60,8 +63,7 @@ class ConvWinograd(Primitive):
         return Form.BLOCKED, Form.BLOCKED
 
     def flops(self, problem: Problem) -> int:
-        work = self.work(problem, threads=1)
-        return work.transforms + work.products
+        return self.work(problem, threads=1).amount(SUMS, PRODUCTS)
 
     def work(self, problem: Problem, threads: int) -> Work:
         """Operations of transforms (one for each point and axis) and of products, and what goes to
@@ -70,11 +72,9 @@ class ConvWinograd(Primitive):
         points = batches.tile.points
         channels = LANES * (batches.read + batches.made)
         kernels = points * conv.in_channels * batches.made * VECTOR_BYTES
-        return Work(
-            3 * points * batches.tiles * channels,
-            2 * points * batches.tiles * conv.in_channels * LANES * batches.made,
-            batches.count * kernels,
-        )
+        products = 2 * points * batches.tiles * conv.in_channels * LANES * batches.made
+        sums = 3 * points * batches.tiles * channels
+        return Work({SUMS: sums, PRODUCTS: products, MEMORY: batches.count * kernels})
 
     def prepared_bytes(self, layer: Layer) -> int:
         conv, made = cast("Conv", layer), rows.blocks_at_once(cast("Conv", layer).out_channels)
@@ -181,7 +181,7 @@ def _told(problem: Problem, threads: int) -> _Told:
     place = rows.Place(0, Strides(0, block_bytes, 0, 0, VECTOR_BYTES, ITEM_BYTES))
     nowhere = [rows.Part(blocks, nothing, nothing) for blocks in parts]
     passes = rows.products(nowhere, batches.at_once, conv.in_channels, place, place)
-    return _Told(batches, winograd.flat(tiles), _turns(batches, conv, passes), passes)
+    return _Told(batches, np.array(flat(tiles), np.int64), _turns(batches, conv, passes), passes)
 
 
 def _turns(batches: _Batches, conv: Conv, passes: Sequence[rows.Pass]) -> NDArray[np.int64]:

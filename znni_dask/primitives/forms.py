@@ -13,6 +13,9 @@ from znni_dask.kernels.code import LANES, VECTOR_BYTES
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Input, Layer
 from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem
+from znni_dask.primitives.work import Rate, Work
+
+CHANGING = Rate("changes of form", 2e9)  # bytes made
 
 
 @final
@@ -27,6 +30,9 @@ class FormChange(Primitive):
     def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
         other = Form.PLAIN if self.into is Form.BLOCKED else Form.BLOCKED
         return other, self.into
+
+    def work(self, problem: Problem, threads: int) -> Work:
+        return Work({CHANGING: self.into.nbytes(problem.output)})
 
     def prepared_bytes(self, layer: Layer) -> int:
         return 0

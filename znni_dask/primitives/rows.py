@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,17 @@ from znni_dask.kernels.memory import allocate, allocated_bytes
 from znni_dask.kernels.team import Team
 from znni_dask.kernels.turns import TAKE, Turn, turns_library
 from znni_dask.network.layers import Conv, Layer
-from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem, direct_flops
+from znni_dask.primitives.base import (
+    ITEM_BYTES,
+    Array,
+    Form,
+    Primitive,
+    Problem,
+    Shape,
+    direct_flops,
+    weights_bytes,
+)
+from znni_dask.primitives.work import MEMORY, Rate, Work
 
 PASS_BYTES = 2 << 10  # what a pass holds beside arrays
 PART_BYTES = 40 << 10  # of weights that stay in the first-level cache
@@ -165,10 +175,16 @@ class Pass(NamedTuple):
 
 
 class InRows(Primitive):
-    """Abstract: a convolution that is passes over the rows of its output."""
+    """Abstract: a convolution that is passes over the rows of its output, of which operations are
+    done at some ``rate``."""
+
+    rate: ClassVar[Rate]
 
     def flops(self, problem: Problem) -> int:
         return direct_flops(problem)
+
+    def work(self, problem: Problem, threads: int) -> Work:
+        return work_of(self.rate, problem, lanes=problem.output)
 
     @abstractmethod
     def count(self, layer: Layer) -> int:
@@ -187,6 +203,17 @@ class InRows(Primitive):
         passes = self.passes(prepared, problem, Place.of(inputs[0]), Place.of(out))
         for _, turns in groupby(passes, key=lambda one: one.source):
             share(list(turns), team)
+
+
+def work_of(rate: Rate, problem: Problem, lanes: Shape, wasted: float = 1) -> Work:
+    """What direct convolution takes, whose vectors are channels of an array of the shape ``lanes``,
+    and that is ``wasted`` times more than needed."""
+    wasted *= prod(Form.BLOCKED.stored(lanes)) / prod(lanes)
+    if isinstance(problem.layer, Conv):
+        wasted *= _share_inside(problem.layer, problem)
+    arrays = Form.BLOCKED.nbytes(problem.inputs[0]) + Form.BLOCKED.nbytes(problem.output)
+    moved = arrays + weights_bytes(problem.layer)
+    return Work({rate: wasted * direct_flops(problem)}, {MEMORY: moved})
 
 
 def passes_into(
@@ -305,6 +332,19 @@ def dense_bytes(outputs: int, fan_ins: Sequence[int]) -> int:
     biases = [VECTOR_BYTES * blocks for blocks in made]
     weights = [size * fan_in for size in biases for fan_in in fan_ins]
     return len(fan_ins) * sum(map(allocated_bytes, biases)) + kept_bytes(weights)
+
+
+def _share_inside(conv: Conv, problem: Problem) -> float:
+    """Of all products those behind which is not only padding: the others are left out."""
+    share = 1.0
+    for axis in axes_of(problem, conv):
+        inside = 0
+        for tap in range(axis.taps):
+            first = axis.offset + tap * axis.dilation
+            end = ceil_divide(axis.size - first, axis.stride)
+            inside += max(0, min(end, axis.outputs) - max(0, ceil_divide(-first, axis.stride)))
+        share *= inside / (axis.taps * axis.outputs)
+    return share
 
 
 def _needed(axis: Axis[int]) -> tuple[int, Axis[int]]:

@@ -23,14 +23,6 @@ Numbers = NDArray[np.int64]
 _AXES_KEPT = 256  # tables of one axis: small, and the same for every patch of a size
 
 
-class Work(NamedTuple):
-    """What a problem takes: operations of transforms and of products, bytes to and from memory."""
-
-    transforms: int
-    products: int
-    traffic_bytes: int
-
-
 class Batch(NamedTuple):
     """Stacks that are computed together: tables of the addresses of their planes and of what
     counts of these, and the strides of blocks of channels, of a tile's rows and its voxels."""

@@ -1,0 +1,136 @@
+"""What was measured on a machine: it scales estimates, is kept on disk, and decides plans."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from znni_dask import calibration, cli, timings
+from znni_dask.calibration import Study, measured
+from znni_dask.choices import Menu, choose_primitives
+from znni_dask.costs import Costs, model_seconds
+from znni_dask.geometry import Box
+from znni_dask.network.build import Builder
+from znni_dask.network.layers import Conv
+from znni_dask.patches import Layout
+from znni_dask.primitives.base import Problem
+from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
+from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
+from znni_dask.schedule import Schedules
+from znni_dask.timings import Timing, Timings
+
+KEPT = timings.kept  # before fixtures replace it
+
+
+def conv_problem(channels, n=24, kernel=3):
+    conv, made = Conv(channels, channels, (kernel,) * 3), n + 1 - kernel
+    shape, out = (1, channels, *(n,) * 3), (1, channels, *(made,) * 3)
+    return Problem(conv, (shape,), out, ((0, 0, 0),), (0, 0, 0), (n,) * 3)
+
+
+def network():
+    b = Builder(1)
+    x = b.max_pool(b.relu(b.conv(b.input, 20, 3)), 2)
+    return b.network(b.conv(x, 20, 5))
+
+
+def test_estimates_are_scaled_by_what_was_measured_of_problems_alike():
+    primitive, small, large = ConvDirectBlocked(), conv_problem(16), conv_problem(512)
+    few, many = (primitive.features(problem) for problem in (small, large))
+    found = Timings(
+        (
+            Timing("direct blocked", 2, few, 3.0),
+            Timing("direct blocked", 2, many, 0.5),
+            Timing("direct blocked", 8, few, 7.0),
+        )
+    )
+    costs = Costs(found)
+    for problem, ratio, threads in ((small, 3, 2), (large, 0.5, 2), (small, 7, 16), (small, 3, 1)):
+        model = model_seconds(primitive, problem, threads)
+        seconds = costs.step_seconds(primitive, problem, threads)
+        assert seconds == pytest.approx(ratio * model, rel=0.01)
+    near = primitive.features(conv_problem(20))
+    assert 2 < found.ratio("direct blocked", 2, near) <= 3
+    between = primitive.features(conv_problem(90))
+    assert 0.5 < found.ratio("direct blocked", 2, between) < 3
+    assert found.ratio("winograd", 2, few) == 1
+    replaced = found.joined([Timing("direct blocked", 2, few, 4.0)])
+    assert len(replaced.found) == 3
+    assert replaced.ratio("direct blocked", 2, few) == pytest.approx(4, rel=0.01)
+
+
+def test_problems_like_none_are_off_as_most_of_their_family():
+    primitive = ConvTiledFFT((16, 16, 16))
+    some = [primitive.features(conv_problem(n)) for n in (16, 32, 64)]
+    found = Timings(
+        tuple(Timing("tiled fft", 1, f, r) for f, r in zip(some, (2.0, 2.5, 9.0), strict=True))
+    )
+    unlike = tuple(100 + value for value in some[0])
+    assert found.ratio("tiled fft", 1, unlike) == pytest.approx(2.5)
+    remade = ConvTiledFFT((16, 16, 16), remade=True)
+    assert found.ratio(remade.family, 1, remade.features(conv_problem(16))) == 1
+
+
+def test_what_was_measured_slow_is_not_chosen():
+    layout = Layout(network(), (100, 100, 100), "reflect")
+    plain = Schedules(layout, choose_primitives(layout))
+    box = Box((0, 0, 0), (48, 48, 48))
+    fastest = Menu(plain, box, 1e9, 2).fastest()
+    families = {primitive.family for primitive in fastest.values()}
+    assert "tiled fft" in families
+    slow = Timings(tuple(Timing("tiled fft", 2, (4, 4, 9, 8, 1, 13), r) for r in (50.0, 60.0)))
+    others = Menu(plain, box, 1e9, 2, Costs(slow)).fastest()
+    assert "tiled fft" not in {primitive.family for primitive in others.values()}
+
+
+def test_a_study_times_every_family_that_takes_a_layer():
+    found = list(measured(Study(network(), 12), threads=1))
+    families = {one.family for one in found}
+    assert {"tiled fft", "direct blocked", "change of form"} <= families
+    assert all(one.threads == 1 and 0 < one.ratio < 1e4 for one in found)
+    known = Timings().joined(found)
+    layout = Layout(network(), (48, 48, 48), "reflect")
+    menu = Menu(Schedules(layout, choose_primitives(layout)), Box((12,) * 3, (24,) * 3), 1000.0, 1)
+    for family in ("tiled fft", "direct blocked"):
+        primitives = menu.of_family(family)
+        assert primitives["conv_4"].family == family
+        schedules = Schedules(layout, primitives)
+        for step in schedules.steps(schedules.sizes(menu.patch)):
+            own = [
+                one.ratio
+                for one in found
+                if one.family == step.primitive.family
+                and one.features == step.primitive.features(step.problem)
+            ]
+            seconds = Costs(known).step_seconds(step.primitive, step.problem, 1)
+            ratio = seconds / model_seconds(step.primitive, step.problem, 1)
+            assert 0.2 * min(own) <= ratio <= 5 * max(own)
+
+
+def test_timings_are_kept_for_this_machine_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZNNI_CACHE", str(tmp_path))
+    assert KEPT() == Timings()
+    found = Timings((Timing("direct", 2, (1.0, 2.5), 0.75), Timing("direct", 1, (0.1, 0.2), 3.0)))
+    place = timings.keep_timings(found)
+    assert KEPT() == found
+    monkeypatch.setattr(timings, "cores", lambda: 77)
+    assert KEPT() == Timings()
+    monkeypatch.undo()
+    monkeypatch.setenv("ZNNI_CACHE", str(tmp_path))
+    for damaged in ("", "{}", '{"timings": [{"family": "x"}]}', "[1"):
+        place.write_text(damaged)
+        assert KEPT() == Timings()
+
+
+def test_the_command_measures_and_keeps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ZNNI_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "studies", lambda: iter([Study(network(), 8)]))
+    assert cli.main(["measure", "--threads", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 1 networks" in shown
+    assert "tiled fft" in shown
+    assert "kept in" in shown
+    found = KEPT().found
+    assert {one.threads for one in found} == {1, 2}
+    assert all(np.isfinite(one.ratio) and one.ratio > 0 for one in found)
+    assert cli.main(["measure", "--threads", "0"]) == 2

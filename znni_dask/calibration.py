@@ -1,0 +1,132 @@
+"""Measuring what steps take on this machine: networks with layers of many kinds and sizes, each
+computed by every family of primitives that takes some of their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from znni_dask.choices import Menu, choose_primitives
+from znni_dask.costs import model_seconds
+from znni_dask.executors.serial import SerialExecutor
+from znni_dask.geometry import Box
+from znni_dask.network.build import Builder
+from znni_dask.network.network import Network
+from znni_dask.network.rewrites import simplify
+from znni_dask.patches import Layout
+from znni_dask.schedule import Schedules
+from znni_dask.timings import Timing, Timings
+
+RUNS = 3  # of which the median counts
+_LONGEST_SECONDS = 0.5  # by its estimate, of a run that is worth its time
+_MANY = 1000.0  # patches that primitives are chosen for: what is prepared once does not count
+
+
+@dataclass(frozen=True)
+class Study:
+    """A network, and the edge of the patch that it is measured with."""
+
+    network: Network
+    edge: int
+
+
+def calibrate(threads: int, told: Callable[[int, int], None] | None = None) -> Timings:
+    """Measure with so many threads; ``told`` is called with the studies done and all there are."""
+    found, done = Timings(), list(studies())
+    for number, study in enumerate(done):
+        found = found.joined(measured(study, threads))
+        if told:
+            told(number + 1, len(done))
+    return found
+
+
+def measured(study: Study, threads: int) -> Iterator[Timing]:
+    """The timings of one study: the fastest primitives by their estimates, and then of every
+    family that takes some layer those."""
+    network = simplify(study.network)
+    layout = Layout(network, (4 * study.edge,) * 3, "reflect")
+    plain = Schedules(layout, choose_primitives(layout))
+    box = Box((study.edge,) * 3, (2 * study.edge,) * 3)
+    menu = Menu(plain, box, _MANY, threads)
+    for family in menu.families:
+        schedules = Schedules(layout, menu.of_family(family))
+        steps = schedules.steps(schedules.sizes(box))
+        models = [model_seconds(step.primitive, step.problem, threads) for step in steps]
+        if schedules.repeats * sum(models) > _LONGEST_SECONDS:
+            continue
+        seconds = _seconds(schedules, box, threads)
+        for step, model, spent in zip(steps, models, seconds, strict=True):
+            features = step.primitive.features(step.problem)
+            yield Timing(step.primitive.family, threads, features, spent / model)
+
+
+def _seconds(schedules: Schedules, box: Box, threads: int) -> list[float]:
+    """Median seconds of the steps of one patch, for one offset."""
+    todo, layout = schedules.schedule(box), schedules.layout
+    network, random = layout.network, np.random.default_rng(0)
+    x = random.standard_normal((network.in_channels, *todo.input.size), np.float32)
+    out = np.empty((network.out_channels, *box.size), np.float32)
+    arena = schedules.arena(schedules.sizes(box))
+    with SerialExecutor(network, schedules.primitives, arena, threads) as executor:
+        executor.run(todo, [x], [out])  # which compiles
+        runs = [executor.run(todo, [x], [out]) for _ in range(RUNS)]
+    return [median(spent) / schedules.repeats for spent in zip(*runs, strict=True)]
+
+
+def studies() -> Iterator[Study]:
+    """Networks whose layers are those that networks have: of few and of many channels, small and
+    large kernels, strides, pooling, branches; on arrays large and small."""
+    for base, edge in ((16, 48), (32, 32)):
+        yield Study(_unet(base), edge)
+    for channels, edge in ((24, 32), (80, 24)):
+        for kernel in (3, 5, 7):
+            yield Study(_chain(channels, kernel), edge)
+    for channels, edge in ((64, 32), (128, 16), (256, 8)):
+        yield Study(_residual(channels), edge)
+    yield Study(_separable(64), 32)
+
+
+def _unet(base: int) -> Network:
+    """Two resolutions, one of them with batch normalisation, joined by their channels."""
+    b = Builder(1)
+    fine = b.relu(b.conv(b.input, base, 3, padding="same"))
+    fine = b.relu(b.batch_norm(b.conv(fine, base, 3, padding="same")))
+    coarse = b.relu(b.conv(b.max_pool(fine, 2), 2 * base, 3, padding="same"))
+    coarse = b.relu(b.conv(coarse, 2 * base, (1, 3, 3), padding="same"))
+    up = b.conv_transpose(coarse, base, 2, stride=2)
+    x = b.relu(b.conv(b.concat(fine, up), base, 3, padding="same"))
+    return b.network(b.activation(b.conv(x, 3, 1), "sigmoid"))
+
+
+def _chain(channels: int, kernel: int) -> Network:
+    """A sliding window, pooled as fragments."""
+    b = Builder(1)
+    x = b.max_pool(b.relu(b.conv(b.input, channels, kernel - 1)), 2)
+    x = b.relu(b.conv(x, channels, kernel))
+    return b.network(b.conv(x, 3, kernel))
+
+
+def _residual(channels: int) -> Network:
+    """Halved by a stride, with a branch around two convolutions, and brought back."""
+    b = Builder(3)
+    x = b.relu(b.conv(b.input, channels // 2, 5, stride=2, padding=2))
+    first = b.relu(b.conv(x, channels, 1))
+    x = b.relu(b.conv(first, channels, 3, padding="same"))
+    x = b.relu(b.plus(first, b.conv(x, channels, 3, padding="same")))
+    x = b.relu(b.conv(x, 2 * channels, 3, stride=2, padding=1))
+    x = b.resize(b.conv(x, channels // 2, 1), 2, "half_pixel")
+    return b.network(b.resize(b.conv(x, 8, 1), 2))
+
+
+def _separable(channels: int) -> Network:
+    """Depthwise convolutions, and those of one voxel between them."""
+    b = Builder(4)
+    x = b.relu(b.conv(b.input, channels, 3, padding="same"))
+    x = b.relu(b.conv(x, channels, 3, padding="same", groups=channels))
+    x = b.activation(b.conv(x, 2 * channels, 1), "elu", alpha=1.0)
+    x = b.average_pool(x, (1, 2, 2))
+    x = b.conv(x, channels, (3, 1, 1), padding="same", groups=4)
+    return b.network(b.resize(x, (1, 2, 2)))

@@ -1,0 +1,119 @@
+"""What steps took on this machine, over what is estimated for them: kept on disk, as FFTW's wisdom.
+
+Estimates know how seconds grow with a problem, and not how fast a machine is. So of every step
+that was measured the ratio is kept, and a step is expected to be off as those measured that are
+most like it: a weighted mean of logarithms (Nadaraya 1964, Watson 1964).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from znni_dask.kernels.compiled import cache_folder, host, keep
+from znni_dask.machine import cores
+
+_ALIKE = 0.7  # how far apart features of problems are that are off alike
+_COMMON = 1e-3  # weight of all problems of a family, for those that are like none
+_Known = tuple[NDArray[np.float64], NDArray[np.float64], float]  # features, logarithms of ratios
+# and their median
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How many times longer than estimated a step took: of a ``family`` of primitives, with so
+    many ``threads``; ``features`` of the problem as of `Primitive.features`."""
+
+    family: str
+    threads: int
+    features: tuple[float, ...]
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """All that was measured. Of a number of threads with which nothing was, that of the next one
+    counts."""
+
+    found: tuple[Timing, ...] = ()
+
+    def ratio(self, family: str, threads: int, features: tuple[float, ...]) -> float:
+        """How many times longer than estimated a step is expected to take; 1 where no primitive of
+        its family was measured."""
+        known = self._known.get(family)
+        if known is None:
+            return 1.0
+        nearest = min(known, key=lambda count: abs(count - threads))
+        places, logarithms, median = known[nearest]
+        apart = ((places - np.array(features)) ** 2).sum(axis=1)
+        weights = np.exp(-apart / (2 * _ALIKE**2))
+        mean = (weights @ logarithms + _COMMON * median) / (weights.sum() + _COMMON)
+        return float(np.exp(mean))
+
+    def joined(self, others: Iterable[Timing]) -> Timings:
+        """These and others, which replace those of the same problem."""
+        found = {(t.family, t.threads, t.features): t for t in (*self.found, *others)}
+        return Timings(tuple(found.values()))
+
+    @cached_property
+    def _known(self) -> Mapping[str, Mapping[int, _Known]]:
+        groups: dict[str, dict[int, list[Timing]]] = {}
+        for one in self.found:
+            groups.setdefault(one.family, {}).setdefault(one.threads, []).append(one)
+        return {
+            family: {threads: _known(some) for threads, some in by_threads.items()}
+            for family, by_threads in groups.items()
+        }
+
+
+def _known(some: list[Timing]) -> _Known:
+    logarithms = np.log([one.ratio for one in some])
+    return np.array([one.features for one in some]), logarithms, float(np.median(logarithms))
+
+
+def machine() -> dict[str, object]:
+    """What timings belong to: the processor as compilers see it, its cores, and the programs."""
+    target = host()
+    return {
+        "processor": target.cpu,
+        "features": hashlib.sha256(target.features.encode()).hexdigest()[:16],
+        "system": platform.system(),
+        "cores": cores(),
+        "znni_dask": version("znni_dask"),
+    }
+
+
+def place() -> Path:
+    """Where the timings of this machine are kept."""
+    fingerprint = hashlib.sha256(json.dumps(machine()).encode()).hexdigest()[:16]
+    return cache_folder() / f"timings-{fingerprint}.json"
+
+
+def kept() -> Timings:
+    """The timings of this machine; none where nothing was measured, or it cannot be read."""
+    try:
+        told = json.loads(place().read_text(encoding="utf-8"))
+        return Timings(
+            tuple(
+                Timing(str(t["family"]), int(t["threads"]), tuple(t["features"]), float(t["ratio"]))
+                for t in told["timings"]
+            )
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return Timings()
+
+
+def keep_timings(timings: Timings) -> Path:
+    """Keep the timings of this machine; raises `OSError` where they cannot be."""
+    told = {"machine": machine(), "timings": [asdict(one) for one in timings.found]}
+    keep(place(), json.dumps(told, indent=1).encode())
+    return place()
