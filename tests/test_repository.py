@@ -20,7 +20,9 @@ PACKAGE = ROOT / "znni_dask"
 STAIRS = [
     *(
         "cli",
+        "arguments",
         "report",
+        "forecast",
         "inspection",
         "calibration",
         "verify",
@@ -31,6 +33,7 @@ STAIRS = [
         "graph",
         "lazy",
         "run",
+        "asking",
         "making",
         "statistics",
         "passes",

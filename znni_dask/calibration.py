@@ -17,7 +17,7 @@ from znni_dask.network.build import Builder
 from znni_dask.network.network import Network
 from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout
-from znni_dask.schedule import Schedules
+from znni_dask.schedule import Schedules, Stored
 from znni_dask.timings import Timing, Timings
 
 RUNS = 3  # of which the median counts
@@ -58,13 +58,14 @@ def measured(study: Study, threads: int) -> Iterator[Timing]:
         if schedules.repeats * sum(models) > _LONGEST_SECONDS:
             continue
         seconds = _seconds(schedules, box, threads)
-        for step, model, spent in zip(steps, models, seconds, strict=True):
+        for step, model in zip(steps, models, strict=True):
             features = step.primitive.features(step.problem)
-            yield Timing(step.primitive.family, threads, features, spent / model)
+            ratio = seconds[step.operation.output] / model
+            yield Timing(step.primitive.family, threads, features, ratio)
 
 
-def _seconds(schedules: Schedules, box: Box, threads: int) -> list[float]:
-    """Median seconds of the steps of one patch, for one offset."""
+def _seconds(schedules: Schedules, box: Box, threads: int) -> dict[Stored, float]:
+    """Median seconds of what makes each array of a patch, for one offset."""
     todo, layout = schedules.schedule(box), schedules.layout
     network, random = layout.network, np.random.default_rng(0)
     x = random.standard_normal((network.in_channels, *todo.input.size), np.float32)
@@ -72,8 +73,12 @@ def _seconds(schedules: Schedules, box: Box, threads: int) -> list[float]:
     arena = schedules.arena(schedules.sizes(box))
     with SerialExecutor(network, schedules.primitives, arena, threads) as executor:
         executor.run(todo, [x], [out])  # which compiles
-        runs = [executor.run(todo, [x], [out]) for _ in range(RUNS)]
-    return [median(spent) / schedules.repeats for spent in zip(*runs, strict=True)]
+        runs = []
+        for _ in range(RUNS):
+            executor.seconds.clear()
+            executor.run(todo, [x], [out])
+            runs.append(dict(executor.seconds))
+    return {array: median(run[array] for run in runs) / schedules.repeats for array in runs[0]}
 
 
 def studies() -> Iterator[Study]:

@@ -6,7 +6,8 @@ only the fastest for those of that size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from itertools import product
@@ -15,11 +16,11 @@ from typing import TypeAlias
 
 from znni_dask.costs import Costs
 from znni_dask.errors import NetworkError, OptionError
-from znni_dask.geometry import Box, ceil_divide, triple
+from znni_dask.geometry import Box, Size, ceil_divide, triple
 from znni_dask.kernels.codelets import LONGEST, refusal
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Node
-from znni_dask.plan import Plan
+from znni_dask.plan import Choice, Plan
 from znni_dask.primitives.base import FEWEST_PRODUCTS, Form, Primitive, Problem, products_of
 from znni_dask.primitives.conv_fft_planes import LONGEST_OF_PLANES, ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
@@ -264,6 +265,18 @@ def _lengths(outputs: int, kernel: int, most: int) -> list[int]:
     even = [n for n in _LENGTHS if kernel <= n <= longest and n % 2 == 0]
     found = sorted(even, key=lambda n: (n * ceil_divide(outputs, n - kernel + 1), n))[:_TRIED]
     return sorted({*found, 1} if kernel == 1 else found)
+
+
+def planned(
+    schedules: Schedules, sizes: Mapping[str, Size], voxels: float, threads: int, costs: Costs
+) -> tuple[Choice, ...]:
+    """The choices of a plan: of every layer what computes it, on boxes of ``sizes`` for so many
+    ``voxels`` of output."""
+    seconds: Counter[str] = Counter()
+    for step in schedules.steps(sizes):
+        one = costs.step_seconds(step.primitive, step.problem, threads)
+        seconds[step.operation.node.name] += schedules.repeats * one / voxels
+    return tuple(Choice(name, p.name, seconds[name]) for name, p in schedules.primitives.items())
 
 
 def chosen_primitives(layout: Arrangement, plan: Plan) -> dict[str, Primitive]:

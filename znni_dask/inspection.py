@@ -76,7 +76,7 @@ def _facts(network: Network, name: str, threads: int, window: Size | None) -> Fa
         channels=network.out_channels,
         geometry=found,
         locality="local",
-        multiply_adds=_multiply_adds(network, found.dense),
+        multiply_adds=multiply_adds(network, found.dense),
         activation_bytes=schedules.arena(own).bytes / prod(large),
         patch=patch,
         needed_bytes=computing_bytes(schedules, schedules.sizes(box), patch, threads),
@@ -96,15 +96,15 @@ def _of_windows(network: Network, name: str, threads: int, window: Size | None) 
         channels=network.out_channels,
         geometry=None,
         locality=nonlocal_text(network.nonlocal_layers),
-        multiply_adds=_multiply_adds(network, dense=False),
+        multiply_adds=multiply_adds(network, dense=False),
         activation_bytes=spread,
         patch=window,
         needed_bytes=needed,
     )
 
 
-def _multiply_adds(network: Network, dense: bool) -> Fraction:
-    """Per voxel of the volume; of a dense network every layer counts at every voxel. What was
+def multiply_adds(network: Network, dense: bool) -> Fraction:
+    """Multiply-adds per voxel of the volume; of a dense network every layer counts at every voxel. What was
     reduced to single voxels costs nothing in comparison."""
     total = Fraction(0)
     for node in network:

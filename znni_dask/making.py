@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 from distributed import Client
@@ -29,7 +30,7 @@ class Pass:
     ``voxels`` and ``blocks`` were made by this run; of ``unselected`` blocks it found that they
     hold nothing that the mask selects. ``decoded_voxels`` of the volume's chunks were decoded;
     ``needed_voxels`` lie behind the blocks that were made, each counted once.
-    ``levels`` are the sizes of the coarser levels, ``level_blocks`` the blocks made of them.
+    Computing every layer took so many ``layer_seconds``. ``levels`` are the sizes of the coarser levels, ``level_blocks`` the blocks made of them.
     """
 
     outputs: tuple[str, ...]
@@ -40,6 +41,7 @@ class Pass:
     unselected: int
     decoded_voxels: int
     needed_voxels: int
+    layer_seconds: Mapping[str, float]
     plan: Plan
     measured_error: MeasuredError | None = None
     levels: tuple[Size, ...] = ()
@@ -60,6 +62,7 @@ class _Tally:
     unselected: int = 0
     decoded_voxels: int = 0
     needed_voxels: int = 0
+    layer_seconds: Counter[str] = field(default_factory=Counter)
 
     def add(self, made: Made) -> None:
         """Count one block."""
@@ -68,6 +71,7 @@ class _Tally:
         self.unselected += made.voxels == 0
         self.decoded_voxels += made.decoded_voxels
         self.needed_voxels += made.needed_voxels
+        self.layer_seconds.update(made.layer_seconds)
 
 
 def make_all(

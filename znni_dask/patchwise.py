@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -57,6 +58,11 @@ class WindowExecutor(Closing):
             schedules = replace(self._schedules, samples=samples)
             self._made[samples] = schedules.schedule(self._whole)
         self._executor.run(self._made[samples], windows, outs)
+
+    @property
+    def layer_seconds(self) -> Counter[str]:
+        """The seconds that every layer took so far."""
+        return self._executor.layer_seconds
 
     def close(self) -> None:
         """End the threads and free the memory."""
@@ -156,6 +162,11 @@ class WindowBlocks(Closing):
         for window, here in self._grid.windows_of(block):
             if wanted is None or wanted[here.slices].any():
                 yield window, here
+
+    @property
+    def layer_seconds(self) -> Counter[str]:
+        """The seconds that every layer took so far, changes of its output's form included."""
+        return self._executor.layer_seconds
 
     def close(self) -> None:
         """End the threads and free the memory."""

@@ -17,10 +17,12 @@ from znni_dask.geometry import Size, triple
 
 @dataclass(frozen=True)
 class Choice:
-    """The primitive (by its name in the table) that computes one layer."""
+    """The primitive (by its name in the table) that computes one layer, and the seconds that it is
+    expected to take for a voxel of the output, changes of its output's form included."""
 
     layer: str
     primitive: str
+    voxel_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Plan:
     output chunks or shards. Up to ``blocks_in_flight`` blocks are read, computed and written at
     the same time, one of them computed, by ``threads`` threads, in the order that ``reading``
     says. ``predicted_bytes`` is the peak of the whole process, ``allowed_bytes`` the limit it was
-    planned for.
+    planned for. ``voxels_per_second`` of the output are expected to be computed.
     """
 
     patch: Size
@@ -71,6 +73,7 @@ class Plan:
     predicted_bytes: int
     allowed_bytes: int
     flops_per_voxel: float
+    voxels_per_second: float
 
     @property
     def primitives(self) -> dict[str, str]:
@@ -94,7 +97,7 @@ class Plan:
         stages = tuple(
             Stage(
                 str(stage["device"]),
-                tuple(Choice(str(c["layer"]), str(c["primitive"])) for c in stage["choices"]),
+                tuple(_choice(told) for told in stage["choices"]),
                 1 if stage.get("samples") is None else int(stage["samples"]),
             )
             for stage in values["stages"]
@@ -114,4 +117,12 @@ class Plan:
             predicted_bytes=int(values["predicted_bytes"]),
             allowed_bytes=int(values["allowed_bytes"]),
             flops_per_voxel=float(values["flops_per_voxel"]),
+            voxels_per_second=float(values["voxels_per_second"]),
         )
+
+
+def _choice(told: Mapping[str, Any]) -> Choice:
+    """A choice as JSON tells it."""
+    return Choice(
+        str(told["layer"]), str(told["primitive"]), float(told.get("voxel_seconds", 0.0))
+    )

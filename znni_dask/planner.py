@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from math import gcd, inf, log
+from math import gcd, inf, log, prod
 
-from znni_dask.choices import Menu, choose_primitives
+from znni_dask.choices import Menu, choose_primitives, planned
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import (
     Box,
@@ -32,7 +32,7 @@ from znni_dask.machine import show_bytes
 from znni_dask.network.field_of_view import Interval
 from znni_dask.network.network import Network
 from znni_dask.patches import Layout
-from znni_dask.plan import Choice, Plan, Reading, Stage
+from znni_dask.plan import Plan, Reading, Stage
 from znni_dask.primitives.base import ITEM_BYTES
 from znni_dask.reading import Reads
 from znni_dask.resources import Resources, most_in_flight, shared_reading
@@ -85,7 +85,9 @@ def plan(request: Request) -> Plan:
     if fits is not None and (best := _best(fits, [pair])) is not None:
         found.append(best)
     fits, fit, in_flight = _preferred(found)
-    choices = tuple(Choice(name, p.name) for name, p in fits.schedules.primitives.items())
+    sizes = fits.schedules.sizes(largest_box(request.layout, fit.candidate.patch))
+    voxels = _useful_voxels(request, fit.candidate.block, fit.candidate.patch)
+    choices = planned(fits.schedules, sizes, voxels, request.threads, request.costs)
     return Plan(
         patch=fit.candidate.patch,
         block=fit.candidate.block,
@@ -96,6 +98,7 @@ def plan(request: Request) -> Plan:
         predicted_bytes=fit.needed_bytes,
         allowed_bytes=request.allowed_bytes,
         flops_per_voxel=_flops_per_voxel(fits, fit.candidate.patch),
+        voxels_per_second=1 / fit.candidate.seconds_per_voxel,
     )
 
 
@@ -123,7 +126,7 @@ def _fastest(plain: _Fits, block: Size, patch: Size) -> _Fits | None:
     """The primitives that are fastest for a patch, within the memory that it leaves them; None
     where there is none, or where plain ones are."""
     request = plain.request
-    box = _largest_box(request.layout, patch)
+    box = largest_box(request.layout, patch)
     patches = request.hull.voxels / box.voxels
     menu = Menu(plain.schedules, box, patches, request.threads, request.costs)
     schedules = Schedules(request.layout, menu.fastest())
@@ -201,7 +204,7 @@ class _Fits:
     def least_bytes(self, patch: Size) -> int:
         """Memory of the process that one patch inside the volume takes, blocks not counted."""
         if patch not in self._least:
-            sizes = self.schedules.sizes(_largest_box(self.request.layout, patch))
+            sizes = self.schedules.sizes(largest_box(self.request.layout, patch))
             self._least[patch] = _computing_bytes(self.request, self.schedules, sizes, patch)
         return self._least[patch]
 
@@ -228,7 +231,7 @@ def predicted_bytes(
 ) -> int:
     """Peak memory of the whole process for this block and patch, cells that are kept apart."""
     sizes = schedules.envelope(spans(request.layout, block, patch))
-    largest = _largest_box(request.layout, block)
+    largest = largest_box(request.layout, block)
     region = region_of(request.layout, largest, patch)
     per_block = request.block_bytes(largest.size, region.size, by_cells)
     encoded = request.encoding_bytes * volume(patch)
@@ -303,7 +306,7 @@ def spans(layout: Layout, block: Size, patch: Size) -> list[list[Interval]]:
     return found
 
 
-def _largest_box(layout: Layout, block: Size) -> Box:
+def largest_box(layout: Layout, block: Size) -> Box:
     """A block in the middle of the answer, clipped to it."""
     size = triple(min(b, n) for b, n in zip(block, layout.output_size, strict=True))
     start = triple(
@@ -351,45 +354,49 @@ def _parts(length: int, granule: int) -> set[int]:
 
 
 def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _Candidate:
-    box = _largest_box(request.layout, patch)
+    box = largest_box(request.layout, patch)
     steps = schedules.steps(schedules.sizes(box))
     seconds = schedules.repeats * request.costs.estimated_seconds(steps, request.threads)
-    # patches at the ragged end make fewer voxels, but cost nearly as much; so do those that are
-    # wanted in part
-    used = 1.0
-    for axis, (n, b) in enumerate(zip(request.layout.output_size, block, strict=True)):
-        start, stop = request.hull.start[axis], request.hull.stop[axis]
-        used *= n / (ceil_divide(n, b) * min(b, n))
-        used *= (stop - start) / min(_made(start, stop, b, box.size[axis]), n)
-    return _Candidate(block, patch, seconds / (box.voxels * used))
+    return _Candidate(block, patch, seconds / _useful_voxels(request, block, patch))
+
+
+def _useful_voxels(request: Request, block: Size, patch: Size) -> float:
+    """The wanted outputs of a patch, in the mean over a run: patches at the ragged end make fewer,
+    and so do those that are wanted in part, but cost nearly as much."""
+    hull, size = request.hull, request.layout.output_size
+    patches = (
+        _patches(start, stop, b, min(p, n))
+        for start, stop, b, p, n in zip(hull.start, hull.stop, block, patch, size, strict=True)
+    )
+    return hull.voxels / prod(patches)
 
 
 def _flops_per_voxel(fits: _Fits, patch: Size) -> float:
     """Operations for an output of a patch inside the volume."""
-    box = _largest_box(fits.request.layout, patch)
+    box = largest_box(fits.request.layout, patch)
     steps = fits.schedules.steps(fits.schedules.sizes(box))
     flops = sum(step.primitive.flops(step.problem) for step in steps)
     return fits.schedules.repeats * flops / box.voxels
 
 
-def _made(start: int, stop: int, block: int, patch: int) -> int:
-    """Outputs along an axis in the patches that touch ``[start, stop)``, were all of them whole.
+def _patches(start: int, stop: int, block: int, patch: int) -> int:
+    """How many patches of blocks touch ``[start, stop)`` along an axis.
 
-    >>> _made(60, 70, 64, 16)
-    32
+    >>> _patches(60, 70, 64, 16)
+    2
     """
 
     def number(output: int) -> int:
         """Of the patch that holds an output."""
         return output // block * ceil_divide(block, patch) + output % block // patch
 
-    return (number(stop - 1) - number(start) + 1) * patch
+    return number(stop - 1) - number(start) + 1
 
 
 def _refusal(fits: _Fits, sizes: list[_Pair]) -> str:
     request, schedules = fits.request, fits.schedules
     block, patch = min(sizes, key=lambda s: (fits.least_bytes(s[1]), volume(s[0])))
-    layer = schedules.largest_layer(schedules.sizes(_largest_box(request.layout, patch)))
+    layer = schedules.largest_layer(schedules.sizes(largest_box(request.layout, patch)))
     needed = predicted_bytes(request, schedules, block, patch, 1)
     remedy = f"allow at least {show_bytes(needed)}"
     if request.patch is not None:

@@ -12,20 +12,23 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from znni_dask.geometry import AXES, Size, text
+from znni_dask.geometry import AXES, Size, text, triple, volume
 from znni_dask.machine import show_bytes
 from znni_dask.network.field_of_view import NetworkGeometry
 from znni_dask.network.layers import FULL
 from znni_dask.network.network import Network
 
 if TYPE_CHECKING:
+    from znni_dask.forecast import Forecast
     from znni_dask.inspection import Facts
+    from znni_dask.making import Pass
     from znni_dask.recompute import MeasuredError
     from znni_dask.run import Summary
     from znni_dask.timings import Timings
     from znni_dask.verify import Verification
 
 _SIZES_SHOWN = 4
+_LAYERS_SHOWN = 3
 
 
 def geometry_table(found: NetworkGeometry) -> Table:
@@ -130,6 +133,51 @@ def facts_lines(found: Facts) -> list[str]:
     return lines
 
 
+def forecast_table(found: Forecast) -> Table:
+    """A row per step of a patch: what computes it, what it makes, seconds and memory."""
+    samples = max(stage.samples for stage in found.plan.stages)
+    what = f"{samples} windows" if samples > 1 else "a patch"
+    table = Table(
+        title=f"{', '.join(found.outputs)}: {what} of {text(found.plan.patch)}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in ("layer", "kind", "primitive"):
+        table.add_column(column, overflow="fold")
+    for column in ("output", "seconds", "share", "memory"):
+        table.add_column(column, justify="right")
+    total = sum(step.seconds for step in found.steps)
+    for step in found.steps:
+        batch, channels, *size = step.output
+        shape = f"{batch} × {channels} × {text(triple(size))}"
+        share = f"{step.seconds / total:.0%}"
+        row = (step.layer, step.kind, step.primitive, shape, f"{step.seconds:.4f}", share)
+        table.add_row(*row, show_bytes(step.bytes))
+    return table
+
+
+def forecast_lines(found: Forecast) -> list[str]:
+    """What a pass is expected to take."""
+    plan = found.plan
+    channels = f"{found.channels} × " if found.channels > 1 else ""
+    known = (
+        "as measured on this machine"
+        if found.measured
+        else "estimated for another machine: znni measure measures this one"
+    )
+    return [
+        f"{channels}{text(found.size)} voxels, {show_bytes(found.stored_bytes)} as stored, in "
+        f"{volume(found.blocks)} blocks of {text(plan.block)}, patches of {text(plan.patch)}, "
+        f"{plan.threads} threads, {plan.blocks_in_flight} blocks in flight",
+        f"direct arithmetic would be {found.work_ratio:.2f} times that of outputs without borders; "
+        f"voxels needed are decoded {plan.reading.amplification:.2f} times at most",
+        f"{plan.voxels_per_second:,.0f} voxels/s, {show_seconds(found.seconds)} of computing "
+        f"({known})",
+        f"memory: {show_bytes(plan.predicted_bytes)} predicted, "
+        f"{show_bytes(plan.allowed_bytes)} allowed",
+    ]
+
+
 def run_lines(summary: Summary) -> list[str]:
     """What a run did."""
     if not summary.passes:
@@ -160,6 +208,7 @@ def run_lines(summary: Summary) -> list[str]:
             f"{plan.reading.amplification:.2f} predicted), with up to "
             f"{show_bytes(plan.reading.cache_bytes)} of decoded chunks kept"
         )
+        lines.extend(_computing_lines(one))
         if one.measured_error is not None:
             lines.append(_error_line(one.measured_error))
     predicted = max(summary.measured_bytes, *(p.plan.predicted_bytes for p in summary.passes))
@@ -182,6 +231,22 @@ def verification_lines(found: Verification) -> list[str]:
         f"allowed {found.allowed:.3g}; standard deviation of the answer "
         f"{found.standard_deviation:.3g}",
     ]
+
+
+def _computing_lines(one: Pass) -> list[str]:
+    """What computing took, beside what was expected, and the layers that took most of it."""
+    spent = sum(one.layer_seconds.values())
+    if not spent:
+        return []
+    expected = one.voxels / one.plan.voxels_per_second
+    lines = [f"computing: {show_seconds(spent)}, {show_seconds(expected)} predicted"]
+    choices = {c.layer: c for stage in one.plan.stages for c in stage.choices}
+    longest = sorted(one.layer_seconds.items(), key=lambda item: -item[1])[:_LAYERS_SHOWN]
+    for layer, seconds in longest:
+        if (choice := choices.get(layer)) is not None:
+            predicted = show_seconds(choice.voxel_seconds * one.voxels)
+            lines.append(f"  {layer} by {choice.primitive}: {show_seconds(seconds)}, {predicted}")
+    return lines
 
 
 def _error_line(error: MeasuredError) -> str:

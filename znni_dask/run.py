@@ -9,18 +9,16 @@ box of their block and return its number of voxels.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from distributed import Client
 
-from znni_dask import options
 from znni_dask.application import Application
+from znni_dask.asking import Options, asked
 from znni_dask.feeding import connected
 from znni_dask.geometry import Size
-from znni_dask.importers import load_network
 from znni_dask.journal import Journal, journal_of
 from znni_dask.kernels.warm import compile_kernels
 from znni_dask.machine import MemoryMeter
@@ -28,12 +26,9 @@ from znni_dask.making import Pass, Progress, make_all
 from znni_dask.network.network import Network
 from znni_dask.passes import PlannedPass, Request, create_outputs, is_complete, plan_pass, read_by
 from znni_dask.plan import Plan
-from znni_dask.selection import roi_box
-from znni_dask.statistics import check_alike, measure
+from znni_dask.statistics import measure
 from znni_dask.storage import output as store
-from znni_dask.storage.encoding import Encoding
-from znni_dask.storage.ngff import VERSIONS
-from znni_dask.storage.volume import Volume, open_volume
+from znni_dask.storage.volume import Volume
 
 
 @dataclass(frozen=True)
@@ -83,35 +78,10 @@ def run(
     input: str | Path,
     output: str | Path,
     *,
-    boundary: str = "reflect",
-    memory: str | float | None = None,
-    patch: Size | int | None = None,
-    threads: int | None = None,
-    dtype: str = "float32",
-    value_range: tuple[float, float] = (0.0, 1.0),
-    chunks: Size | int | None = None,
-    shards: Size | int | None = None,
-    ome: str = VERSIONS[-1],
-    pyramid: bool = True,
-    nan: float | None = None,
-    axes: str | None = None,
-    channels: Sequence[int] | None = None,
-    level: int | str | None = None,
-    outputs: Sequence[str] | None = None,
-    patchwise: Size | int | None = None,
-    overlap: float = 0.5,
-    weights: str = "constant",
-    step: Size | int | None = None,
-    halo: Size | int | None = None,
-    precision: str = "float32",
-    roi: str | Sequence[slice] | None = None,
-    mask: str | Path | None = None,
-    normalize: str = "none",
-    percentiles: tuple[float, float] = (1, 99),
-    stats_level: int | str | None = None,
     overwrite: bool = False,
     client: Client | None = None,
     progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> Summary:
     """Apply ``network`` to the volume at ``input`` and write the answer to ``output`` as OME-Zarr.
 
@@ -168,47 +138,21 @@ def run(
     InputError before anything is written; `RunError` at the end where blocks failed, after all
     others were written.
     """
-    options.check_replacement(nan)
-    window = options.size("patchwise", patchwise)
-    source = open_volume(input, axes, channels, level)
-    normalization = options.normalization(normalize, percentiles, stats_level)
-    surveyed = source if stats_level is None else open_volume(input, axes, channels, stats_level)
-    application = Application(
-        load_network(network, window),
-        source,
-        boundary,
-        nan,
-        options.windows(window, overlap, weights, options.size("step", step)),
-        options.size("halo", halo),
-        None if roi is None else roi_box(roi, source.size),
-        None if mask is None else open_volume(mask),
-        normalization,
-        precision,
-    )
-    check_alike(source, surveyed)
-    request = Request(
-        encoding=Encoding(dtype, *value_range),
-        patch=options.size("patch", patch),
-        chunks=options.size("chunks", chunks),
-        shards=options.size("shards", shards),
-        allowed_bytes=options.allowed_bytes(memory),
-        threads=options.computing_threads(threads),
-        version=ome,
-        pyramid=pyramid,
-    )
-    groups = application.passes(outputs)
+    found = asked(network, input, **options)
+    application, request, groups = found.application, found.request, found.groups
     described = _described(application, groups, request)
     if not overwrite and is_complete(application, groups, request, Path(output)):
         return Summary(Path(output), (), application.volume.times, 0.0, 0)
-    sources = [input] if mask is None else [input, mask]
-    place, journal = _begun(output, sources, described, overwrite)
+    place, journal = _begun(output, found.sources, described, overwrite)
     compile_kernels()
-    with MemoryMeter() as meter, connected(client) as found:
+    with MemoryMeter() as meter, connected(client) as workers:
         planned = [
             plan_pass(application, names, request, journal.blocks[i] if journal else None)
             for i, names in enumerate(groups)
         ]
-        application, measured_bytes = _normalized(found, application, surveyed, journal, request)
+        application, measured_bytes = _normalized(
+            workers, application, found.surveyed, journal, request
+        )
         planned = read_by(application, planned)
         if journal is None:
             store.clear(place)
@@ -216,7 +160,7 @@ def run(
         with journal:
             ready = create_outputs(application, planned, request, place, journal.resumed)
             begin = time.perf_counter()
-            passes = make_all(found, ready, journal, progress)
+            passes = make_all(workers, ready, journal, progress)
             journal.end()
     return Summary(
         output=Path(output),

@@ -14,12 +14,12 @@ from functools import partial
 from itertools import product
 from math import prod
 
-from znni_dask.choices import Menu, choose_primitives
+from znni_dask.choices import Menu, choose_primitives, planned
 from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError
 from znni_dask.geometry import Box, Size, text, triple, volume
 from znni_dask.machine import show_bytes
-from znni_dask.plan import Choice, Plan, Stage
+from znni_dask.plan import Plan, Stage
 from znni_dask.planner import MULTIPLES, computing_bytes
 from znni_dask.primitives.base import ITEM_BYTES
 from znni_dask.reading import Reads
@@ -96,9 +96,12 @@ def plan(grid: WindowGrid, resources: Resources) -> Plan:
     reads = Reads(grid, block, resources.cells, resources.hull)
     reading, needed_bytes = shared_reading(resources, reads, needed)
     schedules = way.schedules
-    choices = tuple(Choice(name, p.name) for name, p in schedules.primitives.items())
-    flops = sum(s.primitive.flops(s.problem) for s in schedules.steps(grid.layout.sizes))
-    flops_of_all = fit.candidate.windows * flops / schedules.samples
+    turns = fit.candidate.windows / schedules.samples
+    voxels, sizes = resources.hull.voxels / turns, grid.layout.sizes
+    choices = planned(schedules, sizes, voxels, resources.threads, resources.costs)
+    steps = schedules.steps(sizes)
+    flops = sum(step.primitive.flops(step.problem) for step in steps)
+    seconds = resources.costs.estimated_seconds(steps, resources.threads)
     return Plan(
         patch=grid.layout.output_size,
         block=block,
@@ -108,7 +111,8 @@ def plan(grid: WindowGrid, resources: Resources) -> Plan:
         reading=reading,
         predicted_bytes=needed_bytes,
         allowed_bytes=resources.allowed_bytes,
-        flops_per_voxel=flops_of_all / volume(grid.output_size),
+        flops_per_voxel=flops / voxels,
+        voxels_per_second=voxels / seconds,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -63,6 +64,11 @@ class PatchBlocks(Closing):
         for box in planner.patches_of(block, self._plan.patch):
             if wanted is None or wanted[box.seen_from(block.start).slices].any():
                 yield box
+
+    @property
+    def layer_seconds(self) -> Counter[str]:
+        """The seconds that every layer took so far, changes of its output's form included."""
+        return self._executor.layer_seconds
 
     def close(self) -> None:
         """End the threads and free the memory."""

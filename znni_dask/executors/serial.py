@@ -6,6 +6,7 @@ arena holds all activations; it is allocated once and serves every patch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 
@@ -26,13 +27,15 @@ from znni_dask.schedule import Arena, Schedule, Stored
 class SerialExecutor(Closing):
     """Computes patches of one network on the CPU; prepared weights are kept between patches.
 
-    Not for use by several threads at once. Use it as a context manager, or `close` it.
+    ``seconds`` are those that every array took to compute so far. Not for use by several threads
+    at once. Use it as a context manager, or `close` it.
     """
 
     def __init__(
         self, network: Network, primitives: Mapping[str, Primitive], arena: Arena, threads: int
     ) -> None:
         self.network = network
+        self.seconds: Counter[Stored] = Counter()
         self._team = Team(threads)
         self._prepared = {
             node.name: primitives[node.name].prepare(node.layer, network.weights.get(node.name, {}))
@@ -44,21 +47,20 @@ class SerialExecutor(Closing):
 
     def run(
         self, todo: Schedule, volumes: Sequence[NDArray[np.generic]], outs: Sequence[Array]
-    ) -> tuple[float, ...]:
+    ) -> None:
         """Compute one patch of each of so many ``volumes`` as ``todo`` has samples.
 
         A volume is the extended volume within ``todo.input``, (channel, z, y, x), of any real
         dtype; its answer, (channel, z, y, x) of size ``todo.output.size``, goes into the one of
-        ``outs`` at its place. Returns the seconds of every step, of all offsets together.
+        ``outs`` at its place.
         """
-        spent = [0.0] * len(todo.steps)
         source = Stored(self.network.input.name, Form.PLAIN)
         for offset in todo.offsets:
             z, y, x = (slice(o, o + n) for o, n in zip(offset, todo.input_shape[2:], strict=True))
             arrays = {source: self._view(source, todo.input_shape)}
             for sample, volume in zip(arrays[source], volumes, strict=True):
                 sample[...] = volume[:, z, y, x]
-            for number, step in enumerate(todo.steps):
+            for step in todo.steps:
                 begin = perf_counter()
                 output = step.operation.output
                 arrays[output] = self._view(output, step.problem.output)
@@ -69,13 +71,20 @@ class SerialExecutor(Closing):
                     arrays[output],
                     self._team,
                 )
-                spent[number] += perf_counter() - begin
+                self.seconds[output] += perf_counter() - begin
             numbers = {add(position, offset): i for i, position in enumerate(todo.positions)}
             made = arrays[Stored(self.network.output, Form.PLAIN)]
             for sample, out in enumerate(outs):
                 fragments = made[sample :: len(outs)]
                 recombine(fragments, numbers, todo.spacing, out, self._team)
-        return tuple(spent)
+
+    @property
+    def layer_seconds(self) -> Counter[str]:
+        """The seconds that every layer took so far, changes of its output's form included."""
+        found: Counter[str] = Counter()
+        for array, seconds in self.seconds.items():
+            found[array.name] += seconds
+        return found
 
     def close(self) -> None:
         """End the threads and free the arena."""

@@ -1,0 +1,91 @@
+"""What is told of a run before it begins, and what it took beside that."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import graphs
+import znni_dask
+from znni_dask import Builder, cli
+from znni_dask.errors import MemoryLimitError
+from znni_dask.forecast import forecasts
+from znni_dask.geometry import volume
+from znni_dask.importers.to_onnx import save
+from znni_dask.plan import Plan
+from znni_dask.report import run_lines
+
+HOW = {"memory": "2GiB", "chunks": 16, "threads": 2}
+
+
+@pytest.fixture
+def files(tmp_path):
+    save(graphs.graph("unet", 0), tmp_path / "net.onnx")
+    values = np.random.default_rng(0).standard_normal((40, 48, 56)).astype(np.float32)
+    np.save(tmp_path / "in.npy", values)
+    return str(tmp_path / "net.onnx"), str(tmp_path / "in.npy")
+
+
+@pytest.mark.parametrize("patchwise", [None, (16, 16, 16)])
+def test_a_run_goes_as_it_was_told(files, tmp_path, client, patchwise):
+    how = HOW | {"patchwise": patchwise}
+    (told,) = forecasts(*files, **how)
+    assert {p.name for p in tmp_path.iterdir()} == {"net.onnx", "in.npy"}
+    summary = znni_dask.run(*files, tmp_path / "out.zarr", client=client, **how)
+    (one,) = summary.passes
+    for name in ("patch", "block", "stages", "threads", "flops_per_voxel", "voxels_per_second"):
+        assert getattr(told.plan, name) == getattr(one.plan, name)
+    assert told.size == one.size
+    assert told.voxels == one.voxels
+    assert volume(told.blocks) == one.blocks
+    assert told.stored_bytes == 4 * told.channels * told.voxels
+    assert told.computing_bytes <= told.plan.predicted_bytes
+    layers = {choice.layer for stage in told.plan.stages for choice in stage.choices}
+    assert layers <= one.layer_seconds.keys()
+    assert 0 < sum(one.layer_seconds.values()) <= summary.seconds
+    computing = [line for line in run_lines(summary) if line.startswith("computing: ")]
+    assert len(computing) == 1
+
+
+def test_seconds_of_layers_are_those_of_the_whole(files):
+    (told,) = forecasts(*files, **HOW, patch=(16, 16, 8))
+    choices = [choice for stage in told.plan.stages for choice in stage.choices]
+    a_voxel = sum(choice.voxel_seconds for choice in choices)
+    of_input = sum(step.seconds for step in told.steps if step.kind == "Input")
+    total = sum(step.seconds for step in told.steps)
+    share = 1 - of_input / total
+    assert a_voxel * told.plan.voxels_per_second == pytest.approx(share)
+    # those at the end of z are half a patch, and count as one
+    runs = told.seconds / total
+    assert runs == pytest.approx(3 * 3 * 7)
+
+
+@pytest.mark.parametrize("edge", [8, 16])
+def test_the_work_of_borders(tmp_path, edge):
+    b = Builder(1)
+    network = b.network(b.conv(b.conv(b.input, 4, 3), 2, 5))
+    np.save(tmp_path / "in.npy", np.zeros((64, 64, 64), np.float32))
+    (told,) = forecasts(network, tmp_path / "in.npy", **HOW, patch=edge)
+    first, second = 4 * 27, 2 * 4 * 125
+    work = first * (edge + 4) ** 3 + second * edge**3
+    assert told.work_ratio == pytest.approx(work / ((first + second) * edge**3))
+
+
+def test_the_command_tells_a_plan_and_writes_nothing(files, tmp_path, capsys):
+    options = ["--memory", "2GiB", "--chunks", "16,16,16", "--threads", "2"]
+    assert cli.main(["plan", *files, *options]) == 0
+    shown = capsys.readouterr().out
+    for word in ("primitive", "voxels/s", "predicted", "allowed", "blocks of", "znni measure"):
+        assert word in shown
+    assert cli.main(["plan", *files, *options, "--format", "json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    plan = Plan.from_json(json.dumps(told["plan"]))
+    assert plan.allowed_bytes == 2 << 30
+    assert told["seconds"] == pytest.approx(told["voxels"] / plan.voxels_per_second)
+    assert {p.name for p in tmp_path.iterdir()} == {"net.onnx", "in.npy"}
+    assert cli.main(["plan", *files, "--memory", "1MiB"]) == 2
+    assert "no plan fits" in capsys.readouterr().err
+    with pytest.raises(MemoryLimitError):
+        forecasts(*files, memory="1MiB")

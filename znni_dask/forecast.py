@@ -1,0 +1,139 @@
+"""What a plan is expected to take, layer by layer, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from math import prod
+from pathlib import Path
+from typing import Any, Unpack
+
+from znni_dask.asking import Options, asked
+from znni_dask.choices import chosen_primitives
+from znni_dask.feeding import connected
+from znni_dask.geometry import Size, volume
+from znni_dask.inspection import multiply_adds
+from znni_dask.kernels.memory import allocated_bytes
+from znni_dask.kernels.warm import compile_kernels
+from znni_dask.network.network import Network
+from znni_dask.passes import PlannedPass, plan_pass
+from znni_dask.plan import Plan
+from znni_dask.planner import computing_bytes, largest_box
+from znni_dask.primitives.base import Shape
+from znni_dask.primitives.forms import FormChange
+from znni_dask.schedule import Schedules, Step
+from znni_dask.windows import WindowGrid
+
+
+@dataclass(frozen=True)
+class StepForecast:
+    """A step of a patch: a layer, or a change of the form of its output. ``seconds`` are those of
+    all offsets; ``bytes`` are its output's and those that it computes in."""
+
+    layer: str
+    kind: str
+    primitive: str
+    output: Shape
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one pass is expected to take.
+
+    ``work_ratio`` is the direct arithmetic of a patch over that of its outputs were they part of
+    an endless volume: what is computed more than once, as patches overlap, and what padding saves.
+    ``computing_bytes`` are those of computing, of ``plan.predicted_bytes``. ``measured``: whether
+    seconds rest on timings of this machine.
+    """
+
+    outputs: tuple[str, ...]
+    size: Size
+    channels: int
+    voxels: int
+    blocks: Size
+    stored_bytes: int
+    plan: Plan
+    steps: tuple[StepForecast, ...]
+    work_ratio: float
+    computing_bytes: int
+    measured: bool
+
+    @property
+    def seconds(self) -> float:
+        """Of computing all of it."""
+        return self.voxels / self.plan.voxels_per_second
+
+    def described(self) -> dict[str, Any]:
+        """All of it as JSON takes it."""
+        return {**asdict(self), "seconds": self.seconds}
+
+
+def forecasts(
+    network: str | Path | Network, input: str | Path, **options: Unpack[Options]
+) -> tuple[Forecast, ...]:
+    """What `run` would take with these options, pass by pass; nothing is computed or written.
+
+    Raises `InputError` where `run` would before it writes anything.
+    """
+    found = asked(network, input, **options)
+    compile_kernels()  # which a run does too, before its process is measured
+    with connected(None):
+        planned = [
+            plan_pass(found.application, names, found.request, None) for names in found.groups
+        ]
+    return tuple(map(forecast, planned))
+
+
+def forecast(planned: PlannedPass) -> Forecast:
+    """What a pass is expected to take."""
+    job, resources = planned.job, planned.resources
+    laid, plan = job.laid, job.plan
+    samples = max(stage.samples for stage in plan.stages)
+    layout = laid.layout if isinstance(laid, WindowGrid) else laid
+    schedules = Schedules(layout, chosen_primitives(layout, plan), samples)
+    if isinstance(laid, WindowGrid):
+        sizes, made = laid.layout.sizes, laid.layout.output_size
+    else:
+        box = largest_box(laid, plan.patch)
+        sizes, made = schedules.sizes(box), box.size
+    steps = schedules.steps(sizes)
+    network, threads = layout.network, resources.threads
+    dense = not isinstance(laid, WindowGrid) and laid.geometry.dense
+    needed = multiply_adds(network, dense) * volume(made) * samples
+    done = schedules.repeats * sum(map(_adds, steps))
+    values = sum(layout.encoding.voxel_bytes(layout.channels) for layout in planned.stored)
+    return Forecast(
+        outputs=planned.outputs,
+        size=laid.output_size,
+        channels=network.out_channels,
+        voxels=job.selection.hull(laid).voxels * job.volume.times,
+        blocks=job.reads.blocks,
+        stored_bytes=values * volume(laid.output_size) * job.volume.times,
+        plan=plan,
+        steps=tuple(
+            StepForecast(
+                step.operation.node.name,
+                step.operation.node.layer.kind,
+                step.primitive.name,
+                step.problem.output,
+                schedules.repeats
+                * resources.costs.step_seconds(step.primitive, step.problem, threads),
+                step.operation.output.form.nbytes(step.problem.output)
+                + allocated_bytes(step.primitive.workspace_bytes(step.problem, threads)),
+            )
+            for step in steps
+        ),
+        work_ratio=float(done / needed) if needed else 1.0,
+        computing_bytes=computing_bytes(schedules, sizes, made, threads),
+        measured=bool(resources.costs.timings.found),
+    )
+
+
+def _adds(step: Step) -> Fraction:
+    """Multiply-adds of a step, computed directly."""
+    if isinstance(step.primitive, FormChange):
+        return Fraction(0)
+    batch, _, *size = step.problem.output
+    return step.problem.layer.multiply_adds() * batch * prod(size)
