@@ -10,13 +10,15 @@ import pytest
 import graphs
 import znni_dask
 from znni_dask import Builder, cli
-from znni_dask.errors import MemoryLimitError
+from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.forecast import forecasts
-from znni_dask.geometry import volume
+from znni_dask.geometry import Box, volume
 from znni_dask.importers.to_onnx import save
 from znni_dask.plan import Plan
 from znni_dask.report import run_lines
+from znni_dask.storage.volume import open_volume
 
+BOX = Box((0, 0, 0), (40, 48, 56))
 HOW = {"memory": "2GiB", "chunks": 16, "threads": 2}
 
 
@@ -89,3 +91,71 @@ def test_the_command_tells_a_plan_and_writes_nothing(files, tmp_path, capsys):
     assert "no plan fits" in capsys.readouterr().err
     with pytest.raises(MemoryLimitError):
         forecasts(*files, memory="1MiB")
+
+
+@pytest.mark.parametrize("patchwise", [None, (16, 16, 16)])
+def test_a_plan_is_given_back_edited(files, tmp_path, client, capsys, patchwise):
+    window = ["--patchwise", "16,16,16"] if patchwise else []
+    options = ["--memory", "2GiB", "--chunks", "16,16,16", *window]
+    assert cli.main(["plan", *files, *options, "--threads", "1", "--format", "json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    (stage,) = told["plan"]["stages"]
+    for choice in stage["choices"]:
+        if choice["layer"].startswith("conv_") and "transpose" not in choice["layer"]:
+            choice["primitive"] = "img2row"
+    told["plan"]["block"] = [16, 48, 32]
+    if not patchwise:
+        told["plan"]["patch"] = [16, 24, 32]
+    (tmp_path / "plan.json").write_text(json.dumps([told]))
+    output = str(tmp_path / "out.zarr")
+    given = ["--plan", str(tmp_path / "plan.json")]
+    assert cli.main(["infer", *files, output, *options, *given]) == 0
+    (again,) = forecasts(*files, **HOW | {"threads": None}, patchwise=patchwise, plan=given[1])
+    assert again.plan.block == (16, 48, 32)
+    assert again.plan.threads == 1
+    assert "img2row" in again.plan.primitives.values()
+    how = {"memory": "2GiB", "chunks": 16, "patchwise": patchwise, "client": client}
+    summary = znni_dask.run(*files, tmp_path / "again.zarr", plan=again.plan, **how)
+    assert summary.plan.primitives == again.plan.primitives
+    assert summary.peak_bytes <= summary.plan.predicted_bytes
+    znni_dask.run(*files, tmp_path / "own.zarr", **how)
+    answers = [open_volume(tmp_path / n).read(BOX) for n in ("out.zarr", "again.zarr", "own.zarr")]
+    np.testing.assert_array_equal(answers[0], answers[1])
+    np.testing.assert_allclose(answers[0], answers[2], rtol=0, atol=1e-4 * answers[2].std())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"block": [16, 16, 20]}, "whole chunks"),
+        ({"patch": [16, 32, 16], "block": [16, 16, 16]}, "none of its block"),
+        ({"patch": [0, 16, 16]}, "none of its block"),
+        ({"blocks_in_flight": 9}, "in flight"),
+        ({"threads": 0}, "threads"),
+        ({"stages": []}, "one cpu"),
+        ({"stages": [{"device": "gpu", "choices": []}]}, "gpu"),
+        ({"stages": [{"device": "cpu", "choices": []}]}, "another network"),
+        ({"patch": "large"}, "not a plan"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(files, changed, message):
+    (told,) = forecasts(*files, **HOW)
+    plan = json.loads(told.plan.to_json()) | changed
+    with pytest.raises(OptionError, match=message):
+        forecasts(*files, memory="2GiB", chunks=16, plan=Plan.several_from_json(json.dumps(plan)))
+
+
+def test_plans_are_refused_with_what_to_do(files, tmp_path):
+    (told,) = forecasts(*files, **HOW)
+    how = {"chunks": 16, "plan": told.plan}
+    with pytest.raises(MemoryLimitError, match="allow as much"):
+        forecasts(*files, memory=told.plan.predicted_bytes - 1, **how)
+    with pytest.raises(OptionError, match="either"):
+        forecasts(*files, patch=16, **how)
+    with pytest.raises(OptionError, match="2 plans"):
+        forecasts(*files, chunks=16, plan=[told.plan, told.plan])
+    with pytest.raises(OptionError, match="cannot be read"):
+        forecasts(*files, plan=tmp_path / "none.json")
+    (tmp_path / "odd.json").write_text("[3")
+    with pytest.raises(OptionError, match="not a plan"):
+        forecasts(*files, plan=tmp_path / "odd.json")

@@ -16,15 +16,9 @@ from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Box, tiles, volume
 from znni_dask.network.build import Builder
 from znni_dask.network.chains import n337
-from znni_dask.patches import Layout
+from znni_dask.patches import Layout, patches_of, spans
 from znni_dask.plan import Plan
-from znni_dask.planner import (
-    Request,
-    patches_of,
-    plan,
-    predicted_bytes,
-    spans,
-)
+from znni_dask.planner import Request, plan, predicted_bytes
 from znni_dask.primitives.base import Form
 from znni_dask.primitives.table import named
 from znni_dask.reading import Reads

@@ -78,6 +78,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="SIZE", help="bound for the process, like 12GiB")
     parser.add_argument("--patch", type=_size, metavar="Z,Y,X", help="output computed at once")
     parser.add_argument("--threads", type=int, metavar="N")
+    parser.add_argument(
+        "--plan", metavar="FILE", help="what znni plan --format json told, perhaps edited"
+    )
     parser.add_argument("--axes", metavar="LETTERS", help="what the input's axes mean, out of tczyx")
     parser.add_argument(
         "--channels", type=_numbers, metavar="C,…", help="the input's channels to use, from 0"
@@ -230,4 +233,5 @@ def asked(options: argparse.Namespace) -> Options:
         normalize=options.normalize,
         percentiles=tuple(options.percentiles),
         stats_level=options.stats_level,
+        plan=options.plan,
     )

@@ -9,10 +9,12 @@ from typing import TypedDict
 
 from znni_dask import options
 from znni_dask.application import Application
+from znni_dask.errors import OptionError
 from znni_dask.geometry import Size
 from znni_dask.importers import load_network
 from znni_dask.network.network import Network
 from znni_dask.passes import Request
+from znni_dask.plan import Plan
 from znni_dask.selection import roi_box
 from znni_dask.statistics import check_alike
 from znni_dask.storage.encoding import Encoding
@@ -49,6 +51,7 @@ class Options(TypedDict, total=False):
     normalize: str
     percentiles: tuple[float, float]
     stats_level: int | str | None
+    plan: str | Path | Plan | Sequence[Plan] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +96,7 @@ def asked(
     normalize: str = "none",
     percentiles: tuple[float, float] = (1, 99),
     stats_level: int | str | None = None,
+    plan: str | Path | Plan | Sequence[Plan] | None = None,
 ) -> Asked:
     """What is asked for; raises `InputError` where it cannot be."""
     options.check_replacement(nan)
@@ -113,6 +117,7 @@ def asked(
         precision,
     )
     check_alike(source, surveyed)
+    plans = options.plans(plan, patch, threads)
     request = Request(
         encoding=Encoding(dtype, *value_range),
         patch=options.size("patch", patch),
@@ -122,7 +127,10 @@ def asked(
         threads=options.computing_threads(threads),
         version=ome,
         pyramid=pyramid,
+        plans=plans,
     )
     groups = application.passes(outputs)
+    if plans and len(plans) != len(groups):
+        raise OptionError(f"{len(plans)} plans are given, {len(groups)} passes are to be made")
     sources = [input] if mask is None else [input, mask]
     return Asked(application, surveyed, request, groups, sources)

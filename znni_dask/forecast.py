@@ -17,10 +17,11 @@ from znni_dask.kernels.memory import allocated_bytes
 from znni_dask.kernels.warm import compile_kernels
 from znni_dask.network.network import Network
 from znni_dask.passes import PlannedPass, plan_pass
+from znni_dask.patches import largest_box
 from znni_dask.plan import Plan
-from znni_dask.planner import computing_bytes, largest_box
 from znni_dask.primitives.base import Shape
 from znni_dask.primitives.forms import FormChange
+from znni_dask.resources import computing_bytes
 from znni_dask.schedule import Schedules, Step
 from znni_dask.windows import WindowGrid
 
@@ -81,7 +82,8 @@ def forecasts(
     compile_kernels()  # which a run does too, before its process is measured
     with connected(None):
         planned = [
-            plan_pass(found.application, names, found.request, None) for names in found.groups
+            plan_pass(found.application, names, found.request, None, given)
+            for names, given in found.request.planned(found.groups)
         ]
     return tuple(map(forecast, planned))
 

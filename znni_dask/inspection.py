@@ -13,7 +13,7 @@ from znni_dask.network.network import Network
 from znni_dask.network.rewrites import simplify
 from znni_dask.network.window import SAME
 from znni_dask.patches import Layout
-from znni_dask.planner import computing_bytes
+from znni_dask.resources import computing_bytes
 from znni_dask.schedule import Schedules
 from znni_dask.windows import WholeWindow
 

@@ -20,9 +20,8 @@ from znni_dask.errors import RunError
 from znni_dask.executors.patches import PatchBlocks
 from znni_dask.geometry import Box
 from znni_dask.job import Job, blocks_by
-from znni_dask.patches import Layout
+from znni_dask.patches import Layout, region_of
 from znni_dask.patchwise import WindowBlocks
-from znni_dask.planner import region_of
 from znni_dask.primitives.base import Array
 from znni_dask.storage.stored import Stored
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from znni_dask.errors import OptionError
 from znni_dask.geometry import Size, triple
 from znni_dask.machine import available_bytes, cores, parse_bytes
 from znni_dask.normalization import Normalization
+from znni_dask.plan import Plan
 from znni_dask.windows import Patchwise
 
 _SHARE_OF_FREE = 0.8  # of the free memory, when no limit is given
@@ -63,6 +65,24 @@ def check_replacement(nan: float | None) -> None:
     """Raise `OptionError` where NaN would be replaced by what is no number."""
     if nan is not None and not np.isfinite(nan):
         raise OptionError(f"nan={nan} replaces NaN by what is no number: give a finite value")
+
+
+def plans(
+    plan: str | Path | Plan | Sequence[Plan] | None, patch: object, threads: object
+) -> tuple[Plan, ...]:
+    """Plans that were given back, one for every pass; raises `OptionError`."""
+    if plan is None:
+        return ()
+    if patch is not None or threads is not None:
+        raise OptionError("a plan says what patch and threads are: give either")
+    if isinstance(plan, Plan):
+        return (plan,)
+    if not isinstance(plan, str | Path):
+        return tuple(plan)
+    try:
+        return Plan.several_from_json(Path(plan).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"the plan {plan} cannot be read: {error}") from None
 
 
 def allowed_bytes(memory: str | float | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from znni_dask.machine import anonymous_bytes
 from znni_dask.plan import Plan
 from znni_dask.pyramid import Pyramid
 from znni_dask.recompute import MeasuredError, measured_error
-from znni_dask.resources import Resources
+from znni_dask.resources import OVERHEAD_BYTES, Resources, network_bytes
 from znni_dask.storage import output as store
 from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.levels import spacing
@@ -33,7 +33,7 @@ _WANTED_BYTES = 2  # of a voxel: whether it is wanted, kept, and once more where
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
-    """What a run was asked for beside the answer."""
+    """What a run was asked for beside the answer; ``plans`` that were given back for its passes."""
 
     encoding: Encoding
     patch: Size | None
@@ -43,6 +43,14 @@ class Request:
     threads: int
     version: str
     pyramid: bool
+    plans: tuple[Plan, ...] = ()
+
+
+    def planned(
+        self, groups: Sequence[tuple[str, ...]]
+    ) -> Iterator[tuple[tuple[str, ...], Plan | None]]:
+        """The outputs of every pass with the plan that was given for it."""
+        return zip(groups, self.plans or [None] * len(groups), strict=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +66,14 @@ class PlannedPass:
 
 
 def plan_pass(
-    application: Application, names: tuple[str, ...], request: Request, block: Size | None
+    application: Application,
+    names: tuple[str, ...],
+    request: Request,
+    block: Size | None,
+    given: Plan | None = None,
 ) -> PlannedPass:
-    """Plan one pass; ``block`` is that of a run that is resumed."""
+    """Plan one pass, or check the plan that was ``given`` for it; ``block`` is that of a run that
+    is resumed."""
     laid, source, encoding = application.laid(*names), application.volume, request.encoding
     selection = application.selection
     stored = tuple(layout_of(application, name, request) for name in names)
@@ -77,15 +90,15 @@ def plan_pass(
         write_bytes=max(s.write_bytes for s in stored),
         baseline_bytes=anonymous_bytes(),
         allowed_bytes=request.allowed_bytes,
-        threads=request.threads,
+        threads=given.threads if given else request.threads,
         cells=source.cells,
         block=block,
         hull=selection.hull(laid),
         selected_bytes=0 if selection.everything else _WANTED_BYTES,
         costs=Costs(timings.kept()),
     )
-    plan = plan_for(laid, resources, request.patch)
-    held = planner.OVERHEAD_BYTES + planner.weights_bytes(laid.network)
+    plan = plan_for(laid, resources, request.patch, given)
+    held = OVERHEAD_BYTES + network_bytes(laid.network)
     coarser = pyramid.plan(stored, resources.baseline_bytes + held, request.allowed_bytes)
     needed = max(plan.predicted_bytes, coarser.predicted_bytes)
     job = Job(laid, source, selection, application.nan, replace(plan, predicted_bytes=needed))
@@ -141,13 +154,19 @@ def places(names: Iterable[str], root: Path) -> dict[str, Path]:
     return {name: root / group for name, group in store.group_names(outputs).items()}
 
 
-def plan_for(laid: Laid, resources: Resources, patch: Size | None) -> Plan:
-    """The plan of an answer, in patches or in windows; raises `MemoryLimitError`."""
+def plan_for(
+    laid: Laid, resources: Resources, patch: Size | None, given: Plan | None = None
+) -> Plan:
+    """The plan of an answer, in patches or in windows, or the one that was ``given``, checked;
+    raises `MemoryLimitError`, `OptionError`."""
     if isinstance(laid, WindowGrid):
         if patch is not None:
             raise OptionError("windows are the patches of patchwise inference: give no patch")
+        if given is not None:
+            return window_planner.checked(laid, resources, given)
         return window_planner.plan(laid, resources)
-    return planner.plan(planner.Request(**vars(resources), layout=laid, patch=patch))
+    asked = planner.Request(**vars(resources), layout=laid, patch=patch)
+    return planner.plan(asked) if given is None else planner.checked(asked, given)
 
 
 def create_outputs(

@@ -12,10 +12,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from math import ceil, floor
+from math import ceil, floor, gcd
 
 from znni_dask.errors import OptionError, VolumeError
-from znni_dask.geometry import AXES, Box, Size, ceil_divide, round_up, subtract, tiles, triple
+from znni_dask.geometry import (
+    AXES,
+    Box,
+    Size,
+    ceil_divide,
+    hull,
+    round_up,
+    subtract,
+    tiles,
+    triple,
+)
 from znni_dask.network.field_of_view import (
     Extension,
     Interval,
@@ -290,3 +300,54 @@ def source_box(box: Box, size: Size, boundary: str) -> Box | None:
             return None
         spans.append((min(inside), max(inside) + 1))
     return Box(triple(a for a, _ in spans), triple(b for _, b in spans))
+
+
+def patches_of(block: Box, patch: Size) -> Iterator[Box]:
+    """The patches of one block, covering it exactly once."""
+    for box in tiles(block.size, patch):
+        yield box.shifted(block.start)
+
+
+def region_of(layout: Layout, block: Box, patch: Size) -> Box:
+    """The box of the volume behind the patches of a block. It may be larger than that behind the
+    block as one patch: each patch of a dense network is computed in whole fragments."""
+    along = [
+        [(start, min(start + p, last)) for start in range(first, last, p)]
+        for first, last, p in zip(block.start, block.stop, patch, strict=True)
+    ]
+    diagonal = [
+        [spans[min(number, len(spans) - 1)] for spans in along]
+        for number in range(max(len(spans) for spans in along))
+    ]
+    return hull(
+        layout.region(Box(triple(a for a, _ in ends), triple(b for _, b in ends)))
+        for ends in diagonal
+    )
+
+
+def spans(layout: Layout, block: Size, patch: Size) -> list[list[Interval]]:
+    """Along every axis the extents (start, stop) of the patches of a run; of blocks that lie
+    alike, far from both ends of the answer, a few stand for all."""
+    found: list[list[Interval]] = []
+    for axis, n in enumerate(layout.output_size):
+        period = layout.periods[axis]
+        few = ceil_divide(layout.reaches[axis], block[axis]) + period // gcd(period, block[axis])
+        starts = range(0, n, block[axis])
+        chosen = sorted({*starts[: few + 1], *starts[-few - 1 :]})
+        found.append(
+            [
+                (start, min(start + patch[axis], first + block[axis], n))
+                for first in chosen
+                for start in range(first, min(first + block[axis], n), patch[axis])
+            ]
+        )
+    return found
+
+
+def largest_box(layout: Layout, block: Size) -> Box:
+    """A block in the middle of the answer, clipped to it."""
+    size = triple(min(b, n) for b, n in zip(block, layout.output_size, strict=True))
+    start = triple(
+        min(n // 2 // s * s, n - s) for n, s in zip(layout.output_size, size, strict=True)
+    )
+    return Box(start, triple(a + s for a, s in zip(start, size, strict=True)))

@@ -93,6 +93,17 @@ class Plan:
             raise OptionError(f"this is not a plan: {type(error).__name__}: {error}") from None
 
     @classmethod
+    def several_from_json(cls, text: str) -> tuple[Plan, ...]:
+        """The plans of all passes as `znni plan --format json` tells them, or a single one; raises
+        `OptionError` where it is neither."""
+        try:
+            told = json.loads(text)
+            found = told if isinstance(told, list) else [told]
+            return tuple(cls._from_mapping(one.get("plan", one)) for one in found)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise OptionError(f"this is not a plan: {type(error).__name__}: {error}") from None
+
+    @classmethod
     def _from_mapping(cls, values: Mapping[str, Any]) -> Plan:
         stages = tuple(
             Stage(

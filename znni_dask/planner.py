@@ -11,35 +11,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from math import gcd, inf, log, prod
+from math import inf, log, prod
 
-from znni_dask.choices import Menu, choose_primitives, planned
+from znni_dask.choices import Menu, choose_primitives, chosen_primitives, planned
 from znni_dask.errors import MemoryLimitError, OptionError
-from znni_dask.geometry import (
-    Box,
-    Size,
-    ceil_divide,
-    hull,
-    multiply,
-    round_up,
-    text,
-    tiles,
-    triple,
-    volume,
-)
-from znni_dask.kernels.memory import allocated_bytes
+from znni_dask.geometry import Size, ceil_divide, multiply, round_up, text, triple, volume
 from znni_dask.machine import show_bytes
-from znni_dask.network.field_of_view import Interval
-from znni_dask.network.network import Network
-from znni_dask.patches import Layout
+from znni_dask.patches import Layout, largest_box, region_of, spans
 from znni_dask.plan import Plan, Reading, Stage
-from znni_dask.primitives.base import ITEM_BYTES
 from znni_dask.reading import Reads
-from znni_dask.resources import Resources, most_in_flight, shared_reading
+from znni_dask.resources import (
+    Resources,
+    check_given,
+    check_room,
+    computing_bytes,
+    most_in_flight,
+    shared_reading,
+)
 from znni_dask.schedule import Schedules
 
-OVERHEAD_BYTES = 48 << 20  # scheduler, messages and allocator slack beside what is counted
-WEIGHT_COPIES = 3  # the plugin as sent, as kept by the scheduler, as received
 _ABOUT_AS_FAST = 1.05  # times slower that computing may become
 _SEVERAL_BLOCKS = 8  # so that reading and computing overlap, and little is lost where a run ends
 _LITTLE_READ_AGAIN = 1.2  # amplification not worth a slower plan
@@ -84,7 +74,30 @@ def plan(request: Request) -> Plan:
     fits = _fastest(plain, *pair)
     if fits is not None and (best := _best(fits, [pair])) is not None:
         found.append(best)
-    fits, fit, in_flight = _preferred(found)
+    return _told(*_preferred(found))
+
+
+def checked(request: Request, given: Plan) -> Plan:
+    """A plan that was given back, with what it is expected to take now.
+
+    Raises `OptionError` where it does not fit the network or the volume, `MemoryLimitError` where
+    it needs more than is allowed.
+    """
+    check_given(request, given)
+    block, patch, in_flight = given.block, given.patch, given.blocks_in_flight
+    if any(not 1 <= p <= b for p, b in zip(patch, block, strict=True)):
+        raise OptionError(f"the plan's patch {text(patch)} is none of its block {text(block)}")
+    if any(stage.samples > 1 for stage in given.stages):
+        raise OptionError("the plan computes several windows at once, and here are patches")
+    fits = _Fits(request, Schedules(request.layout, chosen_primitives(request.layout, given)))
+    candidate = _rate(request, fits.schedules, block, patch)
+    check_room(request, predicted_bytes(request, fits.schedules, block, patch, in_flight))
+    return _told(fits, fits.with_reading(candidate, in_flight), in_flight)
+
+
+def _told(fits: _Fits, fit: _Fit, in_flight: int) -> Plan:
+    """The plan as a value."""
+    request = fits.request
     sizes = fits.schedules.sizes(largest_box(request.layout, fit.candidate.patch))
     voxels = _useful_voxels(request, fit.candidate.block, fit.candidate.patch)
     choices = planned(fits.schedules, sizes, voxels, request.threads, request.costs)
@@ -183,7 +196,7 @@ class _Fits:
             if candidate.block not in found and self._fits(candidate, in_flight):
                 found[candidate.block] = candidate
                 limit = min(limit, _ABOUT_AS_FAST * candidate.seconds_per_voxel)
-        fits = [self._with_reading(candidate, in_flight) for candidate in found.values()]
+        fits = [self.with_reading(candidate, in_flight) for candidate in found.values()]
         return min(fits, key=self.worse, default=None)
 
     def worse(self, fit: _Fit) -> tuple[bool, float, int]:
@@ -212,7 +225,8 @@ class _Fits:
         block, patch = candidate.block, candidate.patch
         return predicted_bytes(self.request, self.schedules, block, patch, in_flight, by_cells)
 
-    def _with_reading(self, candidate: _Candidate, in_flight: int) -> _Fit:
+    def with_reading(self, candidate: _Candidate, in_flight: int) -> _Fit:
+        """A candidate with the order of its blocks, and the memory that it needs."""
         block = candidate.block
         if block not in self._reads:
             request = self.request
@@ -243,76 +257,6 @@ def _computing_bytes(
 ) -> int:
     """Memory of the process while it computes a patch, blocks in flight not counted."""
     return request.baseline_bytes + computing_bytes(schedules, sizes, patch, request.threads)
-
-
-def computing_bytes(
-    schedules: Schedules, sizes: Mapping[str, Size], patch: Size, threads: int
-) -> int:
-    """Memory that computing patches takes, and what the network takes all the time."""
-    network = schedules.layout.network
-    return (
-        OVERHEAD_BYTES
-        + weights_bytes(network)
-        + schedules.spent_bytes(sizes, threads)
-        + allocated_bytes(schedules.arena(sizes).bytes)
-        + schedules.samples * ITEM_BYTES * network.out_channels * volume(patch)
-    )
-
-
-def weights_bytes(network: Network) -> int:
-    """Memory that the weights of a network take all the time."""
-    return WEIGHT_COPIES * ITEM_BYTES * network.parameters
-
-
-def patches_of(block: Box, patch: Size) -> Iterator[Box]:
-    """The patches of one block, covering it exactly once."""
-    for box in tiles(block.size, patch):
-        yield box.shifted(block.start)
-
-
-def region_of(layout: Layout, block: Box, patch: Size) -> Box:
-    """The box of the volume behind the patches of a block. It may be larger than that behind the
-    block as one patch: each patch of a dense network is computed in whole fragments."""
-    along = [
-        [(start, min(start + p, last)) for start in range(first, last, p)]
-        for first, last, p in zip(block.start, block.stop, patch, strict=True)
-    ]
-    diagonal = [
-        [spans[min(number, len(spans) - 1)] for spans in along]
-        for number in range(max(len(spans) for spans in along))
-    ]
-    return hull(
-        layout.region(Box(triple(a for a, _ in ends), triple(b for _, b in ends)))
-        for ends in diagonal
-    )
-
-
-def spans(layout: Layout, block: Size, patch: Size) -> list[list[Interval]]:
-    """Along every axis the extents (start, stop) of the patches of a run; of blocks that lie
-    alike, far from both ends of the answer, a few stand for all."""
-    found: list[list[Interval]] = []
-    for axis, n in enumerate(layout.output_size):
-        period = layout.periods[axis]
-        few = ceil_divide(layout.reaches[axis], block[axis]) + period // gcd(period, block[axis])
-        starts = range(0, n, block[axis])
-        chosen = sorted({*starts[: few + 1], *starts[-few - 1 :]})
-        found.append(
-            [
-                (start, min(start + patch[axis], first + block[axis], n))
-                for first in chosen
-                for start in range(first, min(first + block[axis], n), patch[axis])
-            ]
-        )
-    return found
-
-
-def largest_box(layout: Layout, block: Size) -> Box:
-    """A block in the middle of the answer, clipped to it."""
-    size = triple(min(b, n) for b, n in zip(block, layout.output_size, strict=True))
-    start = triple(
-        min(n // 2 // s * s, n - s) for n, s in zip(layout.output_size, size, strict=True)
-    )
-    return Box(start, triple(a + s for a, s in zip(start, size, strict=True)))
 
 
 def _sizes(request: Request) -> list[_Pair]:

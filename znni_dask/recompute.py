@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from znni_dask import planner
 from znni_dask.application import Application
 from znni_dask.choices import choose_primitives, chosen_primitives
 from znni_dask.errors import MemoryLimitError, RunError, VolumeError
@@ -16,11 +15,11 @@ from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, Size, add, text, tiles, triple
 from znni_dask.machine import show_bytes
 from znni_dask.network.layers import FULL
-from znni_dask.patches import Layout
+from znni_dask.patches import Layout, patches_of
 from znni_dask.patchwise import WindowBlocks
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import Array, Primitive
-from znni_dask.resources import Resources
+from znni_dask.resources import Resources, computing_bytes
 from znni_dask.schedule import Arrangement, Schedules
 from znni_dask.storage.volume import Volume
 from znni_dask.windows import Laid
@@ -141,7 +140,7 @@ def _made_with(box: Box, laid: Laid, plan: Plan) -> Iterator[Box]:
         yield box
         return
     for block in tiles(laid.output_size, plan.block, box):
-        for patch in planner.patches_of(block, plan.patch):
+        for patch in patches_of(block, plan.patch):
             if patch.shared(box):
                 yield patch
 
@@ -166,7 +165,7 @@ def _fits(layout: Layout, resources: Resources, length: int) -> bool:
     box = Box((0, 0, 0), size)
     needed = (
         resources.baseline_bytes
-        + planner.computing_bytes(schedules, schedules.sizes(box), size, resources.threads)
+        + computing_bytes(schedules, schedules.sizes(box), size, resources.threads)
         + resources.read_bytes(layout.region(box).size)
     )
     return needed <= resources.allowed_bytes

@@ -5,16 +5,24 @@ Both planners share it: of patches and of windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from znni_dask.costs import Costs
-from znni_dask.geometry import Box, Size, volume
-from znni_dask.plan import Reading
+from znni_dask.errors import MemoryLimitError, OptionError
+from znni_dask.geometry import Box, Size, text, volume
+from znni_dask.kernels.memory import allocated_bytes
+from znni_dask.machine import show_bytes
+from znni_dask.network.network import Network
+from znni_dask.plan import Plan, Reading
+from znni_dask.primitives.base import ITEM_BYTES
 from znni_dask.reading import Reads
+from znni_dask.schedule import Schedules
 from znni_dask.storage.cells import Cells
 
+OVERHEAD_BYTES = 48 << 20  # scheduler, messages and allocator slack beside what is counted
+_WEIGHT_COPIES = 3  # the plugin as sent, as kept by the scheduler, as received
 MOST_BLOCKS_IN_FLIGHT = 3  # one being read, one computed, one written
 _WORTH_FEWER_IN_FLIGHT = 1.1  # times slower that overlapping reads and writes may make computing
 
@@ -82,3 +90,54 @@ def shared_reading(
     if reading.cache_bytes:
         return reading, by_cells + reading.cache_bytes
     return reading, needed_bytes(False)
+
+
+def check_given(resources: Resources, given: Plan) -> None:
+    """Raise `OptionError` where a plan that was given back cannot be one of this run."""
+    block, unit = given.block, resources.unit
+    if any(b < 1 or b % u for b, u in zip(block, unit, strict=True)):
+        raise OptionError(
+            f"the plan's blocks of {text(block)} are not whole chunks of the output, {text(unit)}"
+        )
+    if resources.block not in (None, block):
+        raise OptionError(
+            f"the unfinished run has blocks of {text(resources.block)}, the plan of {text(block)}: "
+            "finish it without the plan, or start anew with --overwrite"
+        )
+    if given.threads < 1:
+        raise OptionError(f"the plan has {given.threads} threads: at least one is wanted")
+    if not 1 <= given.blocks_in_flight <= MOST_BLOCKS_IN_FLIGHT:
+        raise OptionError(
+            f"the plan has {given.blocks_in_flight} blocks in flight: 1 to {MOST_BLOCKS_IN_FLIGHT}"
+        )
+    devices = {stage.device for stage in given.stages}
+    if len(given.stages) != 1 or devices != {"cpu"}:
+        raise OptionError(f"the plan is for {', '.join(sorted(devices))}: there is one cpu")
+
+
+def check_room(resources: Resources, needed_bytes: int) -> None:
+    """Raise `MemoryLimitError` where a plan that was given back needs more than is allowed."""
+    if needed_bytes > resources.allowed_bytes:
+        raise MemoryLimitError(
+            f"the plan needs {show_bytes(needed_bytes)}, {show_bytes(resources.allowed_bytes)} are "
+            "allowed: allow as much, or run without the plan"
+        )
+
+
+def computing_bytes(
+    schedules: Schedules, sizes: Mapping[str, Size], patch: Size, threads: int
+) -> int:
+    """Memory that computing patches takes, and what the network takes all the time."""
+    network = schedules.layout.network
+    return (
+        OVERHEAD_BYTES
+        + network_bytes(network)
+        + schedules.spent_bytes(sizes, threads)
+        + allocated_bytes(schedules.arena(sizes).bytes)
+        + schedules.samples * ITEM_BYTES * network.out_channels * volume(patch)
+    )
+
+
+def network_bytes(network: Network) -> int:
+    """Memory that the weights of a network take all the time."""
+    return _WEIGHT_COPIES * ITEM_BYTES * network.parameters

@@ -128,6 +128,8 @@ def run(
         its mean and standard deviation, by two ``percentiles``, or by minimum and maximum, of the
         whole volume at a time point, whatever is selected of it. Nothing is clipped.
     stats_level : the level of the OME-Zarr image of which these statistics are taken instead.
+    plan : a file that ``znni plan --format json`` made, or a `Plan` (one for every pass), perhaps
+        edited; by default the fastest is searched. It says what ``patch`` and ``threads`` are.
     overwrite : replace an existing Zarr store at ``output``, or start an unfinished run anew;
         otherwise the same command finishes what an interrupted run left.
     client : a dask client; by default an in-process one, closed afterwards.
@@ -147,8 +149,8 @@ def run(
     compile_kernels()
     with MemoryMeter() as meter, connected(client) as workers:
         planned = [
-            plan_pass(application, names, request, journal.blocks[i] if journal else None)
-            for i, names in enumerate(groups)
+            plan_pass(application, names, request, journal.blocks[i] if journal else None, given)
+            for i, (names, given) in enumerate(request.planned(groups))
         ]
         application, measured_bytes = _normalized(
             workers, application, found.surveyed, journal, request

@@ -14,16 +14,23 @@ from functools import partial
 from itertools import product
 from math import prod
 
-from znni_dask.choices import Menu, choose_primitives, planned
+from znni_dask.choices import Menu, choose_primitives, chosen_primitives, planned
 from znni_dask.costs import Costs
-from znni_dask.errors import MemoryLimitError
+from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Box, Size, text, triple, volume
 from znni_dask.machine import show_bytes
 from znni_dask.plan import Plan, Stage
-from znni_dask.planner import MULTIPLES, computing_bytes
+from znni_dask.planner import MULTIPLES
 from znni_dask.primitives.base import ITEM_BYTES
 from znni_dask.reading import Reads
-from znni_dask.resources import Resources, most_in_flight, shared_reading
+from znni_dask.resources import (
+    Resources,
+    check_given,
+    check_room,
+    computing_bytes,
+    most_in_flight,
+    shared_reading,
+)
 from znni_dask.schedule import Schedules
 from znni_dask.windows import WindowGrid
 
@@ -90,7 +97,33 @@ def plan(grid: WindowGrid, resources: Resources) -> Plan:
     )
     if best is None:
         raise MemoryLimitError(_refusal(grid, ways[0], resources, smallest))
-    fit, in_flight = best
+    return _told(grid, resources, *best)
+
+
+def checked(grid: WindowGrid, resources: Resources, given: Plan) -> Plan:
+    """A plan that was given back, with what it is expected to take now.
+
+    Raises `OptionError` where it does not fit the network or the volume, `MemoryLimitError` where
+    it needs more than is allowed.
+    """
+    check_given(resources, given)
+    if given.patch != grid.layout.output_size:
+        raise OptionError(
+            f"the plan is for patches of {text(given.patch)}, windows make "
+            f"{text(grid.layout.output_size)}"
+        )
+    (stage,) = given.stages
+    primitives = chosen_primitives(grid.layout, given)
+    schedules = Schedules(grid.layout, primitives, stage.samples)
+    way = _Way.of(schedules, grid, resources.threads, resources.costs)
+    (candidate,) = _candidates(grid, replace(resources, block=given.block))
+    in_flight = given.blocks_in_flight
+    check_room(resources, _predicted_bytes(grid, way, resources, candidate, in_flight, False))
+    return _told(grid, resources, _Fit(way, candidate), in_flight)
+
+
+def _told(grid: WindowGrid, resources: Resources, fit: _Fit, in_flight: int) -> Plan:
+    """The plan as a value."""
     way, block = fit.way, fit.candidate.block
     needed = partial(_predicted_bytes, grid, way, resources, fit.candidate, in_flight)
     reads = Reads(grid, block, resources.cells, resources.hull)

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from znni_dask import planner
 from znni_dask.choices import chosen_primitives
 from znni_dask.closing import Closing
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, Size, hull, volume
 from znni_dask.kernels.memory import allocate
-from znni_dask.patches import Layout
+from znni_dask.patches import Layout, patches_of, region_of, spans
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import ITEM_BYTES, Array
 from znni_dask.schedule import Schedules
@@ -28,7 +27,7 @@ class PatchBlocks(Closing):
         self._layout, self._plan = layout, plan
         primitives = chosen_primitives(layout, plan)
         self._schedules = Schedules(layout, primitives)
-        sizes = self._schedules.envelope(planner.spans(layout, plan.block, plan.patch))
+        sizes = self._schedules.envelope(spans(layout, plan.block, plan.patch))
         arena = self._schedules.arena(sizes)
         largest = ITEM_BYTES * layout.network.out_channels * volume(plan.patch)
         self._answer = allocate(largest).view(np.float32)
@@ -37,7 +36,7 @@ class PatchBlocks(Closing):
     def region(self, block: Box, wanted: Wanted | None = None) -> Box:
         """The box of the volume behind the patches of a block that hold something wanted."""
         if wanted is None:
-            return planner.region_of(self._layout, block, self._plan.patch)
+            return region_of(self._layout, block, self._plan.patch)
         return hull(self._layout.region(box) for box in self._patches(block, wanted))
 
     def make(
@@ -61,7 +60,7 @@ class PatchBlocks(Closing):
 
     def _patches(self, block: Box, wanted: Wanted | None) -> Iterator[Box]:
         """The patches of a block that hold something wanted."""
-        for box in planner.patches_of(block, self._plan.patch):
+        for box in patches_of(block, self._plan.patch):
             if wanted is None or wanted[box.seen_from(block.start).slices].any():
                 yield box
 
