@@ -133,7 +133,7 @@ def test_interruption_has_its_own_exit_code(files, capsys, monkeypatch):
     def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_info", interrupted)
+    monkeypatch.setitem(cli._COMMANDS, "info", interrupted)
     assert cli.main(["info", "n337"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

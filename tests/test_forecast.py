@@ -159,3 +159,23 @@ def test_plans_are_refused_with_what_to_do(files, tmp_path):
     (tmp_path / "odd.json").write_text("[3")
     with pytest.raises(OptionError, match="not a plan"):
         forecasts(*files, plan=tmp_path / "odd.json")
+
+
+def test_a_page_of_a_plan(files, tmp_path, capsys):
+    place = tmp_path / "plan.html"
+    options = ["--memory", "2GiB", "--chunks", "16,16,16", "--html", str(place)]
+    assert cli.main(["plan", *files, *options]) == 0
+    shown = place.read_text()
+    assert shown.startswith("<!doctype html>")
+    assert shown.count("<svg") == 1
+    for word in ("conv_", "voxels/s", "throughput against memory", "allowed", "in.npy"):
+        assert word in shown
+    assert "http" not in shown.split("<svg")[0]
+    assert cli.main(["plan", *files, *options[:-1], str(tmp_path / "none" / "plan.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_memory_of_steps_is_within_what_is_promised(files):
+    (told,) = forecasts(*files, **HOW)
+    assert max(step.peak_bytes for step in told.steps) <= told.plan.predicted_bytes
+    assert len({step.peak_bytes for step in told.steps}) > 1

@@ -24,9 +24,8 @@ from znni_dask.network.build import Builder
 from znni_dask.network.field_of_view import geometry
 from znni_dask.network.layers import Arithmetic
 from znni_dask.patchwise import WindowBlocks, WindowExecutor, apply
-from znni_dask.resources import computing_bytes
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
-from znni_dask.resources import Resources
+from znni_dask.resources import Resources, computing_bytes
 from znni_dask.schedule import Schedules
 from znni_dask.storage.volume import open_volume
 from znni_dask.verify import verify

@@ -21,6 +21,7 @@ STAIRS = [
     *(
         "cli",
         "arguments",
+        "page",
         "report",
         "forecast",
         "inspection",

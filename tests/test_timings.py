@@ -12,6 +12,7 @@ from znni_dask.costs import Costs, model_seconds
 from znni_dask.geometry import Box
 from znni_dask.network.build import Builder
 from znni_dask.network.layers import Conv
+from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout
 from znni_dask.primitives.base import Problem
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
@@ -68,7 +69,7 @@ def test_problems_like_none_are_off_as_most_of_their_family():
     unlike = tuple(100 + value for value in some[0])
     assert found.ratio("tiled fft", 1, unlike) == pytest.approx(2.5)
     remade = ConvTiledFFT((16, 16, 16), remade=True)
-    assert found.ratio(remade.family, 1, remade.features(conv_problem(16))) == 1
+    assert found.ratio(remade.family, 1, remade.features(conv_problem(16))) == pytest.approx(2, 0.1)
 
 
 def test_what_was_measured_slow_is_not_chosen():
@@ -89,7 +90,7 @@ def test_a_study_times_every_family_that_takes_a_layer():
     assert {"tiled fft", "direct blocked", "change of form"} <= families
     assert all(one.threads == 1 and 0 < one.ratio < 1e4 for one in found)
     known = Timings().joined(found)
-    layout = Layout(network(), (48, 48, 48), "reflect")
+    layout = Layout(simplify(network()), (48, 48, 48), "reflect")
     menu = Menu(Schedules(layout, choose_primitives(layout)), Box((12,) * 3, (24,) * 3), 1000.0, 1)
     for family in ("tiled fft", "direct blocked"):
         primitives = menu.of_family(family)
@@ -131,6 +132,6 @@ def test_the_command_measures_and_keeps(tmp_path, monkeypatch, capsys):
     assert "tiled fft" in shown
     assert "kept in" in shown
     found = KEPT().found
-    assert {one.threads for one in found} == {1, 2}
+    assert {one.threads for one in found} == {2}
     assert all(np.isfinite(one.ratio) and one.ratio > 0 for one in found)
     assert cli.main(["measure", "--threads", "0"]) == 2

@@ -63,6 +63,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     _add_network(plan)
     _add_input(plan)
     plan.add_argument("--format", choices=("table", "json"), default="table")
+    plan.add_argument("--html", metavar="FILE", help="a page with pictures to make, too")
     _add_options(plan)
 
 
@@ -81,7 +82,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", metavar="FILE", help="what znni plan --format json told, perhaps edited"
     )
-    parser.add_argument("--axes", metavar="LETTERS", help="what the input's axes mean, out of tczyx")
+    parser.add_argument(
+        "--axes", metavar="LETTERS", help="what the input's axes mean, out of tczyx"
+    )
     parser.add_argument(
         "--channels", type=_numbers, metavar="C,…", help="the input's channels to use, from 0"
     )

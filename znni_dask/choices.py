@@ -6,7 +6,7 @@ only the fastest for those of that size.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -272,7 +272,7 @@ def planned(
 ) -> tuple[Choice, ...]:
     """The choices of a plan: of every layer what computes it, on boxes of ``sizes`` for so many
     ``voxels`` of output."""
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for step in schedules.steps(sizes):
         one = costs.step_seconds(step.primitive, step.problem, threads)
         seconds[step.operation.node.name] += schedules.repeats * one / voxels

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -27,13 +28,14 @@ from rich.progress import (
 from znni_dask import report, timings
 from znni_dask.arguments import asked, parser
 from znni_dask.calibration import calibrate
-from znni_dask.errors import InputError, RunError
+from znni_dask.errors import InputError, OutputError, RunError
 from znni_dask.forecast import forecasts
 from znni_dask.importers import load_network
 from znni_dask.inspection import facts
 from znni_dask.kernels import compiled
 from znni_dask.machine import cores
 from znni_dask.options import computing_threads
+from znni_dask.page import page
 from znni_dask.run import run
 from znni_dask.verify import verify
 
@@ -98,15 +100,27 @@ def _infer(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     found = forecasts(options.network, options.input, **asked(options))
+    if options.html:
+        title = f"{options.network} on {options.input}"
+        _write(options.html, page(title, found))
     console = _console()
     if options.format == "json":
         sys.stdout.write(json.dumps([one.described() for one in found], indent=2) + "\n")
         return 0
     for one in found:
         console.print(report.forecast_table(one))
+        if one.others:
+            console.print(report.alternatives_table(one))
         for line in report.forecast_lines(one):
             console.print(line, soft_wrap=True)
     return 0
+
+
+def _write(place: str, made: str) -> None:
+    try:
+        Path(place).write_text(made, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{place} cannot be written: {error}") from None
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -127,15 +141,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _measure(options: argparse.Namespace) -> int:
     console = _console()
-    counts = sorted({1, computing_threads(options.threads)})
-    found = timings.kept()
+    threads = computing_threads(options.threads)
+
+    def told(done: int, total: int) -> None:
+        console.print(f"{done} of {total} networks measured, with {threads} threads")
+
     with _telling_of_compilation(console):
-        for threads in counts:
-
-            def told(done: int, total: int, threads: int = threads) -> None:
-                console.print(f"{threads} threads: {done} of {total} networks measured")
-
-            found = found.joined(calibrate(threads, told).found)
+        found = timings.kept().joined(calibrate(threads, told).found)
     place = timings.keep_timings(found)
     console.print(report.timings_table(found))
     console.print(f"kept in {place}; plans are made by it from now on", soft_wrap=True)

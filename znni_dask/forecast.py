@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import prod
@@ -13,15 +14,14 @@ from znni_dask.choices import chosen_primitives
 from znni_dask.feeding import connected
 from znni_dask.geometry import Size, volume
 from znni_dask.inspection import multiply_adds
-from znni_dask.kernels.memory import allocated_bytes
 from znni_dask.kernels.warm import compile_kernels
 from znni_dask.network.network import Network
 from znni_dask.passes import PlannedPass, plan_pass
 from znni_dask.patches import largest_box
-from znni_dask.plan import Plan
+from znni_dask.plan import Alternative, Plan
 from znni_dask.primitives.base import Shape
 from znni_dask.primitives.forms import FormChange
-from znni_dask.resources import computing_bytes
+from znni_dask.resources import Resources, computing_bytes
 from znni_dask.schedule import Schedules, Step
 from znni_dask.windows import WindowGrid
 
@@ -29,7 +29,8 @@ from znni_dask.windows import WindowGrid
 @dataclass(frozen=True)
 class StepForecast:
     """A step of a patch: a layer, or a change of the form of its output. ``seconds`` are those of
-    all offsets; ``bytes`` are its output's and those that it computes in."""
+    all offsets; ``bytes`` are its output's and those that it computes in, ``peak_bytes`` those of
+    the whole process meanwhile."""
 
     layer: str
     kind: str
@@ -37,6 +38,7 @@ class StepForecast:
     output: Shape
     seconds: float
     bytes: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Forecast:
     work_ratio: float
     computing_bytes: int
     measured: bool
+    others: tuple[Alternative, ...]
 
     @property
     def seconds(self) -> float:
@@ -105,6 +108,10 @@ def forecast(planned: PlannedPass) -> Forecast:
     dense = not isinstance(laid, WindowGrid) and laid.geometry.dense
     needed = multiply_adds(network, dense) * volume(made) * samples
     done = schedules.repeats * sum(map(_adds, steps))
+    computing = computing_bytes(schedules, sizes, made, threads)
+    workspaces = (s.primitive.workspace_bytes(s.problem, threads) for s in steps)
+    base = plan.predicted_bytes - schedules.arena(sizes).bytes - max(workspaces)
+    alive = schedules.alive_bytes(sizes)
     values = sum(layout.encoding.voxel_bytes(layout.channels) for layout in planned.stored)
     return Forecast(
         outputs=planned.outputs,
@@ -114,23 +121,31 @@ def forecast(planned: PlannedPass) -> Forecast:
         blocks=job.reads.blocks,
         stored_bytes=values * volume(laid.output_size) * job.volume.times,
         plan=plan,
-        steps=tuple(
-            StepForecast(
-                step.operation.node.name,
-                step.operation.node.layer.kind,
-                step.primitive.name,
-                step.problem.output,
-                schedules.repeats
-                * resources.costs.step_seconds(step.primitive, step.problem, threads),
-                step.operation.output.form.nbytes(step.problem.output)
-                + allocated_bytes(step.primitive.workspace_bytes(step.problem, threads)),
-            )
-            for step in steps
-        ),
+        steps=tuple(_steps(steps, alive, base, schedules.repeats, resources)),
         work_ratio=float(done / needed) if needed else 1.0,
-        computing_bytes=computing_bytes(schedules, sizes, made, threads),
+        computing_bytes=computing,
         measured=bool(resources.costs.timings.found),
+        others=planned.others,
     )
+
+
+def _steps(
+    steps: Sequence[Step], alive: Sequence[int], base: int, repeats: int, resources: Resources
+) -> Iterator[StepForecast]:
+    """The steps of a patch; ``base`` is the memory of the process beside arrays and workspace."""
+    for step, nbytes in zip(steps, alive, strict=True):
+        primitive, problem = step.primitive, step.problem
+        workspace = primitive.workspace_bytes(problem, resources.threads)
+        seconds = resources.costs.step_seconds(primitive, problem, resources.threads)
+        yield StepForecast(
+            layer=step.operation.node.name,
+            kind=step.operation.node.layer.kind,
+            primitive=primitive.name,
+            output=problem.output,
+            seconds=repeats * seconds,
+            bytes=step.operation.output.form.nbytes(problem.output) + workspace,
+            peak_bytes=base + nbytes + workspace,
+        )
 
 
 def _adds(step: Step) -> Fraction:

@@ -84,7 +84,7 @@ class Asked:
                 f"of one section the network makes {laid.output_size[0]}, for which there is no "
                 f"axis (axes {volume.axes}): give the volume a z axis"
             )
-        plan = plan_for(laid, self._resources(laid, chunks), self.patch)
+        plan, _ = plan_for(laid, self._resources(laid, chunks), self.patch)
         # what a block reads depends on its patches; its name and its values do not
         token = tokenize(self._told(names, chunks), source, plan.patch)
         job = Job(laid, volume, self.application.selection, self.application.nan, plan)

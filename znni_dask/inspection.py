@@ -104,8 +104,8 @@ def _of_windows(network: Network, name: str, threads: int, window: Size | None) 
 
 
 def multiply_adds(network: Network, dense: bool) -> Fraction:
-    """Multiply-adds per voxel of the volume; of a dense network every layer counts at every voxel. What was
-    reduced to single voxels costs nothing in comparison."""
+    """Multiply-adds per voxel of the volume; of a dense network every layer counts at every voxel.
+    What was reduced to single voxels costs nothing in comparison."""
     total = Fraction(0)
     for node in network:
         if not any(network.reduced[node.name]):

@@ -158,14 +158,14 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
         with self._computing:
             before = self._blocks.layer_seconds
             self._blocks.make(block, values, region.start, take, wanted)
-            layer_seconds = self._blocks.layer_seconds - before
+            spent = self._blocks.layer_seconds
         for target, stored in made:
             target.image.write(block, stored, time)
         return Made(
             block.voxels if wanted is None else int(wanted.sum()),
             reader.decoded_voxels,
             job.reads.needed_voxels(place, region),
-            dict(layer_seconds),
+            {layer: seconds - before.get(layer, 0.0) for layer, seconds in spent.items()},
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,8 +29,9 @@ class Pass:
 
     ``voxels`` and ``blocks`` were made by this run; of ``unselected`` blocks it found that they
     hold nothing that the mask selects. ``decoded_voxels`` of the volume's chunks were decoded;
-    ``needed_voxels`` lie behind the blocks that were made, each counted once.
-    Computing every layer took so many ``layer_seconds``. ``levels`` are the sizes of the coarser levels, ``level_blocks`` the blocks made of them.
+    ``needed_voxels`` lie behind the blocks that were made, each counted once. Computing took so
+    many ``layer_seconds``. ``levels`` are the sizes of the coarser levels, ``level_blocks`` the
+    blocks made of them.
     """
 
     outputs: tuple[str, ...]
@@ -62,7 +63,7 @@ class _Tally:
     unselected: int = 0
     decoded_voxels: int = 0
     needed_voxels: int = 0
-    layer_seconds: Counter[str] = field(default_factory=Counter)
+    layer_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, made: Made) -> None:
         """Count one block."""
@@ -71,7 +72,8 @@ class _Tally:
         self.unselected += made.voxels == 0
         self.decoded_voxels += made.decoded_voxels
         self.needed_voxels += made.needed_voxels
-        self.layer_seconds.update(made.layer_seconds)
+        for layer, seconds in made.layer_seconds.items():
+            self.layer_seconds[layer] += seconds
 
 
 def make_all(

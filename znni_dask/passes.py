@@ -15,7 +15,7 @@ from znni_dask.geometry import Size
 from znni_dask.job import Job, Target
 from znni_dask.journal import in_json, journal_of
 from znni_dask.machine import anonymous_bytes
-from znni_dask.plan import Plan
+from znni_dask.plan import Alternative, Plan
 from znni_dask.pyramid import Pyramid
 from znni_dask.recompute import MeasuredError, measured_error
 from znni_dask.resources import OVERHEAD_BYTES, Resources, network_bytes
@@ -45,7 +45,6 @@ class Request:
     pyramid: bool
     plans: tuple[Plan, ...] = ()
 
-
     def planned(
         self, groups: Sequence[tuple[str, ...]]
     ) -> Iterator[tuple[tuple[str, ...], Plan | None]]:
@@ -55,13 +54,15 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class PlannedPass:
-    """A pass that is planned: for each of its outputs how it is stored, and the work."""
+    """A pass that is planned: for each of its outputs how it is stored, and the work; ``others``
+    are plans that it could have been."""
 
     outputs: tuple[str, ...]
     stored: tuple[OutputLayout, ...]
     job: Job
     pyramid: Pyramid
     resources: Resources
+    others: tuple[Alternative, ...] = ()
     measured_error: MeasuredError | None = None
 
 
@@ -97,12 +98,12 @@ def plan_pass(
         selected_bytes=0 if selection.everything else _WANTED_BYTES,
         costs=Costs(timings.kept()),
     )
-    plan = plan_for(laid, resources, request.patch, given)
+    plan, others = plan_for(laid, resources, request.patch, given)
     held = OVERHEAD_BYTES + network_bytes(laid.network)
     coarser = pyramid.plan(stored, resources.baseline_bytes + held, request.allowed_bytes)
     needed = max(plan.predicted_bytes, coarser.predicted_bytes)
     job = Job(laid, source, selection, application.nan, replace(plan, predicted_bytes=needed))
-    return PlannedPass(names, stored, job, coarser, resources)
+    return PlannedPass(names, stored, job, coarser, resources, others)
 
 
 def read_by(application: Application, planned: list[PlannedPass]) -> list[PlannedPass]:
@@ -156,17 +157,17 @@ def places(names: Iterable[str], root: Path) -> dict[str, Path]:
 
 def plan_for(
     laid: Laid, resources: Resources, patch: Size | None, given: Plan | None = None
-) -> Plan:
-    """The plan of an answer, in patches or in windows, or the one that was ``given``, checked;
-    raises `MemoryLimitError`, `OptionError`."""
+) -> tuple[Plan, tuple[Alternative, ...]]:
+    """The plan of an answer, in patches or in windows, and others that it could have been; or the
+    one that was ``given``, checked. Raises `MemoryLimitError`, `OptionError`."""
     if isinstance(laid, WindowGrid):
         if patch is not None:
             raise OptionError("windows are the patches of patchwise inference: give no patch")
         if given is not None:
-            return window_planner.checked(laid, resources, given)
-        return window_planner.plan(laid, resources)
+            return window_planner.checked(laid, resources, given), ()
+        return window_planner.search(laid, resources)
     asked = planner.Request(**vars(resources), layout=laid, patch=patch)
-    return planner.plan(asked) if given is None else planner.checked(asked, given)
+    return planner.search(asked) if given is None else (planner.checked(asked, given), ())
 
 
 def create_outputs(

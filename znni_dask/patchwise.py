@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -60,7 +59,7 @@ class WindowExecutor(Closing):
         self._executor.run(self._made[samples], windows, outs)
 
     @property
-    def layer_seconds(self) -> Counter[str]:
+    def layer_seconds(self) -> dict[str, float]:
         """The seconds that every layer took so far."""
         return self._executor.layer_seconds
 
@@ -164,7 +163,7 @@ class WindowBlocks(Closing):
                 yield window, here
 
     @property
-    def layer_seconds(self) -> Counter[str]:
+    def layer_seconds(self) -> dict[str, float]:
         """The seconds that every layer took so far, changes of its output's form included."""
         return self._executor.layer_seconds
 

@@ -132,8 +132,27 @@ class Plan:
         )
 
 
+@dataclass(frozen=True)
+class Alternative:
+    """Another patch, or other windows at once: how fast it would be with the primitives that are
+    fastest for it, and the memory that these need, one block in flight."""
+
+    patch: Size
+    block: Size
+    samples: int
+    voxels_per_second: float
+    needed_bytes: int
+
+    def loses(self, plan: Plan) -> str:
+        """Why the plan is another one."""
+        if self.needed_bytes > plan.allowed_bytes:
+            return "needs more memory than is allowed"
+        slower = plan.voxels_per_second / self.voxels_per_second
+        if slower > 1:
+            return f"{slower:.2f} times slower"
+        return "about as fast, with fewer blocks or more reading"
+
+
 def _choice(told: Mapping[str, Any]) -> Choice:
     """A choice as JSON tells it."""
-    return Choice(
-        str(told["layer"]), str(told["primitive"]), float(told.get("voxel_seconds", 0.0))
-    )
+    return Choice(str(told["layer"]), str(told["primitive"]), float(told.get("voxel_seconds", 0.0)))

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from math import inf, log, prod
+from typing import NamedTuple
 
 from znni_dask.choices import Menu, choose_primitives, chosen_primitives, planned
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Size, ceil_divide, multiply, round_up, text, triple, volume
 from znni_dask.machine import show_bytes
 from znni_dask.patches import Layout, largest_box, region_of, spans
-from znni_dask.plan import Plan, Reading, Stage
+from znni_dask.plan import Alternative, Plan, Reading, Stage
 from znni_dask.reading import Reads
 from znni_dask.resources import (
     Resources,
@@ -57,7 +58,13 @@ class _Candidate:
 
 
 def plan(request: Request) -> Plan:
-    """The fastest plan that fits; raises `MemoryLimitError` where none does.
+    """The fastest plan that fits; raises `MemoryLimitError` where none does."""
+    return search(request)[0]
+
+
+def search(request: Request) -> tuple[Plan, tuple[Alternative, ...]]:
+    """The fastest plan that fits, and others, from small patches to large ones; raises
+    `MemoryLimitError` where none fits.
 
     The plain primitives, which need least memory, are tried with every patch; those that are
     fastest for cubes of some size with the patches near that. Of the best patch those are tried
@@ -65,16 +72,17 @@ def plan(request: Request) -> Plan:
     """
     sizes = _sizes(request)
     plain = _Fits(request, Schedules(request.layout, choose_primitives(request.layout)))
-    tried = [(plain, sizes), *_fast(plain, sizes)]
+    fast = list(_fast(plain, sizes))
+    tried = [(plain, sizes), *((one.fits, one.near) for one in fast if one.fits is not None)]
     found = [best for fits, some in tried if (best := _best(fits, some)) is not None]
     if not found:
         raise MemoryLimitError(_refusal(plain, sizes))
     _, fit, _ = _preferred(found)
     pair = fit.candidate.block, fit.candidate.patch
-    fits = _fastest(plain, *pair)
+    fits = _fastest(plain, *pair, [pair]).fits
     if fits is not None and (best := _best(fits, [pair])) is not None:
         found.append(best)
-    return _told(*_preferred(found))
+    return _told(*_preferred(found)), tuple(one.alternative for one in fast)
 
 
 def checked(request: Request, given: Plan) -> Plan:
@@ -125,33 +133,44 @@ def _preferred(found: list[_Found]) -> _Found:
     return min(about_as_fast, key=lambda f: (f[0].worse(f[1]), f[1].candidate.seconds_per_voxel))
 
 
-def _fast(plain: _Fits, sizes: list[_Pair]) -> Iterator[tuple[_Fits, list[_Pair]]]:
-    """Primitives that are fastest for cubes of some size, and the pairs near that size."""
+class _Fast(NamedTuple):
+    """The primitives that are fastest for a patch within the memory that it leaves them, None where
+    there are none or these are the plain ones; the pairs near it; and what it would be like if
+    there were memory enough."""
+
+    fits: _Fits | None
+    near: list[_Pair]
+    alternative: Alternative
+
+
+def _fast(plain: _Fits, sizes: list[_Pair]) -> Iterator[_Fast]:
+    """What is fastest for cubes of some size, and the pairs near that size."""
     for edge in _EDGES:
         near = [s for s in sizes if edge**3 / _NEAR <= volume(s[1]) < edge**3 * _NEAR]
         if near:
             pair = min(near, key=lambda s: sum(abs(log(n / edge)) for n in s[1]))
-            if (fits := _fastest(plain, *pair)) is not None:
-                yield fits, near
+            yield _fastest(plain, *pair, near)
 
 
-def _fastest(plain: _Fits, block: Size, patch: Size) -> _Fits | None:
-    """The primitives that are fastest for a patch, within the memory that it leaves them; None
-    where there is none, or where plain ones are."""
+def _fastest(plain: _Fits, block: Size, patch: Size, near: list[_Pair]) -> _Fast:
+    """What is fastest for a patch."""
     request = plain.request
     box = largest_box(request.layout, patch)
     patches = request.hull.voxels / box.voxels
     menu = Menu(plain.schedules, box, patches, request.threads, request.costs)
     schedules = Schedules(request.layout, menu.fastest())
-    over = predicted_bytes(request, schedules, block, patch, 1) - request.allowed_bytes
+    needed = predicted_bytes(request, schedules, block, patch, 1)
+    rate = 1 / _rate(request, schedules, block, patch).seconds_per_voxel
+    alternative = Alternative(patch, block, 1, rate, needed)
+    over = needed - request.allowed_bytes
     if over > 0:
         spent = schedules.spent_bytes(schedules.sizes(box), request.threads)
         primitives = menu.fastest_within(spent - over)
         if primitives is None:
-            return None
+            return _Fast(None, near, alternative)
         schedules = Schedules(request.layout, primitives)
     plainly = schedules.primitives == plain.schedules.primitives
-    return None if plainly else _Fits(request, schedules)
+    return _Fast(None if plainly else _Fits(request, schedules), near, alternative)
 
 
 def _best(fits: _Fits, sizes: list[_Pair]) -> _Found | None:

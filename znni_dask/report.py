@@ -156,6 +156,23 @@ def forecast_table(found: Forecast) -> Table:
     return table
 
 
+def alternatives_table(found: Forecast) -> Table:
+    """Other plans, and why they are not the one."""
+    table = Table(title="other plans", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("patch", "at once", "voxels/s", "memory"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for other in found.others:
+        table.add_row(
+            text(other.patch),
+            str(other.samples),
+            f"{other.voxels_per_second:,.0f}",
+            show_bytes(other.needed_bytes),
+            other.loses(found.plan),
+        )
+    return table
+
+
 def forecast_lines(found: Forecast) -> list[str]:
     """What a pass is expected to take."""
     plan = found.plan

@@ -185,6 +185,15 @@ class Schedules:
         total = max(places[array] + nbytes[array] for array in places)
         return Arena({array: places[owner] for array, owner in self._owners.items()}, total)
 
+    def alive_bytes(self, sizes: Mapping[str, Size]) -> list[int]:
+        """Memory of the arrays that are needed at each operation: written by it or before, and read
+        by it or after."""
+        nbytes = {array: self._bytes(array, sizes[array.name]) for array in self._lives}
+        return [
+            sum(nbytes[a] for a, (born, dies) in self._lives.items() if born <= step <= dies)
+            for step in range(1, len(self.operations) + 1)
+        ]
+
     def spent_bytes(self, sizes: Mapping[str, Size], threads: int) -> int:
         """Memory of what the primitives prepare of the weights, of the libraries that they compute
         with, and of the largest workspace of any of them on boxes of ``sizes``; also where the

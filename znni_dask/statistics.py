@@ -29,8 +29,7 @@ from znni_dask.feeding import feed
 from znni_dask.geometry import Box, Size, text, tiles, triple, volume
 from znni_dask.machine import anonymous_bytes, show_bytes
 from znni_dask.normalization import Normalization, Statistics
-from znni_dask.resources import OVERHEAD_BYTES
-from znni_dask.resources import MOST_BLOCKS_IN_FLIGHT
+from znni_dask.resources import MOST_BLOCKS_IN_FLIGHT, OVERHEAD_BYTES
 from znni_dask.storage.volume import Volume
 
 _BOX = 1 << 21  # voxels looked at by one task, or one chunk where that is more

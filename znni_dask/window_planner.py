@@ -19,7 +19,7 @@ from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Box, Size, text, triple, volume
 from znni_dask.machine import show_bytes
-from znni_dask.plan import Plan, Stage
+from znni_dask.plan import Alternative, Plan, Stage
 from znni_dask.planner import MULTIPLES
 from znni_dask.primitives.base import ITEM_BYTES
 from znni_dask.reading import Reads
@@ -89,6 +89,12 @@ class _Fit:
 
 def plan(grid: WindowGrid, resources: Resources) -> Plan:
     """The fastest plan that fits; raises `MemoryLimitError` where none does."""
+    return search(grid, resources)[0]
+
+
+def search(grid: WindowGrid, resources: Resources) -> tuple[Plan, tuple[Alternative, ...]]:
+    """The fastest plan that fits, and others, with fewer and more windows at once; raises
+    `MemoryLimitError` where none fits."""
     candidates = _candidates(grid, resources)
     smallest = min(candidates, key=lambda c: volume(c.block))
     ways = list(_ways(grid, resources, candidates))
@@ -97,7 +103,22 @@ def plan(grid: WindowGrid, resources: Resources) -> Plan:
     )
     if best is None:
         raise MemoryLimitError(_refusal(grid, ways[0], resources, smallest))
-    return _told(grid, resources, *best)
+    return _told(grid, resources, *best), tuple(_alternatives(grid, resources, ways, candidates))
+
+
+def _alternatives(
+    grid: WindowGrid, resources: Resources, ways: list[_Way], candidates: list[_Candidate]
+) -> Iterator[Alternative]:
+    """Every way with the largest block whose windows it takes together."""
+    for way in ways:
+        samples = way.schedules.samples
+        candidate = next(c for c in candidates if c.most >= samples)
+        seconds = resources.costs.estimated_seconds(
+            way.schedules.steps(grid.layout.sizes), resources.threads
+        )
+        rate = resources.hull.voxels * samples / (candidate.windows * seconds)
+        needed = _predicted_bytes(grid, way, resources, candidate, 1, False)
+        yield Alternative(grid.layout.output_size, candidate.block, samples, rate, needed)
 
 
 def checked(grid: WindowGrid, resources: Resources, given: Plan) -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -65,7 +64,7 @@ class PatchBlocks(Closing):
                 yield box
 
     @property
-    def layer_seconds(self) -> Counter[str]:
+    def layer_seconds(self) -> dict[str, float]:
         """The seconds that every layer took so far, changes of its output's form included."""
         return self._executor.layer_seconds
 

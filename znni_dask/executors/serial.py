@@ -6,7 +6,7 @@ arena holds all activations; it is allocated once and serves every patch.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 
@@ -35,7 +35,7 @@ class SerialExecutor(Closing):
         self, network: Network, primitives: Mapping[str, Primitive], arena: Arena, threads: int
     ) -> None:
         self.network = network
-        self.seconds: Counter[Stored] = Counter()
+        self.seconds: defaultdict[Stored, float] = defaultdict(float)
         self._team = Team(threads)
         self._prepared = {
             node.name: primitives[node.name].prepare(node.layer, network.weights.get(node.name, {}))
@@ -79,9 +79,9 @@ class SerialExecutor(Closing):
                 recombine(fragments, numbers, todo.spacing, out, self._team)
 
     @property
-    def layer_seconds(self) -> Counter[str]:
+    def layer_seconds(self) -> dict[str, float]:
         """The seconds that every layer took so far, changes of its output's form included."""
-        found: Counter[str] = Counter()
+        found: defaultdict[str, float] = defaultdict(float)
         for array, seconds in self.seconds.items():
             found[array.name] += seconds
         return found

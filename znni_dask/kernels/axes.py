@@ -98,9 +98,10 @@ def numbers_at(place: Address) -> Iterator[Number]:
     return (place.number(offset) for offset in count(0, NUMBER_BYTES))
 
 
-def axes_from(numbers: Iterator[Number]) -> Iterator[Axis[Number]]:
+def axes_from(numbers: Iterator[Number]) -> tuple[Axis[Number], Axis[Number], Axis[Number]]:
     """The axes z, y and x that come next."""
-    return (Axis(*islice(numbers, len(Axis._fields))) for _ in "zyx")
+    z, y, x = (Axis(*islice(numbers, len(Axis._fields))) for _ in "zyx")
+    return z, y, x
 
 
 def strides_from(numbers: Iterator[Number]) -> Strides[Number]:

@@ -84,7 +84,7 @@ class ConvTiledFFT(Primitive):
     @property
     def family(self) -> str:
         """All of them."""
-        return f"{_NAME.strip()}{_REMADE if self.remade else ''}"
+        return _NAME.strip()
 
     def features(self, problem: Problem) -> tuple[float, ...]:
         return *super().features(problem), log2(volume(self.tile))

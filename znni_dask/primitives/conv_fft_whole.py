@@ -53,6 +53,11 @@ class ConvWholeFFT(Primitive):
     def fits(self, layer: Layer) -> bool:
         return products_of(layer) >= FEWEST_PRODUCTS
 
+    @property
+    def family(self) -> str:
+        """Both."""
+        return "whole fft"
+
     def flops(self, problem: Problem) -> int:
         return self.work(problem, threads=1).amount(WHOLE)
 

@@ -1,4 +1,4 @@
-"""What a problem takes of a machine: amounts of work, of kinds that it does at rates of their own."""
+"""What a problem takes of a machine: amounts of work, in kinds that have rates of their own."""
 
 from __future__ import annotations
 
