@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 from distributed import Client
 
-from znni_dask import timings
-
 collect_ignore = ["data"]  # what makes it needs TensorFlow
 
 
@@ -16,10 +14,13 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.fixture(autouse=True)
-def not_measured(monkeypatch):
-    """Plans are those of a machine of which nothing was measured, whatever this one is."""
-    monkeypatch.setattr(timings, "kept", timings.Timings)
+@pytest.fixture(autouse=True, scope="session")
+def not_measured(tmp_path_factory):
+    """Plans are those of a machine of which nothing was measured, whatever this one is; those of
+    other processes, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZNNI_TIMINGS", str(tmp_path_factory.mktemp("timings") / "none.json"))
+        yield
 
 
 @pytest.fixture

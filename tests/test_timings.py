@@ -20,8 +20,6 @@ from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.schedule import Schedules
 from znni_dask.timings import Timing, Timings
 
-KEPT = timings.kept  # before fixtures replace it
-
 
 def conv_problem(channels, n=24, kernel=3):
     conv, made = Conv(channels, channels, (kernel,) * 3), n + 1 - kernel
@@ -109,29 +107,30 @@ def test_a_study_times_every_family_that_takes_a_layer():
 
 
 def test_timings_are_kept_for_this_machine_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("ZNNI_TIMINGS")
     monkeypatch.setenv("ZNNI_CACHE", str(tmp_path))
-    assert KEPT() == Timings()
+    assert timings.kept() == Timings()
     found = Timings((Timing("direct", 2, (1.0, 2.5), 0.75), Timing("direct", 1, (0.1, 0.2), 3.0)))
     place = timings.keep_timings(found)
-    assert KEPT() == found
+    assert timings.kept() == found
     monkeypatch.setattr(timings, "cores", lambda: 77)
-    assert KEPT() == Timings()
-    monkeypatch.undo()
-    monkeypatch.setenv("ZNNI_CACHE", str(tmp_path))
+    assert timings.kept() == Timings()
+    monkeypatch.setenv("ZNNI_TIMINGS", str(place))
+    assert timings.kept() == found
     for damaged in ("", "{}", '{"timings": [{"family": "x"}]}', "[1"):
         place.write_text(damaged)
-        assert KEPT() == Timings()
+        assert timings.kept() == Timings()
 
 
 def test_the_command_measures_and_keeps(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("ZNNI_CACHE", str(tmp_path))
+    monkeypatch.setenv("ZNNI_TIMINGS", str(tmp_path / "timings.json"))
     monkeypatch.setattr(calibration, "studies", lambda: iter([Study(network(), 8)]))
     assert cli.main(["measure", "--threads", "2"]) == 0
     shown = capsys.readouterr().out
     assert "1 of 1 networks" in shown
     assert "tiled fft" in shown
     assert "kept in" in shown
-    found = KEPT().found
+    found = timings.kept().found
     assert {one.threads for one in found} == {2}
     assert all(np.isfinite(one.ratio) and one.ratio > 0 for one in found)
     assert cli.main(["measure", "--threads", "0"]) == 2

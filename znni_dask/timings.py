@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -93,7 +94,10 @@ def machine() -> dict[str, object]:
 
 
 def place() -> Path:
-    """Where the timings of this machine are kept."""
+    """Where the timings of this machine are kept: in the file that ``$ZNNI_TIMINGS`` names, by
+    default beside compiled code."""
+    if chosen := os.environ.get("ZNNI_TIMINGS"):
+        return Path(chosen)
     fingerprint = hashlib.sha256(json.dumps(machine()).encode()).hexdigest()[:16]
     return cache_folder() / f"timings-{fingerprint}.json"
 
