@@ -217,7 +217,7 @@ def test_a_run_that_is_resumed_takes_no_statistics_again(tmp_path, client, monke
     fresh = znni_dask.run(*arguments, tmp_path / "fresh.zarr", **common, **asked)
     assert fresh.measured_bytes > 0
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["znni_dask.run"], "measure", None)
+        patched.setattr(sys.modules["znni_dask.running"], "measure", None)
         resumed = znni_dask.run(*arguments, tmp_path / "out.zarr", **common, **asked)
     assert resumed.blocks == fresh.blocks - 3
     assert np.array_equal(full(tmp_path / "out.zarr"), full(tmp_path / "fresh.zarr"))

@@ -377,7 +377,7 @@ def test_no_more_windows_are_taken_at_once_than_a_block_has(unit, most):
 def test_no_more_are_taken_either_where_blocks_must_be_small():
     grid = WindowGrid(wide(), (64, 64, 64), "constant", Patchwise((16, 16, 16), step=(2, 2, 2)))
     resources = with_resources(grid, 300 << 20, unit=(1, 1, 1))
-    dear = replace(resources, read_bytes=lambda region, by_cells=False: 8000 * volume(region))
+    dear = replace(resources, read_bytes=lambda region, by_cells=False: 10000 * volume(region))
     plan = window_planner.plan(grid, dear)
     assert plan.stages[0].samples <= volume(plan.block) < 16
 

@@ -36,7 +36,7 @@ from znni_dask.kernels import compiled
 from znni_dask.machine import cores
 from znni_dask.options import computing_threads
 from znni_dask.page import page
-from znni_dask.run import run
+from znni_dask.running import run
 from znni_dask.verify import verify
 
 _PLAIN_SECONDS = 5.0

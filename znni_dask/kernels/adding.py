@@ -7,7 +7,7 @@ from functools import cache
 from llvmlite import ir
 
 from znni_dask.kernels.code import VECTOR_BYTES, Function
-from znni_dask.kernels.compiled import Library, compiled_library
+from znni_dask.kernels.compiled import Library, kept_library
 
 ADD = "add"
 LINE = 256  # vectors
@@ -16,7 +16,7 @@ LINE = 256  # vectors
 @cache
 def adding_library() -> Library:
     """The compiled function."""
-    return compiled_library(adding_module())
+    return kept_library(adding_module)
 
 
 def adding_module() -> ir.Module:

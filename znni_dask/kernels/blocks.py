@@ -12,7 +12,7 @@ from functools import cache
 from llvmlite import ir
 
 from znni_dask.kernels.code import LANES, VECTOR_BYTES, Function, Vector
-from znni_dask.kernels.compiled import Library, compiled_library
+from znni_dask.kernels.compiled import Library, kept_library
 
 BLOCK, UNBLOCK = "block", "unblock"
 _FEW = ((1, 1), (2, 4), (5, LANES))  # channels of a block: the fewer, the less is transposed
@@ -22,7 +22,7 @@ _AHEAD_BYTES = 4096  # which is how far ahead blocks are fetched
 @cache
 def blocks_library() -> Library:
     """The compiled functions."""
-    return compiled_library(blocks_module())
+    return kept_library(blocks_module)
 
 
 def blocks_module() -> ir.Module:

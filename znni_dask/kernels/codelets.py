@@ -16,8 +16,20 @@ from typing import NamedTuple, TypeAlias
 from znni_dask.kernels.code import Vector
 
 LONGEST = 64
-_SLOWER = {50: 2.0, 54: 2.0, 56: 2.0, 60: 2.0}  # times: what tiles so long are found to take
-_PRIMES = (2, 3, 5, 7)
+_SLOWER = {
+    22: 1.5,
+    26: 1.5,
+    33: 1.5,
+    39: 1.5,
+    44: 2.0,
+    52: 2.5,
+    55: 2.5,  # of many products
+    50: 2.0,
+    54: 2.0,
+    56: 2.0,
+    60: 2.0,
+}  # times: what tiles so long are found to take
+_PRIMES = (2, 3, 5, 7, 11, 13)
 _RADICES = (4, *_PRIMES)
 _NOTHING = 1e-12
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -91,29 +92,60 @@ class Library:
         return self._functions[name]
 
 
+def kept_library(write: Callable[..., ir.Module], *arguments: Hashable) -> Library:
+    """The functions of ``write(*arguments)``, compiled for this machine or taken from the cache on
+    disk. What is kept is known by the arguments and the source that writes it: where it is there,
+    nothing need be written. ``write`` is a function of a module and reads nothing else."""
+    about = _sources(write.__code__.co_filename), write.__qualname__, arguments
+    return _library(repr(about), lambda: _told(write(*arguments)))
+
+
 def compiled_library(module: ir.Module) -> Library:
-    """A module's functions, compiled for this machine or taken from the cache on disk."""
+    """The same of a module at hand, known by its text."""
+    text, parameters = _told(module)
+    return library_of_text(text, parameters)
+
+
+def library_of_text(text: str, parameters: Parameters) -> Library:
+    """The same of functions whose text is LLVM's."""
+    return _library(text, lambda: (text, parameters))
+
+
+def _told(module: ir.Module) -> tuple[str, Parameters]:
+    """A module's text, and what its functions take."""
     parameters = {}
     for function in module.functions:
         if function.blocks and function.linkage != "internal":
             addresses = [a.name for a in function.args if isinstance(a.type, ir.PointerType)]
             numbers = [a.name for a in function.args if not isinstance(a.type, ir.PointerType)]
             parameters[function.name] = addresses, numbers
-    return library_of_text(str(module), parameters)
+    return str(module), parameters
 
 
-def library_of_text(text: str, parameters: Parameters) -> Library:
-    """The same of functions whose text is LLVM's."""
+@cache
+def _sources(file: str) -> str:
+    """A digest of this folder's modules and of another."""
+    found = hashlib.sha256()
+    for place in [*sorted(Path(__file__).parent.glob("*.py")), Path(file)]:
+        found.update(place.read_bytes())
+    return found.hexdigest()
+
+
+def _library(about: str, write: Callable[[], tuple[str, Parameters]]) -> Library:
+    """From the cache on disk, or else written and compiled. A file holds what the functions take
+    in its first line, and then their code."""
     target = host()
-    key = hashlib.sha256(repr((text, target, llvm.llvm_version_info)).encode()).hexdigest()
-    place = cache_folder() / f"{key}.o"
+    key = hashlib.sha256(repr((about, target, llvm.llvm_version_info)).encode()).hexdigest()
+    place = cache_folder() / f"{key}.kernels"
     try:
-        return Library(place.read_bytes(), parameters)
+        told, code = place.read_bytes().split(b"\n", 1)
+        return Library(code, json.loads(told))
     except OSError:  # not there yet, or not for us to read
         LOG.info("compiling kernels for this machine: once, they are kept in %s", cache_folder())
-        code = object_code(text, target)
+    text, parameters = write()
+    code = object_code(text, target)
     with contextlib.suppress(OSError):  # where nothing can be kept, every process compiles
-        keep(place, code)
+        keep(place, json.dumps(parameters).encode() + b"\n" + code)
     return Library(code, parameters)
 
 

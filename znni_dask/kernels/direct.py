@@ -81,7 +81,7 @@ def convolve(x, weight, bias, out, offset, stride, dilation, least, first, last)
                         row = start + ty * dilation[1] * pitch
                         _add_taps(part, source, row, taps, dilation[2], count)
                 if _is_whole(f, fan_in, kz * ky * kx):
-                    _add_part(runs, part)
+                    _add_part(runs, part, count)
             _store(out, runs, batch, group, groups, block, z, 0, begin, count, pitch, least)
 
 
@@ -118,7 +118,7 @@ def convolve_strided(x, weight, bias, out, offset, stride, dilation, least, firs
                                 tap = weight[group, block, f, tz, ty, tx]
                                 _add_tap(part, line, 0, tap, count)
                     if _is_whole(f, fan_in, kz * ky * kx):
-                        _add_part(runs, part)
+                        _add_part(runs, part, count)
                 _store(out, runs, batch, group, groups, block, z, y, begin, count, out_x, least)
 
 
@@ -137,11 +137,13 @@ def _is_whole(f, fan_in, taps):
 
 
 @njit(**OPTIONS)
-def _add_part(runs, part):
-    """Add a part of the sum, and begin the next."""
-    for i in range(CHANNELS * RUN):
-        runs[i] += part[i]
-        part[i] = 0
+def _add_part(runs, part, count):
+    """Add a part of the sum, and begin the next; taps were added in whole blocks."""
+    length = (count + LANES - 1) // LANES * LANES
+    for c in range(CHANNELS):
+        for i in range(c * RUN, c * RUN + length):
+            runs[i] += part[i]
+            part[i] = 0
 
 
 @njit(**OPTIONS)

@@ -20,7 +20,7 @@ from znni_dask.kernels.code import (
     Number,
     Vector,
 )
-from znni_dask.kernels.compiled import Library, compiled_library
+from znni_dask.kernels.compiled import Library, kept_library
 
 INTERLEAVE = "interleave"
 _FLOAT_BYTES = 4
@@ -38,6 +38,11 @@ def fragments_library() -> Library:
     such places, and what the answer holds there stays. ``out`` begins ``shift`` floats behind a
     cache line; ``line`` is the thread's own memory, as long as a row of the answer.
     """
+    return kept_library(fragments_module)
+
+
+def fragments_module() -> ir.Module:
+    """The function as it is written."""
     module = ir.Module("fragments")
     code = Function(
         module,
@@ -89,7 +94,7 @@ def fragments_library() -> Library:
             target.store(values, i * _FLOAT_BYTES, streamed=True)
         copy(line, target, whole, out_x)
     code.finish()
-    return compiled_library(module)
+    return module
 
 
 def _weave(code: Function, sources: list[Address], line: Address, length: Number) -> None:

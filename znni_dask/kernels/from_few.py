@@ -15,7 +15,7 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from znni_dask.kernels.code import FLOAT_BYTES, VECTOR_BYTES, Function, Number
-from znni_dask.kernels.compiled import Library, compiled_library, host
+from znni_dask.kernels.compiled import Library, host, kept_library
 
 CONVOLVE, PAD = "convolve", "pad"
 _VOXELS = {True: 14, False: 4}  # summed at once, with 32 long registers, and without
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 @cache
 def from_few_library(shape: Shape) -> Library:
     """The compiled functions for a shape of kernels."""
-    return compiled_library(from_few_module(shape, host().wide))
+    return kept_library(from_few_module, shape, host().wide)
 
 
 def from_few_module(shape: Shape, wide: bool) -> ir.Module:

@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from znni_dask.kernels.axes import Axis, N, Strides, axes_from, numbers_at, strides_from
 from znni_dask.kernels.code import LANES, VECTOR_BYTES, Address, Function, Number
-from znni_dask.kernels.compiled import Library, compiled_library
+from znni_dask.kernels.compiled import Library, kept_library
 
 GATHER = {False: "gather_plain", True: "gather_blocked"}
 
@@ -31,7 +31,7 @@ class Patches(NamedTuple, Generic[N]):
 @cache
 def patches_library() -> Library:
     """The compiled functions, one for each form of the input."""
-    return compiled_library(patches_module())
+    return kept_library(patches_module)
 
 
 def patches_module() -> ir.Module:

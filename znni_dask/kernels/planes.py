@@ -35,17 +35,16 @@ from numpy.typing import NDArray
 from znni_dask.geometry import ceil_divide
 from znni_dask.kernels.axes import NUMBER_BYTES
 from znni_dask.kernels.code import LANES, VECTOR_BYTES, Function
-from znni_dask.kernels.compiled import Library, compiled_library, host
+from znni_dask.kernels.compiled import Library, host, kept_library
 from znni_dask.kernels.complex_product import PAIR_BYTES
 from znni_dask.kernels.lines import complex_line, restored_line
 from znni_dask.kernels.memory import odd_lines
-from znni_dask.kernels.tiles import STACK_NUMBERS, Place, Tile
+from znni_dask.kernels.tiles import STACK_BYTES, Place, Tile
 
 CONVOLVE = "convolve"
 _PLANES_AT_ONCE = {True: 4, False: 1}  # with 32 long registers, and without
 _ROWS_AT_ONCE = {True: 6, False: 2}  # of transforms along x
 _FLOAT_BYTES, COMPLEX_BYTES = 4, 8
-STACK_BYTES = NUMBER_BYTES * STACK_NUMBERS
 _STRIDES = ("channel_stride", "row_stride", "stride")
 
 
@@ -84,7 +83,7 @@ def waves(length: int) -> NDArray[np.float32]:
 @cache
 def planes_library(tile: Tile, relu: bool) -> Library:
     """The compiled function for a tile, with or without ReLU after it."""
-    return compiled_library(planes_module(tile, relu, host().wide))
+    return kept_library(planes_module, tile, relu, host().wide)
 
 
 def planes_module(tile: Tile, relu: bool, wide: bool) -> ir.Module:

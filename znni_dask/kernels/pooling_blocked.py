@@ -18,7 +18,7 @@ from typing import Generic, NamedTuple, TypeVar
 from llvmlite import ir
 
 from znni_dask.kernels.code import VECTOR_BYTES, Address, Function, Integer, Number, Vector
-from znni_dask.kernels.compiled import Library, compiled_library, host
+from znni_dask.kernels.compiled import Library, host, kept_library
 
 POOL = "pool"
 PLANE_NUMBERS, ROW_NUMBERS = 3, 5
@@ -72,7 +72,7 @@ class Rows(NamedTuple, Generic[N]):
 @cache
 def pooling_library(mean: bool) -> Library:
     """The compiled function for the largest value of windows, or for their mean."""
-    return compiled_library(pooling_module(mean, host().wide))
+    return kept_library(pooling_module, mean, host().wide)
 
 
 def pooling_module(mean: bool, wide: bool) -> ir.Module:

@@ -11,7 +11,7 @@ from functools import cache
 from llvmlite import ir
 
 from znni_dask.kernels.code import VECTOR_BYTES, Address, Function, Number, Vector
-from znni_dask.kernels.compiled import Library, compiled_library
+from znni_dask.kernels.compiled import Library, kept_library
 
 GATHER, INTERPOLATE = "gather", "interpolate"
 _SIZES = ("size_z", "size_y", "size_x", "out_z", "out_y", "out_x")
@@ -20,10 +20,15 @@ _SIZES = ("size_z", "size_y", "size_x", "out_z", "out_y", "out_x")
 @cache
 def resampling_library() -> Library:
     """The compiled functions."""
+    return kept_library(resampling_module)
+
+
+def resampling_module() -> ir.Module:
+    """The functions as they are written."""
     module = ir.Module("resampling")
     _write_gather(module)
     _write_interpolate(module)
-    return compiled_library(module)
+    return module
 
 
 def _write_gather(module: ir.Module) -> None:

@@ -20,7 +20,7 @@ from llvmlite import ir
 
 from znni_dask.kernels.axes import TOLD_BYTES, Axis, Lanes, Rows, Told
 from znni_dask.kernels.code import LANES, VECTOR_BYTES, Address, Function, Number
-from znni_dask.kernels.compiled import Library, compiled_library, host
+from znni_dask.kernels.compiled import Library, host, kept_library
 from znni_dask.kernels.sums import VOXELS, Sums, sizes
 
 CONVOLVE = "convolve"
@@ -34,7 +34,7 @@ def most_at_once(lanes: Lanes) -> int:
 @cache
 def rows_library(lanes: Lanes, made: int) -> Library:
     """The compiled function for so many output blocks, or outputs, at once."""
-    return compiled_library(rows_module(lanes, made, host().wide))
+    return kept_library(rows_module, lanes, made, host().wide)
 
 
 Span = tuple[Number, Number]  # first and end

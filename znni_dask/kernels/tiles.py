@@ -46,13 +46,15 @@ from znni_dask.kernels.code import (
     Integer,
     Number,
 )
-from znni_dask.kernels.compiled import Library, compiled_library, host
+from znni_dask.kernels.compiled import Library, host, kept_library
 from znni_dask.kernels.complex_product import PAIR_BYTES, TRIPLE_BYTES, Ahead, Product
 from znni_dask.kernels.lines import complex_line, gathered_line, real_line, restored_line
 
 STACK_NUMBERS = 5
+STACK_BYTES = 8 * STACK_NUMBERS
 KERNELS, PLANES, COLUMNS, RESTORE = "kernels", "planes", "columns", "restore"
 _KERNELS_AT_ONCE, _KERNELS_BYTES = 8, 640 << 10  # the latter stay in a second-level cache
+_PARTS = 8  # of spectra that are remade: each needs the transforms along x again, a small share
 _STRIDES = ("block_stride", "row_stride", "stride")
 
 
@@ -83,6 +85,12 @@ class Tile:
         """Channels whose kernels are transformed together: as many as the second-level cache
         holds."""
         return max(1, min(_KERNELS_AT_ONCE, _KERNELS_BYTES // self._kernel_bytes))
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """Of the frequencies along x as many as kernels' spectra are remade for at once."""
+        step = ceil_divide(self.half, _PARTS)
+        return [(i, min(i + step, self.half)) for i in range(0, self.half, step)]
 
     def groups(self, channels: int) -> int:
         """Items of `KERNELS` for an output block."""
@@ -116,7 +124,7 @@ class Tile:
 @cache
 def stages(tile: Tile, relu: bool) -> Library:
     """The compiled stages for a tile, with or without ReLU after them."""
-    return compiled_library(stages_module(tile, relu, host().wide))
+    return kept_library(stages_module, tile, relu, host().wide)
 
 
 def stages_module(tile: Tile, relu: bool, wide: bool) -> ir.Module:
@@ -132,9 +140,10 @@ def stages_module(tile: Tile, relu: bool, wide: bool) -> ir.Module:
 def _write_kernels(module: ir.Module, tile: Tile) -> None:
     """Spectra of kernels, conjugate: a network's convolution is a correlation.
 
-    Items are `kernels_at_once` channels of an output block, or what is left of them; ``weights``
-    are those of the network, (output channel, channel, z, y, x), of whole output blocks. What
-    several channels together write are stretches of memory, which it takes faster than pairs.
+    Items are `kernels_at_once` channels of an output block, or what is left of them, of whose
+    spectra the frequencies along x from ``begin`` to ``end`` are made; ``weights`` are those of the
+    network, (output channel, channel, z, y, x), of whole output blocks. What several channels
+    together write are stretches of memory, which it takes faster than pairs.
     """
     (nz, ny, nx), (kz, ky, kx), half = tile.size, tile.kernel, tile.half
     along_x = gathered_line(module, nx, kx, scale=1 / volume(tile.size))
@@ -144,31 +153,32 @@ def _write_kernels(module: ir.Module, tile: Tile) -> None:
         module,
         KERNELS,
         ("buffer", "weights", "kernels"),
-        ("channels", "blocks", "first", "last"),
+        ("channels", "blocks", "begin", "end", "first", "last"),
     )
-    (buffer, weights, kernels), (channels, blocks, first, last) = code.addresses, code.numbers
+    (buffer, weights, kernels), numbers = code.addresses, code.numbers
+    channels, blocks, begin, end, first, last = numbers
     row_bytes, line_bytes = (kz * ky | 1) * PAIR_BYTES, kz * ny * PAIR_BYTES
     taps_bytes = volume(tile.kernel) * FLOAT_BYTES
     rows_bytes, spread = half * row_bytes, blocks * channels * PAIR_BYTES
     lines, at_once = buffer + tile.kernels_at_once * rows_bytes, tile.kernels_at_once
     groups = (channels + (at_once - 1)) // at_once
     with code.loop(first, last) as item:
-        begin = item % groups * at_once
-        count = (channels - begin).at_most(at_once)
-        taps = weights + (item // groups * (LANES * channels) + begin) * taps_bytes
-        target = kernels + (item // groups * channels + begin) * PAIR_BYTES
+        some = item % groups * at_once
+        count = (channels - some).at_most(at_once)
+        taps = weights + (item // groups * (LANES * channels) + some) * taps_bytes
+        target = kernels + (item // groups * channels + some) * PAIR_BYTES
         with code.loop(0, count) as channel, code.loop(0, kz * ky) as row:
             source = taps + channel * taps_bytes + row * (kx * FLOAT_BYTES)
             to = buffer + channel * rows_bytes + row * PAIR_BYTES
             code.call(along_x, source, to, channels * taps_bytes, row_bytes)
-        with code.loop(0, half) as q:
+        with code.loop(begin, end) as q:
             with code.loop(0, count) as channel, code.loop(0, kz) as z:
                 source = buffer + channel * rows_bytes + q * row_bytes + z * (ky * PAIR_BYTES)
                 to = lines + channel * line_bytes + z * (ny * PAIR_BYTES)
                 code.call(along_y, source, to, PAIR_BYTES, PAIR_BYTES)
             with code.loop(0, ny) as y, code.loop(0, count) as channel:
                 source = lines + channel * line_bytes + y * PAIR_BYTES
-                to = target + (q * ny + y) * nz * spread + channel * PAIR_BYTES
+                to = target + ((q - begin) * ny + y) * nz * spread + channel * PAIR_BYTES
                 code.call(along_z, source, to, ny * PAIR_BYTES, spread)
     code.finish()
 
@@ -219,7 +229,7 @@ def _write_planes(module: ir.Module, tile: Tile) -> None:
 def _write_columns(module: ir.Module, tile: Tile, product: Product) -> None:
     """From spectra to answers. Items are frequencies of the plane. The thread's buffer holds what
     goes into the products and, behind that, what comes out: frequency of z, tile (stack by
-    stack), channel block. The answers hold ``kept_blocks`` of a stack, of which these are some."""
+    stack), channel block."""
     nz, made = tile.size[0], tile.made[0]
     there = complex_line(module, nz, nz, nz, sums=True)
     back = complex_line(module, nz, nz, made, inverse=True, streamed=True)
@@ -228,19 +238,19 @@ def _write_columns(module: ir.Module, tile: Tile, product: Product) -> None:
         COLUMNS,
         ("buffer", "spectra", "kernels", "answers"),
         (
-            *("stacks", "tiles", "blocks", "channels", "made_blocks", "kept_blocks", "planes"),
+            *("stacks", "tiles", "blocks", "channels", "made_blocks", "planes"),
             *("column_stride", "before_stride", "after_stride", "answer_stride"),
             *("first", "last"),
         ),
     )
     before, spectra, kernels, answers = code.addresses
-    stacks, tiles, blocks, channels, made_blocks, kept_blocks, planes, *numbers = code.numbers
+    stacks, tiles, blocks, channels, made_blocks, planes, *numbers = code.numbers
     column_stride, before_stride, after_stride, answer_stride, first, last = numbers
     rows, row_bytes = stacks * tiles, blocks * TRIPLE_BYTES
     made_row_bytes, after = made_blocks * PAIR_BYTES, before + before_stride * nz
     with code.loop(first, last) as q:
         source = spectra + q * column_stride
-        with _each_tile(code, stacks, blocks, blocks, tiles) as (line, row, block, t):
+        with _each_tile(code, stacks, blocks, tiles) as (line, row, block, t):
             begin = source + (line * planes + t * made) * PAIR_BYTES
             to = before + row * row_bytes + block * TRIPLE_BYTES
             code.call(there, begin, to, PAIR_BYTES, before_stride)
@@ -263,7 +273,7 @@ def _write_columns(module: ir.Module, tile: Tile, product: Product) -> None:
                 channels,
                 (Ahead(kernel + kernel_bytes * 2, kernel_lines), Ahead(column, column_lines)),
             )
-        with _each_tile(code, stacks, made_blocks, kept_blocks, tiles) as (line, row, block, t):
+        with _each_tile(code, stacks, made_blocks, tiles) as (line, row, block, t):
             begin = after + row * made_row_bytes + block * PAIR_BYTES
             to = answers + (line * tiles + t) * made * answer_stride + q * PAIR_BYTES
             code.call(back, begin, to, after_stride, answer_stride)
@@ -309,7 +319,7 @@ def _write_restore(module: ir.Module, tile: Tile, relu: bool) -> None:
                 row = corner + y * row_stride
                 code.call(along_x_aside, buffer + y * row_bytes, aside, bias, VECTOR_BYTES)
                 with code.loop(place.left, place.right) as x:
-                    (row + x * stride).store(aside.load(x * VECTOR_BYTES))
+                    (row + x * stride).store(aside.load(x * VECTOR_BYTES), streamed=True)
     code.finish()
 
 
@@ -329,7 +339,7 @@ class Place(NamedTuple):
     ) -> Place:
         """As the tables tell, of stacks of so many planes."""
         entry = (stack * planes + plane) * 8
-        told = stacks + stack * (8 * STACK_NUMBERS)
+        told = stacks + stack * STACK_BYTES
         top, bottom, left, right, begin = (told.number(8 * i) for i in range(STACK_NUMBERS))
         address, corner = table.number(entry), table.address(entry) + begin
         return cls(address, corner, top, bottom, left, right)
@@ -347,12 +357,12 @@ class Place(NamedTuple):
 
 @contextmanager
 def _each_tile(
-    code: Function, stacks: Number, blocks: Number, kept_blocks: Number, tiles: Number
+    code: Function, stacks: Number, blocks: Number, tiles: Number
 ) -> Iterator[tuple[Number, Number, Number, Number]]:
-    """All tiles of all stacks and channel blocks: the line of tiles they are in where a stack has
-    ``kept_blocks``, their row of a matrix, the block, the tile of its stack."""
+    """All tiles of all stacks and channel blocks: the line of tiles that they are in, their row of
+    a matrix, the block, the tile of its stack."""
     with code.loop(0, stacks) as stack, code.loop(0, blocks) as block, code.loop(0, tiles) as t:
-        yield stack * kept_blocks + block, stack * tiles + t, block, t
+        yield stack * blocks + block, stack * tiles + t, block, t
 
 
 def _clear(code: Function, target: Address, vectors: Integer) -> None:

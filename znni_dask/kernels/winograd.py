@@ -31,7 +31,7 @@ from znni_dask.kernels.axes import (
     strides_from,
 )
 from znni_dask.kernels.code import VECTOR_BYTES, Address, Function, Number, Vector
-from znni_dask.kernels.compiled import Library, compiled_library
+from znni_dask.kernels.compiled import Library, kept_library
 from znni_dask.kernels.turns import Turn
 
 CONVOLVE = "convolve"
@@ -104,7 +104,7 @@ def kernel_matrix(kernel: int) -> NDArray[np.float32]:
 @cache
 def winograd_library(tile: Tile, relu: bool) -> Library:
     """The compiled function."""
-    return compiled_library(winograd_module(tile, relu))
+    return kept_library(winograd_module, tile, relu)
 
 
 def winograd_module(tile: Tile, relu: bool) -> ir.Module:

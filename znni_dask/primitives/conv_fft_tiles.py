@@ -7,7 +7,7 @@ convolution is one of every `dilation`-th voxel, for each offset; one with a str
 of more channels (`primitives.phases`).
 
 The kernels' spectra, up to a gigabyte a layer, are prepared once and kept, or made anew for every
-batch, one block of output channels at a time: slower, within a fraction of the memory.
+batch, for some frequencies at a time: slower, within a fraction of the memory.
 """
 
 from __future__ import annotations
@@ -116,17 +116,17 @@ class ConvTiledFFT(Primitive):
         column = tile.columns * line[0]
         rows = stacks.count * stacks.tiles
         read, made = stacks.count * blocks * stacks.planes, rows * made_blocks * tile.made[0]
-        turns = made_blocks if self.remade else 1  # of columns, each transforming all blocks read
-        lines = rows * (turns * blocks + made_blocks)
+        lines = rows * (blocks + made_blocks)
         transforms = LANES * ((read + made) * plane + lines * column)
         products = 8 * rows * tile.columns * tile.size[0] * conv.in_channels * LANES * made_blocks
         spectrum, real = tile.columns * PAIR_BYTES, tile.size[1] * tile.size[2] * VECTOR_BYTES
         batches = ceil_divide(stacks.count, stacks.batch)
-        kernels = self._kernels_bytes(conv, made_blocks)
+        kernels = self._kernels_bytes(conv)
         traffic = (read + made) * (2 * spectrum + real) + batches * kernels + 2 * split
         if self.remade:
             kz, ky, _ = conv.kernel
-            pruned = kz * (ky * line[2] / 2 + tile.half * line[1]) + column
+            along_x = len(tile.parts) * kz * ky * line[2] / 2
+            pruned = along_x + kz * tile.half * line[1] + column
             transforms += batches * made_blocks * conv.in_channels * LANES * pruned
             traffic += batches * kernels
         return Work({TRANSFORMS: transforms, PRODUCTS: products, MEMORY: traffic})
@@ -139,7 +139,7 @@ class ConvTiledFFT(Primitive):
         if self.remade:
             return taps + biases
         buffer = allocated_bytes(Tile(self.tile, conv.kernel).kernels_buffer_bytes)
-        return allocated_bytes(self._kernels_bytes(conv, made_blocks)) + biases + taps + buffer
+        return allocated_bytes(self._kernels_bytes(conv)) + biases + taps + buffer
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
         split = _split_bytes(problem)
@@ -160,11 +160,12 @@ class ConvTiledFFT(Primitive):
             biases[: conv.out_channels] = weights["bias"]
         if self.remade:
             return Prepared(taps.reshape(-1).view(np.uint8), biases)
-        kernels = allocate(self._kernels_bytes(conv, made_blocks))
+        kernels = allocate(self._kernels_bytes(conv))
         buffer = allocate(tile.kernels_buffer_bytes)
         tiles.stages(tile, conv.relu)[tiles.KERNELS](
             *(array.ctypes.data for array in (buffer, taps, kernels)),
-            *(conv.in_channels, made_blocks, 0, made_blocks * tile.groups(conv.in_channels)),
+            *(conv.in_channels, made_blocks, 0, tile.half),
+            *(0, made_blocks * tile.groups(conv.in_channels)),
         )
         return Prepared(kernels, biases)
 
@@ -182,11 +183,11 @@ class ConvTiledFFT(Primitive):
         if split:
             x = scratch[:split].view(np.float32).reshape(Form.BLOCKED.stored(problem.inputs[0]))
             split_input(strided, inputs[0], x, team)
-        kernels, group = prepared.kernels.ctypes.data, made_blocks
-        if self.remade:
-            taps, kernels, group = kernels, remade, 1
-            taps_bytes = conv.in_channels * volume(conv.kernel) * VECTOR_BYTES
-            groups = tile.groups(conv.in_channels)
+        kernels, lines = (
+            prepared.kernels.ctypes.data,
+            tile.size[1],
+        )  # columns of a frequency along x
+        parts = tile.parts if self.remade else [(0, tile.half)]
         compiled = tiles.stages(tile, conv.relu)
 
         def share(stage: str, items: int, *fixed: int) -> None:
@@ -199,16 +200,19 @@ class ConvTiledFFT(Primitive):
                 *(*here.addresses, spectra, blocks, stacks.planes),
                 *(*here.strides, need.column_stride),
             )
-            for block in range(0, made_blocks, group):
+            for begin, end in parts:
                 if self.remade:
-                    begin = taps + block * taps_bytes
-                    share(tiles.KERNELS, groups, begin, kernels, conv.in_channels, group)
+                    items = made_blocks * tile.groups(conv.in_channels)
+                    fixed = (kernels, remade, conv.in_channels, made_blocks, begin, end)
+                    share(tiles.KERNELS, items, *fixed)
                 share(
                     tiles.COLUMNS,
-                    tile.columns,
-                    *(spectra, kernels, answers + block * need.block_stride),
-                    *(here.stacked, stacks.tiles, blocks, conv.in_channels),
-                    *(group, made_blocks, stacks.planes, need.column_stride),
+                    (end - begin) * lines,
+                    spectra + begin * lines * need.column_stride,
+                    remade if self.remade else kernels,
+                    answers + begin * lines * PAIR_BYTES,
+                    *(here.stacked, stacks.tiles, blocks, conv.in_channels, made_blocks),
+                    *(stacks.planes, need.column_stride),
                     *(need.before_stride, need.after_stride, need.answer_stride),
                 )
             share(
@@ -226,13 +230,19 @@ class ConvTiledFFT(Primitive):
         return stacks_of(problem, self._tile(problem), conv.dilation, TILES_AT_ONCE)
 
     def _need(self, conv: Conv, stacks: Stacks, threads: int) -> _Workspace:
-        if not self.remade:
-            return _Workspace.of(conv, stacks, threads, _blocks(conv)[1])
-        return _Workspace.of(conv, stacks, threads, 1, self._kernels_bytes(conv, 1))
+        return _Workspace.of(conv, stacks, threads, self._remade_bytes(conv))
 
-    def _kernels_bytes(self, conv: Conv, made_blocks: int) -> int:
-        """Spectra of the kernels for so many blocks of output channels."""
-        columns = Tile(self.tile, conv.kernel).columns
+    def _remade_bytes(self, conv: Conv) -> int:
+        """Spectra of the kernels for some frequencies."""
+        if not self.remade:
+            return 0
+        tile = Tile(self.tile, conv.kernel)
+        part = max(end - begin for begin, end in tile.parts)
+        return part * self._kernels_bytes(conv) // tile.half
+
+    def _kernels_bytes(self, conv: Conv) -> int:
+        """Spectra of all kernels."""
+        columns, (_, made_blocks) = Tile(self.tile, conv.kernel).columns, _blocks(conv)
         return columns * self.tile[0] * made_blocks * conv.in_channels * PAIR_BYTES
 
 
@@ -245,7 +255,6 @@ class _Workspace:
     answer_stride: int
     before_stride: int
     after_stride: int
-    block_stride: int
     spectra_bytes: int
     answers_bytes: int
     remade_bytes: int
@@ -254,20 +263,16 @@ class _Workspace:
     table_bytes: int
 
     @classmethod
-    def of(
-        cls, conv: Conv, stacks: Stacks, threads: int, group: int, remade_bytes: int = 0
-    ) -> _Workspace:
-        """Of products for ``group`` output blocks at once, their kernels' spectra
-        ``remade_bytes``."""
+    def of(cls, conv: Conv, stacks: Stacks, threads: int, remade_bytes: int) -> _Workspace:
+        """With ``remade_bytes`` for spectra of kernels."""
         tile, (blocks, made_blocks) = stacks.tile, _blocks(conv)
         rows = stacks.batch * stacks.tiles
         column_stride = odd_lines(stacks.batch * blocks * stacks.planes * PAIR_BYTES)
         answer_stride = odd_lines(tile.columns * PAIR_BYTES)
         before, after = (
             odd_lines(rows * blocks * TRIPLE_BYTES),
-            odd_lines(rows * group * PAIR_BYTES),
+            odd_lines(rows * made_blocks * PAIR_BYTES),
         )
-        block_stride = stacks.planes_made * answer_stride
         thread_bytes = max(tile.plane_buffer_bytes, tile.size[0] * (before + after))
         if remade_bytes:
             thread_bytes = max(thread_bytes, tile.kernels_buffer_bytes)
@@ -277,8 +282,7 @@ class _Workspace:
             before_stride=before,
             after_stride=after,
             spectra_bytes=tile.columns * column_stride,
-            block_stride=block_stride,
-            answers_bytes=stacks.batch * made_blocks * block_stride,
+            answers_bytes=stacks.batch * made_blocks * stacks.planes_made * answer_stride,
             remade_bytes=remade_bytes,
             thread_bytes=round_up(thread_bytes, VECTOR_BYTES),
             threads=threads,
