@@ -31,6 +31,7 @@ bench-full: bench
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/chart.py
 
 clean:

@@ -61,8 +61,8 @@ def test_the_fastest_primitives_that_have_room_are_chosen(tried, monkeypatch):
     monkeypatch.setattr(choices, "_TRIED", tried)
     choices._lengths.cache_clear()
     asked = menu(wide())
-    names = [course.node.name for course in asked._courses]
-    each = [[option.primitive for option in course.options] for course in asked._courses]
+    names = [dish.node.name for dish in asked._dishes]
+    each = [dish.primitives for dish in asked._dishes]
     every = [costs(asked, dict(zip(names, some, strict=True))) for some in product(*each)]
     choices._lengths.cache_clear()
     assert len(every) > 8
@@ -70,17 +70,11 @@ def test_the_fastest_primitives_that_have_room_are_chosen(tried, monkeypatch):
     assert seconds == pytest.approx(min(s for s, _ in every))
     assert asked.fastest_within(room) == asked.fastest()
     least = min(need for _, need in every)
-    found = []
     for allowed in np.geomspace(least, room, 20):
         chosen = asked.fastest_within(int(allowed) + 1)
-        if chosen is None:
-            continue
         seconds, need = costs(asked, chosen)
         assert need <= allowed + 1
-        best = min(s for s, n in every if n <= allowed + 1)
-        found.append(seconds / best)
-    assert len(found) >= 15
-    assert max(found) <= 1.1
+        assert seconds == pytest.approx(min(s for s, n in every if n <= allowed + 1))
 
 
 def test_there_is_nothing_where_there_is_no_room():
@@ -101,7 +95,7 @@ def test_what_is_chosen_for_less_room_takes_no_more(family):
 def test_transforms_are_chosen_within_a_third_of_the_memory():
     asked = menu(wide())
     _, room = costs(asked, asked.fastest())
-    chosen = asked.fastest_within(room / 3)
+    chosen = asked.fastest_within(0.3 * room)
     assert any(isinstance(primitive, ConvTiledFFT) for primitive in chosen.values())
 
 

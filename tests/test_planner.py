@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_what_is_left_of_the_memory_is_for_decoded_chunks(gib):
         read_bytes=lambda box, by_cells=False: 2 * volume(box) + (by_cells << 25),
     )
     made = plan(wanted)
-    schedules = Schedules(wanted.layout, choose_primitives(wanted.layout))
+    schedules = Schedules(wanted.layout, chosen_primitives(wanted.layout, made))
     kept = made.reading.cache_bytes
     needed = predicted_bytes(
         wanted, schedules, made.block, made.patch, made.blocks_in_flight, by_cells=kept > 0
@@ -109,6 +110,8 @@ def test_what_is_left_of_the_memory_is_for_decoded_chunks(gib):
 
 
 def test_several_blocks_are_made_where_that_costs_little(monkeypatch):
+    """Memory that is touched apart, which makes several blocks the fastest."""
+    monkeypatch.setattr(Costs, "touching_seconds", lambda costs, nbytes: 0.0)
     size = (500, 500, 500)
     b = Builder(1)
     network = b.network(b.conv(b.relu(b.conv(b.input, 8, 3)), 8, 1))
@@ -211,14 +214,27 @@ def test_a_few_patches_stand_for_all_of_a_long_volume(family, seed, halo):
         assert sum(map(len, spans(longer, block, patch))) < 600
 
 
+def test_a_plan_shows_itself_in_jupyter():
+    made = plan(request(graphs.graph("chain", 0)))
+    choice = made.stages[0].choices[0]
+    edited = replace(
+        made, stages=(replace(made.stages[0], choices=(replace(choice, layer="<b>"),)),)
+    )
+    shown = edited._repr_html_()
+    assert ElementTree.fromstring(shown).tag == "table"
+    assert all(word in shown for word in ("&lt;b&gt;", choice.primitive, "voxels/s", "GiB"))
+
+
 def test_a_plan_survives_json_and_edited_plans_are_checked():
     wanted = request(graphs.graph("chain", 0))
     made = plan(wanted)
     assert Plan.from_json(made.to_json()) == made
-    assert chosen_primitives(wanted.layout, made) == choose_primitives(wanted.layout)
+    chosen = chosen_primitives(wanted.layout, made)
+    assert {name: primitive.name for name, primitive in chosen.items()} == made.primitives
     other = Layout(graphs.graph("unet", 0), (64, 64, 64), "reflect")
     with pytest.raises(OptionError, match="another network"):
         chosen_primitives(other, made)
+    assert "direct" in made.primitives.values()
     edited = made.to_json().replace('"direct"', '"magic"')
     with pytest.raises(OptionError, match="'magic' cannot take"):
         chosen_primitives(wanted.layout, Plan.from_json(edited))

@@ -342,7 +342,7 @@ def test_a_run_killed_while_it_makes_levels_is_finished_by_the_same_command(kill
         maker="pyramid.LevelMaker",
         before="pyramid._PART_VOXELS = 1",
     )
-    fresh = znni_dask.run(network, volume, tmp_path / "fresh.zarr", **HOW)
+    znni_dask.run(network, volume, tmp_path / "fresh.zarr", **HOW)
     want = arrays_of(tmp_path / "fresh.zarr")
     blocks = 2 * sum(math.prod(-(-n // 8) for n in array.shape[-3:]) for array in want[1:])
     command.killed(kills, most=blocks // (kills + 1))  # at two times, one chunk each

@@ -18,6 +18,7 @@ from peaks import peak_while_running
 from znni_dask import planner
 from znni_dask.application import Application
 from znni_dask.cli import main
+from znni_dask.costs import Costs
 from znni_dask.errors import OptionError, OutputError, RunError, VolumeError
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box
@@ -178,7 +179,8 @@ def test_only_blocks_of_the_roi_are_ever_enumerated(tmp_path, client):
     assert open_volume(tmp_path / "out.zarr").size == (10_000,) * 3
 
 
-def test_a_small_roi_is_made_of_small_patches():
+def test_a_small_roi_is_made_of_small_patches(monkeypatch):
+    monkeypatch.setattr(Costs, "touching_seconds", lambda costs, nbytes: 0.0)
     layout = Layout(graphs.graph("unet", 0), (384, 384, 384), "reflect")
     common = {
         "layout": layout,

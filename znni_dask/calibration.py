@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
+from time import perf_counter
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from znni_dask.schedule import Schedules, Stored
 from znni_dask.timings import Timing, Timings
 
 RUNS = 3  # of which the median counts
+_AWAKE_SECONDS = 0.1  # of runs before: threads that were woken on one core find another meanwhile
 _LONGEST_SECONDS = 0.25  # by its estimate, of a run that is worth its time
 _MANY = 1000.0  # patches that primitives are chosen for: what is prepared once does not count
 
@@ -78,6 +80,9 @@ def _seconds(schedules: Schedules, box: Box, threads: int) -> dict[Stored, float
     arena = schedules.arena(schedules.sizes(box))
     with SerialExecutor(network, schedules.primitives, arena, threads) as executor:
         executor.run(todo, [x], [out])  # which compiles
+        begin = perf_counter()
+        while perf_counter() - begin < _AWAKE_SECONDS:
+            executor.run(todo, [x], [out])
         runs = []
         for _ in range(RUNS):
             executor.seconds.clear()

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from itertools import product
-from math import inf
+from math import inf, prod
 from typing import TypeAlias
 
 from znni_dask.costs import Costs
 from znni_dask.errors import NetworkError, OptionError
-from znni_dask.geometry import Box, Size, ceil_divide, triple
+from znni_dask.geometry import Box, Size, ceil_divide, triple, volume
 from znni_dask.kernels.codelets import LONGEST, refusal
+from znni_dask.knapsack import Course, Knapsack, Option
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Node
 from znni_dask.plan import Choice, Plan
@@ -27,13 +28,12 @@ from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.forms import FormChange
 from znni_dask.primitives.phases import without_stride
 from znni_dask.primitives.table import candidates, named
-from znni_dask.schedule import Arrangement, Schedules
+from znni_dask.schedule import Arrangement, Schedules, Step
 
 _LENGTHS = [n for n in range(1, LONGEST + 1) if refusal(n) is None]
 _TRIED = 4  # lengths of a tile along each axis
-_WORKSPACE_SHARES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of what there is room for
-_FIRST_PRICE, _LAST_PRICE = 1e-12, 1e3  # seconds a byte, far below and above what any is worth
-_HALVINGS = 12
+_BEST = 8  # tiles that transform fewest values; of others only those that are smaller
+_WASTEFUL = 2.5  # and transform no more than so many times as many values
 
 
 def choose_primitives(layout: Arrangement, fragments: bool = True) -> dict[str, Primitive]:
@@ -58,29 +58,18 @@ _Libraries: TypeAlias = dict[type[Primitive], int]  # whose, and their memory
 
 
 @dataclass(frozen=True)
-class _Option:
-    """A primitive for a layer, the seconds that it takes in a whole run, and the memory that it
-    needs: prepared all the time, and a workspace while it computes."""
-
-    primitive: Primitive
-    seconds: float
-    prepared_bytes: int
-    workspace_bytes: int
-
-
-@dataclass(frozen=True)
-class _Course:
-    """The options of one layer, for a problem of its own. A change of form before it takes
-    ``change_seconds`` in a whole run."""
+class _Dish:
+    """What may compute a layer: primitives, and what each takes in a whole run."""
 
     node: Node
-    options: tuple[_Option, ...]
-    channels: tuple[int, ...]
-    change_seconds: dict[Form, float]
+    primitives: tuple[Primitive, ...]
+    options: tuple[Option, ...]
 
-    def forms(self, option: _Option) -> tuple[Form | None, Form | None]:
-        """In which form the option takes its inputs, and makes its output."""
-        return option.primitive.forms(self.node.layer, self.channels)
+    def fastest(self, family: str) -> Primitive | None:
+        """Of a family; None where there are none."""
+        some = [i for i, p in enumerate(self.primitives) if p.family == family]
+        best = min(some, key=lambda i: self.options[i].seconds, default=None)
+        return None if best is None else self.primitives[best]
 
 
 @dataclass(frozen=True)
@@ -99,159 +88,150 @@ class Menu:
 
     def fastest(self) -> dict[str, Primitive]:
         """For every layer the primitive that takes least time by its estimate."""
-        return _primitives(self._at(inf, 0.0, self._libraries))
+        return self._fastest_of_all
 
     @property
     def families(self) -> list[str]:
         """Of all that may compute some layer."""
-        options = (option for course in self._courses for option in course.options)
-        return list(dict.fromkeys(option.primitive.family for option in options))
+        return list(dict.fromkeys(p.family for dish in self._dishes for p in dish.primitives))
 
     def of_family(self, family: str) -> dict[str, Primitive]:
         """Of a family the fastest wherever it takes a layer, and else the fastest of all."""
-
-        def seconds(option: _Option) -> float:
-            return option.seconds
-
-        chosen = self.fastest()
-        for course in self._courses:
-            some = [o for o in course.options if o.primitive.family == family]
-            if some:
-                chosen[course.node.name] = min(some, key=seconds).primitive
-        return chosen
+        asked = {dish.node.name: dish.fastest(family) for dish in self._dishes}
+        return self.fastest() | {name: p for name, p in asked.items() if p is not None}
 
     def fastest_within(self, room_bytes: float) -> dict[str, Primitive] | None:
         """The same, so that together they need no more than ``room_bytes`` for what they prepare
-        and compute in; None where none do.
-
-        The largest workspace is limited to some share of the room, and bytes that are prepared
-        have the price at which the rest suffices (a Lagrange multiplier, as Everett 1963): so it
-        is near the best, and the best where there is room enough. That is tried without the
-        libraries that primitives compute with, and with those that are worth it if they took none.
-        """
-        found = []
-        for share in _WORKSPACE_SHARES:
-            free = self._within(room_bytes, share * room_bytes, self._libraries) or {}
-            kinds = {type(o.primitive) for o in free.values()} & self._libraries.keys()
-            wanted = {kind: self._libraries[kind] for kind in kinds}
-            for libraries in [{}, wanted] if wanted else [{}]:
-                room = room_bytes - sum(libraries.values())
-                if (chosen := self._within(room, share * room, libraries)) is not None:
-                    found.append(chosen)
-        best = min(found, key=lambda c: sum(o.seconds for o in c.values()), default=None)
-        return None if best is None else _primitives(best)
-
-    def _within(
-        self, room_bytes: float, workspace_bytes: float, libraries: _Libraries
-    ) -> dict[str, _Option] | None:
-        """The fastest whose workspaces are no larger, and that fit together."""
-
-        def fits(chosen: dict[str, _Option]) -> bool:
-            prepared = sum(option.prepared_bytes for option in chosen.values())
-            workspace = max(option.workspace_bytes for option in chosen.values())
-            return prepared + workspace <= room_bytes
-
-        low, high, best = 0.0, _FIRST_PRICE, self._at(workspace_bytes, 0.0, libraries)
-        if fits(best):
-            return best
-        while not fits(best := self._at(workspace_bytes, high, libraries)):
-            if high > _LAST_PRICE:
-                return None
-            low, high = high, 8 * high
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            chosen = self._at(workspace_bytes, middle, libraries)
-            if fits(chosen):
-                best, high = chosen, middle
-            else:
-                low = middle
+        and compute in, libraries included; None where none do."""
+        kinds, best, seconds = list(self._libraries), None, inf
+        for chosen in product((True, False), repeat=len(kinds)):
+            some = {k: self._libraries[k] for k, use in zip(kinds, chosen, strict=True) if use}
+            found = self._fastest(room_bytes - sum(some.values()), some, seconds)
+            if found is not None:
+                seconds, best = found
         return best
 
-    def _at(
-        self, workspace_bytes: float, price: float, libraries: _Libraries
-    ) -> dict[str, _Option]:
-        """Layer by layer what costs least, where every prepared byte has a price in seconds; of
-        what computes with libraries only what has these."""
-        forms = {self.schedules.layout.network.input.name: Form.PLAIN}
-        chosen: dict[str, _Option] = {}
-        for course in self._courses:
-            there = forms[course.node.inputs[0]]
-
-            def cost(option: _Option, course: _Course = course, there: Form = there) -> float:
-                takes, _ = course.forms(option)
-                change = 0.0 if takes in (None, there) else course.change_seconds[takes]
-                return option.seconds + change + price * option.prepared_bytes
-
-            options = [
-                o
-                for o in course.options
-                if not o.primitive.library_bytes or type(o.primitive) in libraries
+    def _fastest(
+        self, room_bytes: float, libraries: _Libraries, limit: float = inf
+    ) -> tuple[float, dict[str, Primitive]] | None:
+        """Seconds, less than ``limit``, and primitives that compute without libraries or with
+        these."""
+        dishes = [
+            [
+                (p, o)
+                for p, o in zip(dish.primitives, dish.options, strict=True)
+                if not p.library_bytes or type(p) in libraries
             ]
-            small = [o for o in options if o.workspace_bytes <= workspace_bytes]
-            least = min(options, key=lambda o: o.workspace_bytes)
-            best = min(small or [least], key=cost)
-            takes, makes = course.forms(best)
-            chosen[course.node.name] = best
-            forms[course.node.name] = makes or takes or there
-        return chosen
+            for dish in self._dishes
+        ]
+        network = self.schedules.layout.network
+        knapsack = Knapsack(
+            tuple(
+                Course(dish.node.name, tuple(dish.node.inputs), tuple(o for _, o in some))
+                for dish, some in zip(self._dishes, dishes, strict=True)
+            ),
+            network.input.name,
+            network.output,
+            self._change_seconds,
+        )
+        if (chosen := knapsack.fastest(room_bytes, limit)) is None:
+            return None
+        seconds, numbers = chosen
+        picked = zip(self._dishes, dishes, numbers, strict=True)
+        return seconds, {dish.node.name: some[number][0] for dish, some, number in picked}
+
+    @cached_property
+    def _fastest_of_all(self) -> dict[str, Primitive]:
+        found = self._fastest(inf, self._libraries)
+        assert found is not None  # there is room for all
+        return found[1]
 
     @cached_property
     def _libraries(self) -> _Libraries:
         """All that options compute with."""
-        primitives = (option.primitive for course in self._courses for option in course.options)
+        primitives = (p for dish in self._dishes for p in dish.primitives)
         return {type(p): p.library_bytes for p in primitives if p.library_bytes}
 
+    @property
+    def _runs(self) -> float:
+        return self.schedules.repeats * self.patches
+
     @cached_property
-    def _courses(self) -> tuple[_Course, ...]:
-        runs = self.schedules.repeats * self.patches
-        seconds = partial(self.costs.step_seconds, threads=self.threads)
-        network = self.schedules.layout.network
-        found: list[_Course] = []
-        for step in self.schedules.steps(self.schedules.sizes(self.patch)):
-            if isinstance(step.primitive, FormChange):
-                continue
-            node, problem = step.operation.node, step.problem
-            fragments = step.primitive.fragments
-            others = [p for p in candidates(node.layer) if p.fragments == fragments]
-            shape = problem.inputs[0]
-            change = Problem(node.layer, (shape,), shape, ((0, 0, 0),), (0, 0, 0), (0, 0, 0))
-            found.append(
-                _Course(
-                    node,
-                    tuple(
-                        _Option(
-                            p,
-                            self.costs.setup_seconds(p, node.layer) + runs * seconds(p, problem),
-                            p.prepared_bytes(node.layer),
-                            p.workspace_bytes(problem, self.threads),
-                        )
-                        for p in dict.fromkeys([step.primitive, *others, *tiled(problem)])
-                    ),
-                    tuple(network.channels[name] for name in node.inputs),
-                    {form: runs * seconds(FormChange(form), change) for form in Form},
+    def _steps(self) -> tuple[Step, ...]:
+        """Those of layers: what changes forms depends on what is chosen."""
+        steps = self.schedules.steps(self.schedules.sizes(self.patch))
+        return tuple(step for step in steps if not isinstance(step.primitive, FormChange))
+
+    @cached_property
+    def _change_seconds(self) -> dict[tuple[str, Form], float]:
+        """To bring every array into every form."""
+        shapes = {
+            name: (step.operation.node.layer, shape)
+            for step in self._steps
+            for name, shape in (
+                *zip(step.operation.node.inputs, step.problem.inputs, strict=True),
+                (step.operation.output.name, step.problem.output),
+            )
+        }
+        found = {}
+        for name, (layer, shape) in shapes.items():
+            change = Problem(layer, (shape,), shape, ((0, 0, 0),), (0, 0, 0), (0, 0, 0))
+            for form in Form:
+                one = self.costs.step_seconds(FormChange(form), change, self.threads)
+                found[name, form] = self._runs * one
+        return found
+
+    @cached_property
+    def _dishes(self) -> tuple[_Dish, ...]:
+        return tuple(map(self._dish, self._steps))
+
+    def _dish(self, step: Step) -> _Dish:
+        node, problem, network = step.operation.node, step.problem, self.schedules.layout.network
+        others = [p for p in candidates(node.layer) if p.fragments == step.primitive.fragments]
+        primitives = tuple(dict.fromkeys([step.primitive, *others, *tiled(problem)]))
+        channels = tuple(network.channels[name] for name in node.inputs)
+        options = []
+        for p in primitives:
+            takes, makes = p.forms(node.layer, channels)
+            one = self.costs.step_seconds(p, problem, self.threads)
+            options.append(
+                Option(
+                    seconds=self.costs.setup_seconds(p, node.layer) + self._runs * one,
+                    kept_bytes=p.prepared_bytes(node.layer),
+                    workspace_bytes=p.workspace_bytes(problem, self.threads),
+                    takes=takes,
+                    makes=makes,
                 )
             )
-        return tuple(found)
-
-
-def _primitives(chosen: dict[str, _Option]) -> dict[str, Primitive]:
-    return {name: option.primitive for name, option in chosen.items()}
+        return _Dish(node, primitives, tuple(options))
 
 
 def tiled(problem: Problem) -> Iterator[ConvTiledFFT | ConvPlanesFFT]:
-    """Tiled convolutions worth trying for a problem: of each axis the lengths that transform
-    fewest values for its outputs, kernels' spectra kept or, for where memory is short, remade. Of
-    few products the sum itself is faster, and loses less."""
+    """Tiled convolutions worth trying for a problem: those that transform fewest values for its
+    outputs, and smaller ones, kernels' spectra kept or, for where memory is short, remade. Of few
+    products the sum itself is faster, and loses less."""
     if not isinstance(problem.layer, Conv) or products_of(problem.layer) < FEWEST_PRODUCTS:
         return
     conv, kernel = problem.layer, without_stride(problem.layer).kernel
 
-    def lengths(axis: int, most: int = LONGEST) -> list[int]:
-        outputs = ceil_divide(problem.output[2 + axis], conv.dilation[axis])
-        return _lengths(outputs, kernel[axis], most)
+    outputs = [ceil_divide(n, d) for n, d in zip(problem.output[2:], conv.dilation, strict=True)]
 
-    sizes = product(*map(lengths, range(3)))
-    found = (ConvTiledFFT(triple(size), remade) for size in sizes for remade in (False, True))
+    def lengths(axis: int, most: int = LONGEST) -> list[int]:
+        return _lengths(outputs[axis], kernel[axis], most)
+
+    def transformed(size: Size) -> int:
+        """Values of all tiles together."""
+        axes = zip(size, outputs, kernel, strict=True)
+        return prod(n * ceil_divide(m, n - k + 1) for n, m, k in axes)
+
+    sizes = sorted(map(triple, product(*map(lengths, range(3)))), key=transformed)
+    most = _WASTEFUL * transformed(sizes[0]) if sizes else 0
+    few: list[Size] = []
+    for size in sizes:
+        smaller = volume(size) < min(map(volume, few), default=inf)
+        if len(few) < _BEST or (smaller and transformed(size) <= most):
+            few.append(size)
+    found = (ConvTiledFFT(size, remade) for size in few for remade in (False, True))
     in_planes = map(ConvPlanesFFT, product(*(lengths(n, LONGEST_OF_PLANES) for n in (1, 2))))
     yield from (p for p in found if p.refusal(conv) is None)
     yield from (p for p in in_planes if p.refusal(conv) is None)

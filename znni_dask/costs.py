@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from znni_dask.network.layers import Layer
 from znni_dask.primitives.base import Primitive, Problem
-from znni_dask.primitives.work import MEMORY
+from znni_dask.primitives.work import MEMORY, READING, TOUCHING, WRITING
 from znni_dask.schedule import Step
 from znni_dask.timings import Timings
 
@@ -30,6 +30,15 @@ class Costs:
     def estimated_seconds(self, steps: Iterable[Step], threads: int) -> float:
         """Seconds to compute these steps once."""
         return sum(self.step_seconds(step.primitive, step.problem, threads) for step in steps)
+
+    def moving_seconds(self, read: float, written: float, threads: int) -> float:
+        """Seconds that reading and writing so many values of chunks adds to computing: all threads
+        are at work then, and those that move values take their turns."""
+        return (read / READING.per_second + written / WRITING.per_second) / threads
+
+    def touching_seconds(self, nbytes: int) -> float:
+        """Seconds until so much memory was touched once."""
+        return nbytes / TOUCHING.per_second
 
     def setup_seconds(self, primitive: Primitive, layer: Layer) -> float:
         """Seconds before a layer can be computed for the first time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import prod
@@ -66,7 +65,7 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Of computing all of it."""
+        """Of reading, computing and writing all of it."""
         return self.voxels / self.plan.voxels_per_second
 
     def described(self) -> dict[str, Any]:
@@ -109,9 +108,9 @@ def forecast(planned: PlannedPass) -> Forecast:
     needed = multiply_adds(network, dense) * volume(made) * samples
     done = schedules.repeats * sum(map(_adds, steps))
     computing = computing_bytes(schedules, sizes, made, threads)
-    workspaces = (s.primitive.workspace_bytes(s.problem, threads) for s in steps)
+    workspaces = [s.primitive.workspace_bytes(s.problem, threads) for s in steps]
     base = plan.predicted_bytes - schedules.arena(sizes).bytes - max(workspaces)
-    alive = schedules.alive_bytes(sizes)
+    told = zip(steps, workspaces, schedules.alive_bytes(sizes), strict=True)
     values = sum(layout.encoding.voxel_bytes(layout.channels) for layout in planned.stored)
     return Forecast(
         outputs=planned.outputs,
@@ -121,7 +120,10 @@ def forecast(planned: PlannedPass) -> Forecast:
         blocks=job.reads.blocks,
         stored_bytes=values * volume(laid.output_size) * job.volume.times,
         plan=plan,
-        steps=tuple(_steps(steps, alive, base, schedules.repeats, resources)),
+        steps=tuple(
+            _step(step, schedules.repeats, resources, workspace, base + alive)
+            for step, workspace, alive in told
+        ),
         work_ratio=float(done / needed) if needed else 1.0,
         computing_bytes=computing,
         measured=bool(resources.costs.timings.found),
@@ -129,23 +131,21 @@ def forecast(planned: PlannedPass) -> Forecast:
     )
 
 
-def _steps(
-    steps: Sequence[Step], alive: Sequence[int], base: int, repeats: int, resources: Resources
-) -> Iterator[StepForecast]:
-    """The steps of a patch; ``base`` is the memory of the process beside arrays and workspace."""
-    for step, nbytes in zip(steps, alive, strict=True):
-        primitive, problem = step.primitive, step.problem
-        workspace = primitive.workspace_bytes(problem, resources.threads)
-        seconds = resources.costs.step_seconds(primitive, problem, resources.threads)
-        yield StepForecast(
-            layer=step.operation.node.name,
-            kind=step.operation.node.layer.kind,
-            primitive=primitive.name,
-            output=problem.output,
-            seconds=repeats * seconds,
-            bytes=step.operation.output.form.nbytes(problem.output) + workspace,
-            peak_bytes=base + nbytes + workspace,
-        )
+def _step(
+    step: Step, repeats: int, resources: Resources, workspace_bytes: int, beside_bytes: int
+) -> StepForecast:
+    """A step of a patch; beside its workspace the process needs ``beside_bytes`` meanwhile."""
+    seconds = resources.costs.step_seconds(step.primitive, step.problem, resources.threads)
+    output = step.problem.output
+    return StepForecast(
+        layer=step.operation.node.name,
+        kind=step.operation.node.layer.kind,
+        primitive=step.primitive.name,
+        output=output,
+        seconds=repeats * seconds,
+        bytes=step.operation.output.form.nbytes(output) + workspace_bytes,
+        peak_bytes=beside_bytes + workspace_bytes,
+    )
 
 
 def _adds(step: Step) -> Fraction:

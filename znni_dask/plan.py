@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 from znni_dask.errors import OptionError
 from znni_dask.geometry import Size, triple
+from znni_dask.geometry import text as shown
+from znni_dask.machine import show_bytes
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Plan:
     output chunks or shards. Up to ``blocks_in_flight`` blocks are read, computed and written at
     the same time, one of them computed, by ``threads`` threads, in the order that ``reading``
     says. ``predicted_bytes`` is the peak of the whole process, ``allowed_bytes`` the limit it was
-    planned for. ``voxels_per_second`` of the output are expected to be computed.
+    planned for. ``voxels_per_second`` of the output are expected to be made, reading and writing
+    included.
     """
 
     patch: Size
@@ -80,6 +84,27 @@ class Plan:
         """The primitive of every layer, over all stages."""
         return {c.layer: c.primitive for stage in self.stages for c in stage.choices}
 
+    def _repr_html_(self) -> str:
+        """The plan as Jupyter shows it."""
+        told = {
+            "patch": shown(self.patch),
+            "block": f"{shown(self.block)}, {self.blocks_in_flight} in flight",
+            "threads": str(self.threads),
+            "speed": f"{self.voxels_per_second:,.0f} voxels/s",
+            "memory": f"{show_bytes(self.predicted_bytes)} of {show_bytes(self.allowed_bytes)}",
+        }
+        rows = [
+            f"<tr><th>{key}</th><td colspan='2'>{value}</td></tr>" for key, value in told.items()
+        ]
+        rows.append("<tr><th>layer</th><th>primitive</th><th>ns a voxel</th></tr>")
+        rows += [
+            f"<tr><td>{escape(choice.layer)}</td><td>{escape(choice.primitive)}</td>"
+            f"<td>{1e9 * choice.voxel_seconds:,.1f}</td></tr>"
+            for stage in self.stages
+            for choice in stage.choices
+        ]
+        return f"<table>{''.join(rows)}</table>"
+
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` reads it back."""
         return json.dumps(asdict(self), indent=2)
@@ -87,10 +112,10 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read a plan from JSON; raises `OptionError` where it is not one."""
-        try:
-            return cls._from_mapping(json.loads(text))
-        except (KeyError, TypeError, ValueError) as error:
-            raise OptionError(f"this is not a plan: {type(error).__name__}: {error}") from None
+        found = cls.several_from_json(text)
+        if len(found) != 1:
+            raise OptionError(f"this is not a plan: it holds {len(found)}")
+        return found[0]
 
     @classmethod
     def several_from_json(cls, text: str) -> tuple[Plan, ...]:

@@ -8,11 +8,10 @@ whole output chunks, computed in one patch, and single chunks, cut into smaller 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from math import inf, log, prod
-from typing import NamedTuple
 
 from znni_dask.choices import Menu, choose_primitives, chosen_primitives, planned
 from znni_dask.errors import MemoryLimitError, OptionError
@@ -27,6 +26,7 @@ from znni_dask.resources import (
     check_room,
     computing_bytes,
     most_in_flight,
+    moving_seconds,
     shared_reading,
 )
 from znni_dask.schedule import Schedules
@@ -39,6 +39,7 @@ _PARTS = (2, 3, 4, 6, 8, 12, 16)
 _EDGES = (8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512)  # of patches for which
 # primitives are chosen
 _NEAR = 8**0.25  # times as many voxels
+_TRIED = 12  # pairs of about the same size
 _Pair = tuple[Size, Size]  # a block and its patches
 
 
@@ -66,23 +67,26 @@ def search(request: Request) -> tuple[Plan, tuple[Alternative, ...]]:
     """The fastest plan that fits, and others, from small patches to large ones; raises
     `MemoryLimitError` where none fits.
 
-    The plain primitives, which need least memory, are tried with every patch; those that are
-    fastest for cubes of some size with the patches near that. Of the best patch those are tried
-    that are fastest for itself.
+    Of patches of about the same size those are tried that read least beyond what they make, with
+    the primitives that are fastest for a cube of that size, and with the plain ones, which need
+    least memory; of the best patch those that are fastest for itself. Where none fits the plain
+    primitives are tried with every patch.
     """
     sizes = _sizes(request)
     plain = _Fits(request, Schedules(request.layout, choose_primitives(request.layout)))
     fast = list(_fast(plain, sizes))
-    tried = [(plain, sizes), *((one.fits, one.near) for one in fast if one.fits is not None)]
+    tried = [(fits, near) for near, own, _ in fast for fits in (plain, own) if fits is not None]
     found = [best for fits, some in tried if (best := _best(fits, some)) is not None]
+    if not found and (least := _best(plain, sizes)) is not None:
+        found.append(least)
     if not found:
         raise MemoryLimitError(_refusal(plain, sizes))
     _, fit, _ = _preferred(found)
     pair = fit.candidate.block, fit.candidate.patch
-    fits = _fastest(plain, *pair, [pair]).fits
+    fits, _ = _fastest(plain, *pair)
     if fits is not None and (best := _best(fits, [pair])) is not None:
         found.append(best)
-    return _told(*_preferred(found)), tuple(one.alternative for one in fast)
+    return _told(*_preferred(found)), tuple(alternative for *_, alternative in fast)
 
 
 def checked(request: Request, given: Plan) -> Plan:
@@ -133,27 +137,33 @@ def _preferred(found: list[_Found]) -> _Found:
     return min(about_as_fast, key=lambda f: (f[0].worse(f[1]), f[1].candidate.seconds_per_voxel))
 
 
-class _Fast(NamedTuple):
-    """The primitives that are fastest for a patch within the memory that it leaves them, None where
-    there are none or these are the plain ones; the pairs near it; and what it would be like if
-    there were memory enough."""
+def _fast(
+    plain: _Fits, sizes: list[_Pair]
+) -> Iterator[tuple[list[_Pair], _Fits | None, Alternative]]:
+    """For patches of some sizes the pairs that read least beyond what they make, what is fastest
+    for about a cube of that size, and what that would be like."""
+    request, layout = plain.request, plain.request.layout
+    lengths = [
+        {n: _read_length(layout, axis, n) for n in {patch[axis] for _, patch in sizes}}
+        for axis in range(3)
+    ]
 
-    fits: _Fits | None
-    near: list[_Pair]
-    alternative: Alternative
+    def read_again(pair: _Pair) -> float:
+        read = prod(lengths[axis][n] for axis, n in enumerate(pair[1]))
+        return read / _useful_voxels(request, *pair)
 
-
-def _fast(plain: _Fits, sizes: list[_Pair]) -> Iterator[_Fast]:
-    """What is fastest for cubes of some size, and the pairs near that size."""
     for edge in _EDGES:
         near = [s for s in sizes if edge**3 / _NEAR <= volume(s[1]) < edge**3 * _NEAR]
         if near:
-            pair = min(near, key=lambda s: sum(abs(log(n / edge)) for n in s[1]))
-            yield _fastest(plain, *pair, near)
+            cube = min(near, key=lambda s: sum(abs(log(n / edge)) for n in s[1]))
+            few = sorted(near, key=read_again)[:_TRIED]
+            yield list(dict.fromkeys([cube, *few])), *_fastest(plain, *cube)
 
 
-def _fastest(plain: _Fits, block: Size, patch: Size, near: list[_Pair]) -> _Fast:
-    """What is fastest for a patch."""
+def _fastest(plain: _Fits, block: Size, patch: Size) -> tuple[_Fits | None, Alternative]:
+    """The primitives that are fastest for a patch within the memory that it leaves them, None where
+    there are none or these are the plain ones; and what it would be like were there memory
+    enough."""
     request = plain.request
     box = largest_box(request.layout, patch)
     patches = request.hull.voxels / box.voxels
@@ -167,10 +177,10 @@ def _fastest(plain: _Fits, block: Size, patch: Size, near: list[_Pair]) -> _Fast
         spent = schedules.spent_bytes(schedules.sizes(box), request.threads)
         primitives = menu.fastest_within(spent - over)
         if primitives is None:
-            return _Fast(None, near, alternative)
+            return None, alternative
         schedules = Schedules(request.layout, primitives)
     plainly = schedules.primitives == plain.schedules.primitives
-    return _Fast(None if plainly else _Fits(request, schedules), near, alternative)
+    return None if plainly else _Fits(request, schedules), alternative
 
 
 def _best(fits: _Fits, sizes: list[_Pair]) -> _Found | None:
@@ -207,15 +217,15 @@ class _Fits:
     def best(self, ranked: list[_Candidate], in_flight: int) -> _Fit | None:
         """Of the candidates that compute about as fast as the fastest that fits, the one that
         makes several blocks, and decodes little twice."""
-        found: dict[Size, _Candidate] = {}
+        found: dict[Size, _Fit] = {}
         limit = inf
         for candidate in ranked:
             if candidate.seconds_per_voxel > limit:
                 break
             if candidate.block not in found and self._fits(candidate, in_flight):
-                found[candidate.block] = candidate
-                limit = min(limit, _ABOUT_AS_FAST * candidate.seconds_per_voxel)
-        fits = [self.with_reading(candidate, in_flight) for candidate in found.values()]
+                fit = found[candidate.block] = self.with_reading(candidate, in_flight)
+                limit = min(limit, _ABOUT_AS_FAST * fit.candidate.seconds_per_voxel)
+        fits = [f for f in found.values() if f.candidate.seconds_per_voxel <= limit]
         return min(fits, key=self.worse, default=None)
 
     def worse(self, fit: _Fit) -> tuple[bool, float, int]:
@@ -245,13 +255,19 @@ class _Fits:
         return predicted_bytes(self.request, self.schedules, block, patch, in_flight, by_cells)
 
     def with_reading(self, candidate: _Candidate, in_flight: int) -> _Fit:
-        """A candidate with the order of its blocks, and the memory that it needs."""
+        """A candidate with the order of its blocks, and the memory that it needs; its seconds with
+        those of decoding more than once, and of touching that memory."""
         block = candidate.block
         if block not in self._reads:
             request = self.request
             self._reads[block] = Reads(request.layout, block, request.cells, request.hull)
         needed = partial(self._needed_bytes, candidate, in_flight)
-        return _Fit(candidate, *shared_reading(self.request, self._reads[block], needed))
+        reading, nbytes = shared_reading(self.request, self._reads[block], needed)
+        again = moving_seconds(self.request.layout, self.request, reading.amplification - 1, 0)
+        fresh = self.request.costs.touching_seconds(nbytes - self.request.baseline_bytes)
+        once = again + fresh / self.request.hull.voxels
+        slower = replace(candidate, seconds_per_voxel=candidate.seconds_per_voxel + once)
+        return _Fit(slower, reading, nbytes)
 
 
 def predicted_bytes(
@@ -316,11 +332,19 @@ def _parts(length: int, granule: int) -> set[int]:
     return parts | {min(granule, length)}
 
 
+def _read_length(layout: Layout, axis: int, length: int) -> int:
+    """Voxels of the volume along an axis behind so many outputs in its middle."""
+    start = (layout.output_size[axis] - length) // 2
+    begin, end = layout.reach(axis, start, start + length)
+    return end - begin
+
+
 def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _Candidate:
     box = largest_box(request.layout, patch)
     steps = schedules.steps(schedules.sizes(box))
     seconds = schedules.repeats * request.costs.estimated_seconds(steps, request.threads)
-    return _Candidate(block, patch, seconds / _useful_voxels(request, block, patch))
+    computing = seconds / _useful_voxels(request, block, patch)
+    return _Candidate(block, patch, computing + moving_seconds(request.layout, request, 1, 1))
 
 
 def _useful_voxels(request: Request, block: Size, patch: Size) -> float:

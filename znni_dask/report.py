@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from znni_dask.inspection import Facts
     from znni_dask.making import Pass
     from znni_dask.recompute import MeasuredError
-    from znni_dask.run import Summary
+    from znni_dask.running import Summary
     from znni_dask.timings import Timings
     from znni_dask.verify import Verification
 
@@ -188,8 +188,7 @@ def forecast_lines(found: Forecast) -> list[str]:
         f"{plan.threads} threads, {plan.blocks_in_flight} blocks in flight",
         f"direct arithmetic would be {found.work_ratio:.2f} times that of outputs without borders; "
         f"voxels needed are decoded {plan.reading.amplification:.2f} times at most",
-        f"{plan.voxels_per_second:,.0f} voxels/s, {show_seconds(found.seconds)} of computing "
-        f"({known})",
+        f"{plan.voxels_per_second:,.0f} voxels/s, {show_seconds(found.seconds)} in all ({known})",
         f"memory: {show_bytes(plan.predicted_bytes)} predicted, "
         f"{show_bytes(plan.allowed_bytes)} allowed",
     ]
@@ -255,14 +254,15 @@ def _computing_lines(one: Pass) -> list[str]:
     spent = sum(one.layer_seconds.values())
     if not spent:
         return []
-    expected = one.voxels / one.plan.voxels_per_second
-    lines = [f"computing: {show_seconds(spent)}, {show_seconds(expected)} predicted"]
     choices = {c.layer: c for stage in one.plan.stages for c in stage.choices}
+    expected = one.voxels * sum(choice.voxel_seconds for choice in choices.values())
+    lines = [f"computing: {show_seconds(spent)}, {show_seconds(expected)} predicted"]
     longest = sorted(one.layer_seconds.items(), key=lambda item: -item[1])[:_LAYERS_SHOWN]
     for layer, seconds in longest:
         if (choice := choices.get(layer)) is not None:
             predicted = show_seconds(choice.voxel_seconds * one.voxels)
-            lines.append(f"  {layer} by {choice.primitive}: {show_seconds(seconds)}, {predicted}")
+            told = f"{show_seconds(seconds)} ({predicted} predicted)"
+            lines.append(f"  {layer} by {choice.primitive}: {told}")
     return lines
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import TypeVar
 
 from znni_dask.costs import Costs
@@ -20,6 +21,7 @@ from znni_dask.primitives.base import ITEM_BYTES
 from znni_dask.reading import Reads
 from znni_dask.schedule import Schedules
 from znni_dask.storage.cells import Cells
+from znni_dask.windows import Laid
 
 OVERHEAD_BYTES = 48 << 20  # scheduler, messages and allocator slack beside what is counted
 _WEIGHT_COPIES = 3  # the plugin as sent, as kept by the scheduler, as received
@@ -90,6 +92,16 @@ def shared_reading(
     if reading.cache_bytes:
         return reading, by_cells + reading.cache_bytes
     return reading, needed_bytes(False)
+
+
+def moving_seconds(laid: Laid, resources: Resources, reads: float, writes: float) -> float:
+    """Seconds for every output wanted in which all that lies behind is read so many times, and all
+    is written so many times."""
+    hull, network = resources.hull, laid.network
+    spans = (laid.reach(axis, hull.start[axis], hull.stop[axis]) for axis in range(3))
+    behind = prod(stop - start for start, stop in spans) * network.in_channels / hull.voxels
+    made = network.out_channels
+    return resources.costs.moving_seconds(reads * behind, writes * made, resources.threads)
 
 
 def check_given(resources: Resources, given: Plan) -> None:

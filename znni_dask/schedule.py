@@ -206,8 +206,8 @@ class Schedules:
         )
         workspaces = (
             step.primitive.workspace_bytes(step.problem, threads)
-            for samples in range(1, self.samples + 1)
-            for step in replace(self, samples=samples).steps(sizes)
+            for some in (self, *(replace(self, samples=n) for n in range(1, self.samples)))
+            for step in some.steps(sizes)
         )
         return prepared + allocated_bytes(max(workspaces, default=0))
 

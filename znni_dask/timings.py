@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from znni_dask.errors import OutputError
 from znni_dask.kernels.compiled import cache_folder, host, keep
 from znni_dask.machine import cores
 
@@ -117,7 +118,13 @@ def kept() -> Timings:
 
 
 def keep_timings(timings: Timings) -> Path:
-    """Keep the timings of this machine; raises `OSError` where they cannot be."""
+    """Keep the timings of this machine; raises `OutputError` where they cannot be."""
     told = {"machine": machine(), "timings": [asdict(one) for one in timings.found]}
-    keep(place(), json.dumps(told, indent=1).encode())
-    return place()
+    there = place()
+    try:
+        keep(there, json.dumps(told, indent=1).encode())
+    except OSError as error:
+        raise OutputError(
+            f"timings cannot be kept in {there}: {error}; ZNNI_TIMINGS may name another file"
+        ) from None
+    return there

@@ -29,6 +29,7 @@ from znni_dask.resources import (
     check_room,
     computing_bytes,
     most_in_flight,
+    moving_seconds,
     shared_reading,
 )
 from znni_dask.schedule import Schedules
@@ -116,7 +117,8 @@ def _alternatives(
         seconds = resources.costs.estimated_seconds(
             way.schedules.steps(grid.layout.sizes), resources.threads
         )
-        rate = resources.hull.voxels * samples / (candidate.windows * seconds)
+        computing = candidate.windows * seconds / (resources.hull.voxels * samples)
+        rate = 1 / (computing + moving_seconds(grid, resources, 1, 1))
         needed = _predicted_bytes(grid, way, resources, candidate, 1, False)
         yield Alternative(grid.layout.output_size, candidate.block, samples, rate, needed)
 
@@ -156,6 +158,7 @@ def _told(grid: WindowGrid, resources: Resources, fit: _Fit, in_flight: int) -> 
     steps = schedules.steps(sizes)
     flops = sum(step.primitive.flops(step.problem) for step in steps)
     seconds = resources.costs.estimated_seconds(steps, resources.threads)
+    moved = moving_seconds(grid, resources, reading.amplification, 1)
     return Plan(
         patch=grid.layout.output_size,
         block=block,
@@ -166,7 +169,7 @@ def _told(grid: WindowGrid, resources: Resources, fit: _Fit, in_flight: int) -> 
         predicted_bytes=needed_bytes,
         allowed_bytes=resources.allowed_bytes,
         flops_per_voxel=flops / voxels,
-        voxels_per_second=voxels / seconds,
+        voxels_per_second=1 / (seconds / voxels + moved),
     )
 
 

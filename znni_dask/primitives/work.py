@@ -20,6 +20,9 @@ class Rate(NamedTuple):
 MEMORY = Rate("memory", 1.5e10)  # bytes to and from it
 STREAMED = Rate("streamed", 3e10)  # bytes past the caches, in long stretches
 LOOPS = Rate("plain loops", 1.6e10)  # operations
+READING = Rate("reading", 2.5e8)  # values of a volume's chunks, decoded
+TOUCHING = Rate("touching", 1e9)  # bytes of memory that the system gives for the first time
+WRITING = Rate("writing", 7e7)  # values of an output's chunks, encoded
 
 Amounts = Mapping[Rate, float]
 
