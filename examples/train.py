@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -313,6 +314,8 @@ def real(volume_path: Path, labels_path: Path) -> Volume:
 
 
 def main() -> None:
+    # oneDNN of PyTorch 2.13 crashes in the backward pass of convolutions in bfloat16 on AMX
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--real", type=Path, nargs=2, required=True, metavar=("VOLUME", "LABELS"))
     parser.add_argument("--minutes", type=float, default=4.0, help="training time per network")
