@@ -150,11 +150,9 @@ def test_thin_volumes_equal_the_oracle(family, seed, size):
     assert_same(got, at_once(network, volume, "reflect"))
 
 
-@pytest.mark.parametrize(("family", "seed"), graphs.ALL[::5])
-def test_tiles_of_fourier_transforms_equal_the_oracle(family, seed):
-    network = simplify(graphs.graph(family, seed))
-    volume = volume_for(network)
-    chosen = choose_primitives(Layout(network, volume.shape[1:], "reflect"))
+def in_tiles(network, layout):
+    """Primitives, of which those that can be are convolutions in tiles."""
+    chosen = choose_primitives(layout)
     sizes = ((6, 10, 12), (1, 10, 12), (7, 14, 16))
     changed = 0
     for node in network:
@@ -163,6 +161,14 @@ def test_tiles_of_fourier_transforms_equal_the_oracle(family, seed):
             chosen[node.name] = fitting[0]
             changed += 1
     assert changed
+    return chosen
+
+
+@pytest.mark.parametrize(("family", "seed"), graphs.ALL[::5])
+def test_tiles_of_fourier_transforms_equal_the_oracle(family, seed):
+    network = simplify(graphs.graph(family, seed))
+    volume = volume_for(network)
+    chosen = in_tiles(network, Layout(network, volume.shape[1:], "reflect"))
     want = at_once(network, volume, "reflect")
     for patch in ((7, 16, 9), (20, 11, 32)):
         assert_same(in_patches(network, volume, "reflect", patch, chosen), want)

@@ -221,12 +221,12 @@ class Layout:
         """Size of a layer's whole output; of a dense network, which has no edges, of its box."""
         if self.geometry.dense:
             return boxes[name].size
-        return triple(bounds[name][1] for bounds in self._bounds if bounds)
+        return triple(bounds[name][1] for bounds in self.bounds if bounds)
 
     def _seen(self, axis: int, outputs: Interval) -> dict[str, Interval] | None:
         """What a patch may see of every layer: all there is, or with a halo of its own what the
         network makes of the patch and that halo."""
-        bounds = self._bounds[axis]
+        bounds = self.bounds[axis]
         if self.halo is None or bounds is None:
             return bounds
         geometry, size = self.geometry.axes[axis], self.extensions[axis].size
@@ -246,7 +246,7 @@ class Layout:
         }
 
     @cached_property
-    def _bounds(self) -> list[dict[str, Interval] | None]:
+    def bounds(self) -> list[dict[str, Interval] | None]:
         """Per axis what there is of every layer; None for a dense network, which slides."""
         if self.geometry.dense:
             return [None, None, None]

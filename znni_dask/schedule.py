@@ -21,6 +21,7 @@ from znni_dask.geometry import Box, Size, add, round_up, triple
 from znni_dask.kernels.memory import allocated_bytes
 from znni_dask.network.field_of_view import Interval
 from znni_dask.network.network import Network, Node
+from znni_dask.network.window import SAME, Window
 from znni_dask.patches import Patch
 from znni_dask.primitives.base import Form, Primitive, Problem, Shape
 from znni_dask.primitives.forms import FormChange
@@ -136,13 +137,13 @@ class Schedules:
             offsets=tuple(
                 o for o in self._offsets if all(a < n for a, n in zip(o, output.size, strict=True))
             ),
-            positions=self._positions[self.layout.network.output],
+            positions=self.positions[self.layout.network.output],
             spacing=self.layout.fragments,
         )
 
     def patch(self, output: Box) -> Patch:
         """The boxes of all layers for ``output``, for one offset."""
-        return self.layout.patch_with(output, self._fragmented)
+        return self.layout.patch_with(output, self.fragmented)
 
     def envelope(self, spans: Sequence[Iterable[Interval]]) -> dict[str, Size]:
         """For every layer the smallest size that holds its box for any patch whose extent along
@@ -151,7 +152,7 @@ class Schedules:
         for axis in range(3):
             longest: dict[str, int] = {}
             for span in spans[axis]:
-                stretch = self.layout.stretch(axis, span, self._fragmented)
+                stretch = self.layout.stretch(axis, span, self.fragmented)
                 for name, (start, stop) in stretch.items():
                     longest[name] = max(longest.get(name, 0), stop - start)
             lengths.append(longest)
@@ -237,11 +238,12 @@ class Schedules:
         return round_up(array.form.nbytes(self._shape(array.name, size)), ALIGN)
 
     @cached_property
-    def _fragmented(self) -> frozenset[str]:
+    def fragmented(self) -> frozenset[str]:
+        """Strided layers that make fragments."""
         return frozenset(n for n in self.layout.strided if self.primitives[n].fragments)
 
     @cached_property
-    def _positions(self) -> dict[str, tuple[Size, ...]]:
+    def positions(self) -> dict[str, tuple[Size, ...]]:
         """For every layer the place of each of its fragments, in voxels of the answer."""
         network = self.layout.network
         found: dict[str, tuple[Size, ...]] = {network.input.name: ((0, 0, 0),)}
@@ -249,7 +251,7 @@ class Schedules:
             if not node.inputs:
                 continue
             found[node.name] = found[node.inputs[0]]
-            if node.name in self._fragmented:
+            if node.name in self.fragmented:
                 moves = _moves(
                     self.layout, node, self.primitives[node.name].fragments_of(node.layer)
                 )
@@ -264,8 +266,7 @@ class Schedules:
     def joins_agree(self) -> bool:
         """Whether everywhere that branches meet they bring the same fragments in one order."""
         return all(
-            len({self._positions[name] for name in node.inputs}) <= 1
-            for node in self.layout.network
+            len({self.positions[name] for name in node.inputs}) <= 1 for node in self.layout.network
         )
 
     @cached_property
@@ -275,7 +276,7 @@ class Schedules:
         Moved by any offset the network makes the voxels of its fragments, moved as much; so the
         moves are those that lay the fragments' positions over every voxel of a stride once.
         """
-        positions = self._positions[self.layout.network.output]
+        positions = self.positions[self.layout.network.output]
         covered: set[Size] = set()
         moves: list[Size] = []
         for place in product(*(range(s) for s in self.layout.fragments)):
@@ -359,29 +360,39 @@ class Schedules:
 
     def _problem(self, operation: Operation, boxes: Mapping[str, Box]) -> Problem:
         node = operation.node
-        if isinstance(operation.primitive, FormChange):
-            shape = self._shape(node.name, boxes[node.name].size)
-            here = boxes[node.name]
-            return Problem(node.layer, (shape,), shape, ((0, 0, 0),), here.start, here.size)
-        windows = [node.layer.window(axis) for axis in range(3)]
-        start = boxes[node.name].start
+        made, reads = boxes[node.name], [boxes[array.name] for array in operation.inputs]
+        whole = self.layout.whole(operation.inputs[0].name, boxes)
+        return self.problem(operation, made, reads, whole)
+
+    def problem(
+        self,
+        operation: Operation,
+        made: Box,
+        reads: Sequence[Box],
+        whole: Size,
+        branches: int = 1,
+    ) -> Problem:
+        """An operation that makes the box ``made`` from the boxes that it ``reads``, with one of so
+        many ``branches`` of all samples."""
+        node, changed = operation.node, isinstance(operation.primitive, FormChange)
+        names = [array.name for array in operation.inputs]
+        shapes = (
+            self._shape(name, box.size, branches) for name, box in zip(names, reads, strict=True)
+        )
+        windows = [SAME if changed else node.layer.window(axis) for axis in range(3)]
         return Problem(
             layer=node.layer,
-            inputs=tuple(self._shape(name, boxes[name].size) for name in node.inputs),
-            output=self._shape(node.name, boxes[node.name].size),
+            inputs=tuple(shapes),
+            output=self._shape(node.name, made.size, branches),
             offsets=tuple(
-                triple(
-                    window.offset(start[axis], boxes[name].start[axis])
-                    for axis, window in enumerate(windows)
-                )
-                for name in node.inputs
+                triple(map(Window.offset, windows, made.start, box.start)) for box in reads
             ),
-            start=start,
-            whole=self.layout.whole(node.inputs[0], boxes),
+            start=made.start,
+            whole=made.size if changed else whole,
         )
 
-    def _shape(self, name: str, size: Size) -> Shape:
-        batch = self.samples * len(self._positions[name])
+    def _shape(self, name: str, size: Size, branches: int = 1) -> Shape:
+        batch = self.samples * len(self.positions[name]) // branches
         return (batch, self.layout.network.channels[name], *size)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,11 +38,7 @@ class SerialExecutor(Closing):
         self.network = network
         self.seconds: defaultdict[Stored, float] = defaultdict(float)
         self._team = Team(threads)
-        self._prepared = {
-            node.name: primitives[node.name].prepare(node.layer, network.weights.get(node.name, {}))
-            for node in network
-            if node.inputs
-        }
+        self._prepared = prepared(network, primitives)
         self._places = arena.places
         self._arena = allocate(arena.bytes + SLACK_BYTES)
 
@@ -95,3 +92,12 @@ class SerialExecutor(Closing):
         first = self._places[array]
         part = self._arena[first : first + array.form.nbytes(shape)]
         return part.view(np.float32).reshape(array.form.stored(shape))
+
+
+def prepared(network: Network, primitives: Mapping[str, Primitive]) -> dict[str, Any]:
+    """Of every layer what its primitive prepares of the weights."""
+    return {
+        node.name: primitives[node.name].prepare(node.layer, network.weights.get(node.name, {}))
+        for node in network
+        if node.inputs
+    }

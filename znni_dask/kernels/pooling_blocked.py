@@ -21,7 +21,7 @@ from znni_dask.kernels.code import VECTOR_BYTES, Address, Function, Integer, Num
 from znni_dask.kernels.compiled import Library, host, kept_library
 
 POOL = "pool"
-PLANE_NUMBERS, ROW_NUMBERS = 3, 5
+PLANE_NUMBERS, ROW_NUMBERS = 2, 6
 N = TypeVar("N")
 _VOXELS = {True: 8, False: 4}  # at once: with 32 long registers, or without
 _UNROLLED = 4  # taps; more are a loop
@@ -39,18 +39,20 @@ class Rows(NamedTuple, Generic[N]):
     """What is pooled, in the order in which the compiled function reads it.
 
     Planes, rows of a plane and rows of a strip, of all fragments together; how many combined rows
-    are kept; the bytes of a block of the input and of the output, and of a row of the input; taps
-    along z, y and x. Along x, in voxels: the length of the line, the first of it inside the input
-    and the first beyond, and where in a row the former lies; outputs and the step between them;
-    fragments and the bytes of one. What to fetch: while rows are combined along z, for each the row
-    so many bytes behind it, or, as fragments read all planes but one for the second time, of the
-    last plane alone the row so many behind the last, while voxels are combined; 0 for neither.
+    are kept; blocks of a sample, from one to the next so many bytes in the input and in the output;
+    the bytes of a row of the input; taps along z, y and x. Along x, in voxels: the length of the
+    line, the first of it inside the input and the first beyond, and where in a row the former lies;
+    outputs and the step between them. Fragments along x, and along y and x together. What to fetch:
+    while rows are combined along z, for each the row so many bytes behind it, or, as fragments read
+    all planes but one for the second time, of the last plane alone the row so many behind the last,
+    while voxels are combined; 0 for neither.
     """
 
     planes: N
     rows: N
     strip: N
     kept: N
+    blocks: N
     block_bytes: N
     out_block_bytes: N
     row_bytes: N
@@ -64,7 +66,7 @@ class Rows(NamedTuple, Generic[N]):
     width: N
     out_step: N
     fragments: N
-    fragment_bytes: N
+    parts: N
     fetched_bytes: N
     fetched_rows: N
 
@@ -78,12 +80,14 @@ def pooling_library(mean: bool) -> Library:
 def pooling_module(mean: bool, wide: bool) -> ir.Module:
     """It as it is written.
 
-    Items are (batch and block, strip of rows, plane). ``numbers`` is a `Rows`; ``planes`` holds
-    for every plane how many of its taps lie inside the input, where it goes and where its share is;
-    ``rows`` for every row the first row of the input that it needs and its strip did not need
-    before, the first that it does not need, and then what ``planes`` holds. ``taps_z`` … are where
-    the taps inside lie: in a block, among the rows kept, in the line. All places are in bytes.
-    ``memory`` is the thread's own: the line, then the rows kept. Of means a window's sum is
+    Items are (sample, block, strip of rows, plane). ``numbers`` is a `Rows`; ``planes`` holds for
+    every plane how many of its taps lie inside the input, and where its share is; ``rows`` for
+    every row the first row of the input that it needs and its strip did not need before, the first
+    that it does not need, how many taps lie inside, where it goes in a plane, where its share is,
+    and which is its first fragment. ``taps_z`` … are where the taps inside lie: of every sample and
+    plane the planes of the input, behind ``x``; among the rows kept; in the line. ``made`` is where
+    every sample's planes go of all fragments along y and x, behind ``out``. All places are in
+    bytes. ``memory`` is the thread's own: the line, then the rows kept. Of means a window's sum is
     multiplied by the share of its row and of its place along x.
     """
     module = ir.Module(f"pooling mean {mean}")
@@ -91,9 +95,11 @@ def pooling_module(mean: bool, wide: bool) -> ir.Module:
         [_write(module, along, mean, _VOXELS[wide], taps) for taps in range(_UNROLLED + 1)]
         for along in Along
     )
-    tables = ("numbers", "planes", "rows", "taps_z", "taps_y", "taps_x", "shares", "shares_x")
-    code = Function(module, POOL, ("x", "out", *tables, "memory"), ("first", "last"))
-    x, out, numbers, planes, rows, taps_z, taps_y, taps_x, shares, shares_x, line = code.addresses
+    tables = ("numbers", "planes", "rows", "taps_z", "taps_y", "taps_x", "made")
+    addresses = ("x", "out", *tables, "shares", "shares_x", "memory")
+    code = Function(module, POOL, addresses, ("first", "last"))
+    x, out, numbers, planes, rows, taps_z, taps_y, taps_x, made, shares, *others = code.addresses
+    shares_x, line = others
     r = Rows(*_told(numbers, 0, len(Rows._fields)))
     kept, inside = line + r.line * VECTOR_BYTES, line + r.left * VECTOR_BYTES
     width, strips = r.right - r.left, (r.rows + r.strip - 1) // r.strip
@@ -102,15 +108,15 @@ def pooling_module(mean: bool, wide: bool) -> ir.Module:
         with code.loop(low, high) as voxel:
             line.store(code.vector(_start(mean)), voxel * VECTOR_BYTES)
     with code.loop(*code.numbers) as item:
-        block, plane = item // r.planes // strips, item % r.planes
-        count_z, to_z, share_z = _told(planes, plane, PLANE_NUMBERS)
+        plane, block = item % r.planes, item // r.planes // strips
+        sample_plane, block = block // r.blocks * r.planes + plane, block % r.blocks
+        count_z, share_z = _told(planes, plane, PLANE_NUMBERS)
         source = x + block * r.block_bytes + r.begin * VECTOR_BYTES
-        target_z = out + block * r.out_block_bytes + to_z
-        places = taps_z + plane * r.taps_z * 8
+        places = taps_z + sample_plane * r.taps_z * 8
         last_plane = source + places.number(r.taps_z * 8 - 8)
         begin = item // r.planes % strips * r.strip
         with code.loop(begin, (begin + r.strip).at_most(r.rows)) as row:
-            new, end, count_y, to_y, share_y = _told(rows, row, ROW_NUMBERS)
+            new, end, count_y, to_y, share_y, first_part = _told(rows, row, ROW_NUMBERS)
             with code.loop(new, end) as y:
                 here, to = source + y * r.row_bytes, kept + y % r.kept * (r.line * VECTOR_BYTES)
                 told = here, to, places, shares, shares, here, width, one, r.fetched_bytes
@@ -118,10 +124,11 @@ def pooling_module(mean: bool, wide: bool) -> ir.Module:
             places_y, step = taps_y + row * r.taps_y * 8, r.out_step * VECTOR_BYTES
             told = kept, inside, places_y, shares, shares, kept, width, one, code.number(0)
             _combine(code, along_y, count_y, *told)
-            target, share = target_z + to_y, shares + share_z + share_y
+            target, share = out + block * r.out_block_bytes + to_y, shares + share_z + share_y
+            targets = made + (sample_plane * r.parts + first_part) * 8
             ahead = last_plane + (end + r.fetched_rows - 1) * r.row_bytes
             with code.loop(0, r.fragments) as part:
-                here, to = line + part * VECTOR_BYTES, target + part * r.fragment_bytes
+                here, to = line + part * VECTOR_BYTES, target + targets.number(part * 8)
                 next_part = ahead + part * r.width * VECTOR_BYTES
                 told = here, to, taps_x, share, shares_x, next_part, r.width, step, r.fetched_rows
                 _combine(code, along_x, r.taps_x, *told)

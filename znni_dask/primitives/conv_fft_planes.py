@@ -25,7 +25,8 @@ from znni_dask.kernels.team import Each, Team
 from znni_dask.kernels.tiles import Tile
 from znni_dask.network.layers import ONES, Conv, Layer
 from znni_dask.network.network import Weights
-from znni_dask.primitives.base import FEWEST_PRODUCTS, Array, Form, Primitive, Problem, products_of
+from znni_dask.primitives.base import FEWEST_PRODUCTS, Array, Form, Problem, products_of
+from znni_dask.primitives.planes import OfPlanes, Planes
 from znni_dask.primitives.stacks import Stacks, stacks_of
 from znni_dask.primitives.work import COMPILE_SECONDS, MEMORY, Rate, Work
 
@@ -48,7 +49,7 @@ class Prepared(NamedTuple):
 
 @final
 @dataclass(frozen=True)
-class ConvPlanesFFT(Primitive):
+class ConvPlanesFFT(OfPlanes):
     """Convolution in tiles of ``tile`` voxels (y, x) on the CPU; the tile is part of its name.
 
     Takes any dilation and padding, kernels that sum at least 27 products; no stride, no groups, at
@@ -153,8 +154,13 @@ class ConvPlanesFFT(Primitive):
         waves[:] = planes.waves(tile.size[2]).reshape(-1)
         return Prepared(kernels, waves, biases)
 
-    def apply(
-        self, prepared: Prepared, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+    def apply_planes(
+        self,
+        prepared: Prepared,
+        problem: Problem,
+        inputs: Sequence[Planes],
+        out: Planes,
+        team: Team,
     ) -> None:
         conv, stacks = _conv(problem), self._stacks(problem, team.threads)
         own_bytes = _thread_bytes(conv, stacks)

@@ -29,13 +29,14 @@ from znni_dask.kernels.team import Each, Team
 from znni_dask.kernels.tiles import Tile
 from znni_dask.network.layers import ONES, Conv, Layer
 from znni_dask.network.network import Weights
-from znni_dask.primitives.base import Array, Form, Primitive, Problem
+from znni_dask.primitives.base import Array, Form, Problem
 from znni_dask.primitives.phases import (
     problem_without_stride,
     split_input,
     split_weights,
     without_stride,
 )
+from znni_dask.primitives.planes import OfPlanes, Planes
 from znni_dask.primitives.stacks import Stacks, stacks_of
 from znni_dask.primitives.work import COMPILE_SECONDS, MEMORY, Rate, Work
 
@@ -55,7 +56,7 @@ class Prepared(NamedTuple):
 
 @final
 @dataclass(frozen=True)
-class ConvTiledFFT(Primitive):
+class ConvTiledFFT(OfPlanes):
     """Convolution in tiles of ``tile`` voxels (z, y, x) on the CPU; the tile is part of its name,
     and whether the kernels' spectra are ``remade`` for every batch.
 
@@ -97,6 +98,9 @@ class ConvTiledFFT(Primitive):
         if (reason := super().refusal(layer)) is not None:
             return reason
         return Tile(self.tile, without_stride(cast("Conv", layer)).kernel).refusal()
+
+    def takes_planes(self, layer: Layer, form: Form) -> bool:
+        return cast("Conv", layer).stride == ONES
 
     def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
         return Form.BLOCKED if cast("Conv", layer).stride == ONES else None, Form.BLOCKED
@@ -172,7 +176,26 @@ class ConvTiledFFT(Primitive):
     def apply(
         self, prepared: Prepared, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        x, split, strided = inputs[0], _split_bytes(problem), problem
+        x, split = inputs[0], _split_bytes(problem)
+        if split:
+            dense = problem_without_stride(problem)
+            need = self._need(_conv(dense), self._stacks(dense), team.threads)
+            scratch, shape = team.scratch(split + need.nbytes), dense.inputs[0]
+            x = scratch[:split].view(np.float32).reshape(Form.BLOCKED.stored(shape))
+            split_input(problem, inputs[0], x, team)
+        self.apply_planes(prepared, problem, [Planes.of(x)], Planes.of(out), team)
+
+    def apply_planes(
+        self,
+        prepared: Prepared,
+        problem: Problem,
+        inputs: Sequence[Planes],
+        out: Planes,
+        team: Team,
+    ) -> None:
+        """Of a strided problem the input is that without stride, at the beginning of the scratch
+        memory."""
+        (x,), split = inputs, _split_bytes(problem)
         problem = problem_without_stride(problem)
         conv, tile, stacks = _conv(problem), self._tile(problem), self._stacks(problem)
         blocks, made_blocks = _blocks(conv)
@@ -180,9 +203,6 @@ class ConvTiledFFT(Primitive):
         scratch = team.scratch(split + need.nbytes)
         spectra, answers, remade, buffers = need.places(scratch[split:].ctypes.data)
         own = Each(buffers, need.thread_bytes)
-        if split:
-            x = scratch[:split].view(np.float32).reshape(Form.BLOCKED.stored(problem.inputs[0]))
-            split_input(strided, inputs[0], x, team)
         kernels, lines = (
             prepared.kernels.ctypes.data,
             tile.size[1],

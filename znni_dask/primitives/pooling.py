@@ -21,8 +21,9 @@ from znni_dask.kernels import pooling
 from znni_dask.kernels.code import VECTOR_BYTES
 from znni_dask.kernels.pooling_blocked import POOL, Rows, pooling_library
 from znni_dask.kernels.team import Each, Team
-from znni_dask.network.layers import ONES, AveragePool, Layer, MaxPool
-from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, indices
+from znni_dask.network.layers import AveragePool, Layer, MaxPool
+from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Problem, indices
+from znni_dask.primitives.planes import OfPlanes, Planes
 
 _STRIP_BYTES = 1 << 19  # of the rows that one strip of outputs reads again in the next plane
 _LEAST_STRIP = 8  # rows: those of windows that reach beyond a strip are combined twice
@@ -51,23 +52,27 @@ def _pool(problem: Problem, x: Array, out: Array, offset: Size, team: Team) -> N
     team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
 
 
-def _pool_blocked(problem: Problem, x: Array, out: Array, fragments: Size, team: Team) -> None:
+def _pool_blocked(problem: Problem, x: Planes, out: Planes, fragments: Size, team: Team) -> None:
     """Pool blocks of channels, into so many fragments along each axis."""
-    rows = _rows(problem, fragments)
+    rows = _rows(problem, x, out, fragments)
     mean = isinstance(problem.layer, AveragePool)
     z, y, shares_x = [_shares(problem, axis) if mean else _NONE for axis in range(3)]
     shares = np.multiply.outer(z, y)
     steps = shares.strides if mean else (0, 0)
-    tables = _tables(problem, fragments, rows, steps)
-    given: list[NDArray[Any]] = [x, out, indices(*rows), *tables, shares, shares_x]
+    planes, lines, taps_z, taps_y, taps_x = _tables(problem, fragments, rows, steps)
+    read, made = x.addresses[:, taps_z], _made(out, fragments)
+    first, first_made = x.addresses[0, 0], out.addresses[0, 0]
+    tables = indices(*rows), planes, lines, read - first, taps_y, taps_x, made - first_made
+    given = [np.ascontiguousarray(table, np.int64) for table in tables]
     own_bytes = _own_bytes(problem, fragments)
     memory = team.scratch(team.threads * own_bytes).ctypes.data
-    told: list[int | Each] = [array.ctypes.data for array in given]
+    told: list[int | Each] = [int(first), int(first_made)]
+    told += [array.ctypes.data for array in (*given, shares, shares_x)]
     items = prod(x.shape[:2]) * rows.planes * ceil_divide(rows.rows, rows.strip)
     team.run(pooling_library(mean)[POOL], [*told, Each(memory, own_bytes)], items)
 
 
-def _rows(problem: Problem, fragments: Size) -> Rows[int]:
+def _rows(problem: Problem, x: Planes, made: Planes, fragments: Size) -> Rows[int]:
     """The numbers of a problem in blocks of channels."""
     layer = cast("MaxPool | AveragePool", problem.layer)
     size, out = triple(problem.inputs[0][2:]), triple(problem.output[2:])
@@ -80,8 +85,9 @@ def _rows(problem: Problem, fragments: Size) -> Rows[int]:
         rows=out[1] * fragments[1],
         strip=max(_LEAST_STRIP, _STRIP_BYTES // (row_bytes * layer.kernel[0])),
         kept=layer.window(1).extent,
-        block_bytes=volume(size) * VECTOR_BYTES,
-        out_block_bytes=volume(out) * VECTOR_BYTES,
+        blocks=x.shape[1],
+        block_bytes=x.step_bytes,
+        out_block_bytes=made.step_bytes,
         row_bytes=row_bytes,
         taps_z=layer.kernel[0],
         taps_y=layer.kernel[1],
@@ -93,7 +99,7 @@ def _rows(problem: Problem, fragments: Size) -> Rows[int]:
         width=out[2],
         out_step=layer.stride[2],
         fragments=fragments[2],
-        fragment_bytes=_fragment_bytes(problem, fragments),
+        parts=fragments[1] * fragments[2],
         fetched_bytes=row_bytes if parts == 1 else 0,
         fetched_rows=ceil_divide(_AHEAD_BYTES, row_bytes) if parts > 1 else 0,
     )
@@ -102,10 +108,9 @@ def _rows(problem: Problem, fragments: Size) -> Rows[int]:
 def _tables(
     problem: Problem, fragments: Size, rows: Rows[int], share_bytes: Sequence[int]
 ) -> list[NDArray[np.int64]]:
-    """What the compiled loop is told of every plane and of every row of all fragments, and where
-    taps along each axis lie."""
+    """What the compiled loop is told of every plane and of every row of all fragments, and which
+    planes, where among the rows kept, and where in the line taps along each axis are."""
     layer = cast("MaxPool | AveragePool", problem.layer)
-    steps = rows.row_bytes * problem.inputs[0][3], rows.line * VECTOR_BYTES
     told, taps = [], []
     for axis in (0, 1):
         n, dilation = problem.inputs[0][2 + axis], layer.dilation[axis]
@@ -115,19 +120,29 @@ def _tables(
         begin = place * layer.stride[axis] + part + problem.offsets[0][axis]
         low = np.minimum(-(np.minimum(begin, 0) // dilation), layer.kernel[axis])
         count = np.clip(-((begin - n) // dilation), low, layer.kernel[axis]) - low
-        parts = volume(fragments) // prod(fragments[: axis + 1])  # fragments from part to part
-        to = part * parts * _fragment_bytes(problem, fragments)
-        to += place * prod(problem.output[3 + axis :]) * VECTOR_BYTES
-        told.append([count, to, place * share_bytes[axis]])
-        at = (begin + low * dilation)[:, None] + np.arange(layer.kernel[axis]) * dilation
-        taps.append((at if axis == 0 else at % rows.kept) * steps[axis])
+        told.append([count, place * share_bytes[axis]])
+        taps.append((begin + low * dilation)[:, None] + np.arange(layer.kernel[axis]) * dilation)
     end = np.clip(begin + (layer.kernel[1] - 1) * layer.dilation[1] + 1, 0, n)
     new = np.maximum(begin, 0)
     again = np.arange(rows.rows) % rows.strip > 0  # such rows find some rows combined already
     new[again] = np.maximum(new[1:], end[:-1])[again[1:]]
-    taps.append(np.arange(layer.kernel[2]) * layer.dilation[2] * VECTOR_BYTES)
-    planes, lines = np.stack(told[0], axis=1), np.stack([new, end, *told[1]], axis=1)
-    return [np.ascontiguousarray(table, np.int64) for table in (planes, lines, *taps)]
+    to = place * problem.output[4] * VECTOR_BYTES
+    (count_y, share_y), (at, row) = told[1], taps
+    return [
+        np.stack(told[0], axis=1),
+        np.stack([new, end, count_y, to, share_y, part * fragments[2]], axis=1),
+        np.minimum(at, problem.inputs[0][2] - 1),  # those beyond do not count
+        row % rows.kept * (rows.line * VECTOR_BYTES),
+        np.arange(layer.kernel[2]) * layer.dilation[2] * VECTOR_BYTES,
+    ]
+
+
+def _made(out: Planes, fragments: Size) -> NDArray[np.int64]:
+    """Where the planes of all fragments along z lie: (sample, plane, fragment along y and x)."""
+    z, parts = fragments[0], fragments[1] * fragments[2]
+    samples, planes = out.shape[0] // (z * parts), out.shape[2]
+    apart = out.addresses.reshape(z, parts, samples, planes)
+    return apart.transpose(2, 3, 0, 1).reshape(samples, planes * z, parts)
 
 
 def _line(problem: Problem, fragments: Size) -> int:
@@ -139,10 +154,6 @@ def _line(problem: Problem, fragments: Size) -> int:
 def _own_bytes(problem: Problem, fragments: Size) -> int:
     """A thread's memory: a line, and the rows combined along z that windows reach."""
     return (1 + problem.layer.window(1).extent) * _line(problem, fragments) * VECTOR_BYTES
-
-
-def _fragment_bytes(problem: Problem, fragments: Size) -> int:
-    return Form.BLOCKED.nbytes(problem.output) // volume(fragments)
 
 
 def _shares(problem: Problem, axis: int) -> Array:
@@ -163,74 +174,77 @@ def _shares(problem: Problem, axis: int) -> Array:
     return np.asarray(1 / np.maximum(counted, 1), np.float32)
 
 
+class _Pooling(OfPlanes):
+    """Abstract: pooling on the CPU, into as many fragments as there are."""
+
+    def takes_planes(self, layer: Layer, form: Form) -> bool:
+        return form is Form.BLOCKED
+
+    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
+        return None, None
+
+    def flops(self, problem: Problem) -> int:
+        return _flops(problem)
+
+    def workspace_bytes(self, problem: Problem, threads: int) -> int:
+        """Memory of the lines, of the places of rows and planes, of taps along z and of fragments
+        for every sample, and of `_shares`: the places of all taps along an axis, compared and
+        counted."""
+        pool = cast("MaxPool | AveragePool", problem.layer)
+        fragments = self.fragments_of(pool)
+        lines = threads * _own_bytes(problem, fragments)
+        places = 8 * sum(
+            n * f * (16 + 3 * k)
+            for n, f, k in zip(problem.output[2:4], fragments, pool.kernel, strict=False)
+        )
+        apart = pool.kernel[0] + fragments[1] * fragments[2]
+        places += 3 * 8 * problem.inputs[0][0] * problem.output[2] * fragments[0] * apart
+        if isinstance(pool, MaxPool):
+            return lines + places
+        longest = max(n * k for n, k in zip(problem.output[2:], pool.kernel, strict=True))
+        shares = problem.output[2] * problem.output[3] * ITEM_BYTES
+        return lines + places + shares + 4 * longest * 2 * ITEM_BYTES
+
+    def apply(
+        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+    ) -> None:
+        if inputs[0].ndim > 5:
+            super().apply(prepared, problem, inputs, out, team)
+            return
+        fragments, batch = self.fragments_of(problem.layer), inputs[0].shape[0]
+        for index, offset in enumerate(product(*map(range, fragments))):
+            part = out[index * batch : (index + 1) * batch]
+            _pool(problem, inputs[0], part, add(problem.offsets[0], triple(offset)), team)
+
+    def apply_planes(
+        self,
+        prepared: Any,
+        problem: Problem,
+        inputs: Sequence[Planes],
+        out: Planes,
+        team: Team,
+    ) -> None:
+        _pool_blocked(problem, inputs[0], out, self.fragments_of(problem.layer), team)
+
+
 @final
-class MaxPooling(Primitive):
-    """Plain max-pooling on the CPU."""
+class MaxPooling(_Pooling):
+    """Plain max-pooling."""
 
     name: ClassVar[str] = "pooling"
     layer: ClassVar[type[Layer]] = MaxPool
 
-    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
-        return None, None
-
-    def flops(self, problem: Problem) -> int:
-        return _flops(problem)
-
-    def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        return _workspace_bytes(problem, self.fragments_of(problem.layer), threads)
-
-    def apply(
-        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
-    ) -> None:
-        if inputs[0].ndim > 5:
-            _pool_blocked(problem, inputs[0], out, ONES, team)
-        else:
-            _pool(problem, inputs[0], out, problem.offsets[0], team)
-
 
 @final
-class AveragePooling(Primitive):
-    """Plain average pooling on the CPU."""
+class AveragePooling(_Pooling):
+    """Plain average pooling."""
 
     name: ClassVar[str] = "pooling"
     layer: ClassVar[type[Layer]] = AveragePool
 
-    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
-        return None, None
 
-    def flops(self, problem: Problem) -> int:
-        return _flops(problem)
-
-    def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        return _workspace_bytes(problem, self.fragments_of(problem.layer), threads)
-
-    def apply(
-        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
-    ) -> None:
-        if inputs[0].ndim > 5:
-            _pool_blocked(problem, inputs[0], out, ONES, team)
-        else:
-            _pool(problem, inputs[0], out, problem.offsets[0], team)
-
-
-def _workspace_bytes(problem: Problem, fragments: Size, threads: int) -> int:
-    """Memory of the lines, of the places of rows and planes, and of `_shares`: the places of all
-    taps along an axis, compared and counted."""
-    pool = cast("MaxPool | AveragePool", problem.layer)
-    lines = threads * _own_bytes(problem, fragments)
-    places = 8 * sum(
-        n * f * (16 + 3 * k)
-        for n, f, k in zip(problem.output[2:4], fragments, pool.kernel, strict=False)
-    )
-    if isinstance(pool, MaxPool):
-        return lines + places
-    longest = max(n * k for n, k in zip(problem.output[2:], pool.kernel, strict=True))
-    shares = problem.output[2] * problem.output[3] * ITEM_BYTES
-    return lines + places + shares + 4 * longest * 2 * ITEM_BYTES
-
-
-class _Fragments(Primitive):
-    """Pooling at every offset of the stride, on the CPU."""
+class _Fragments(_Pooling):
+    """Abstract: pooling at every offset of the stride."""
 
     name: ClassVar[str] = "fragments"
     fragments: ClassVar[bool] = True
@@ -239,27 +253,6 @@ class _Fragments(Primitive):
         if reason := super().refusal(layer):
             return reason
         return _PADDED if any(layer.window(axis).pads for axis in range(3)) else None
-
-    def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
-        return None, None
-
-    def flops(self, problem: Problem) -> int:
-        return _flops(problem)
-
-    def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        return _workspace_bytes(problem, self.fragments_of(problem.layer), threads)
-
-    def apply(
-        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
-    ) -> None:
-        fragments = self.fragments_of(problem.layer)
-        if inputs[0].ndim > 5:
-            _pool_blocked(problem, inputs[0], out, fragments, team)
-            return
-        batch = inputs[0].shape[0]
-        for index, offset in enumerate(product(*map(range, fragments))):
-            part = out[index * batch : (index + 1) * batch]
-            _pool(problem, inputs[0], part, add(problem.offsets[0], triple(offset)), team)
 
 
 @final

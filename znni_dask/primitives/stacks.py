@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from znni_dask.geometry import Size, ceil_divide
 from znni_dask.kernels.tiles import STACK_NUMBERS, Tile
-from znni_dask.primitives.base import Array, Problem
+from znni_dask.primitives.base import Problem
+from znni_dask.primitives.planes import Planes
 
 Numbers = NDArray[np.int64]
 _AXES_KEPT = 256  # tables of one axis: small, and the same for every patch of a size
@@ -131,14 +132,14 @@ class Stacks:
         """Memory of all tables, temporaries included."""
         return 8 * self.count * (2 * (self.planes + self.planes_made) + 8 * STACK_NUMBERS)
 
-    def of_input(self, array: Array) -> Iterator[Batch]:
+    def of_input(self, array: Planes) -> Iterator[Batch]:
         """Batch by batch where the planes behind stacks lie in a blocked array."""
         z, y, x = self.axes
         _, ny, nx = self.tile.size
         planes = _inputs(z, self.planes)
         return self._batches(array, planes, _reach(y, ny, True), _reach(x, nx, True))
 
-    def of_output(self, array: Array) -> Iterator[Batch]:
+    def of_output(self, array: Planes) -> Iterator[Batch]:
         """Batch by batch where the planes that stacks make lie in a blocked array."""
         z, y, x = self.axes
         _, my, mx = self.tile.made
@@ -146,14 +147,14 @@ class Stacks:
         return self._batches(array, planes, _reach(y, my, False), _reach(x, mx, False))
 
     def _batches(
-        self, array: Array, planes: Numbers, rows: Numbers, columns: Numbers
+        self, array: Planes, planes: Numbers, rows: Numbers, columns: Numbers
     ) -> Iterator[Batch]:
         table, told = _tables(array, planes, rows, columns)
-        block, _, row, voxel = array.strides[1:5]
-        row, voxel = row * self.axes[1].dilation, voxel * self.axes[2].dilation
+        _, step_y, step_x = (axis.dilation for axis in self.axes)
+        strides = array.step_bytes, step_y * array.row_bytes, step_x * array.voxel_bytes
         for first in range(0, self.count, self.batch):
             part = slice(first, first + self.batch)
-            yield Batch(table[part], told[part], (block, row, voxel))
+            yield Batch(table[part], told[part], strides)
 
 
 @lru_cache(_AXES_KEPT)
@@ -181,18 +182,14 @@ def stacks_of(problem: Problem, tile: Tile, dilation: Size, at_once: int) -> Sta
 
 
 def _tables(
-    array: Array, planes: Numbers, rows: Numbers, columns: Numbers
+    array: Planes, planes: Numbers, rows: Numbers, columns: Numbers
 ) -> tuple[Numbers, Numbers]:
     """``planes`` of every piece along z; of every piece along y and x what counts."""
-    samples = array.shape[0]
-    samples_stride, _, plane_stride, row_stride, stride, *_ = array.strides
-    corner = array.ctypes.data + np.arange(samples) * samples_stride
-    address = corner[:, None, None] + planes * plane_stride
-    address = np.where(planes >= 0, address, 0)[:, :, None, None, :]
-    whole = (samples, len(planes), len(rows), len(columns))
+    address = np.where(planes >= 0, array.addresses[:, planes], 0)[:, :, None, None, :]
+    whole = (len(array.addresses), len(planes), len(rows), len(columns))
     table = np.broadcast_to(address, (*whole, planes.shape[1])).reshape(-1, planes.shape[1])
     told = np.empty((*whole, STACK_NUMBERS), np.int64)
     told[..., 0:2] = rows[:, None, :2]
     told[..., 2:4] = columns[:, :2]
-    told[..., 4] = rows[:, None, 2] * row_stride + columns[:, 2] * stride
+    told[..., 4] = rows[:, None, 2] * array.row_bytes + columns[:, 2] * array.voxel_bytes
     return np.ascontiguousarray(table), told.reshape(-1, STACK_NUMBERS)

@@ -1,0 +1,221 @@
+"""Run a plan on a column, slab after slab: nothing is computed twice along z.
+
+What is kept of every array lies in pages, one for every plane of a sample, which are allocated
+once and serve all columns: what is kept is never moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from znni_dask.closing import Closing
+from znni_dask.columns import Column, Part, Strand, Turn
+from znni_dask.executors.serial import prepared
+from znni_dask.geometry import Box
+from znni_dask.kernels.memory import allocate, odd_lines
+from znni_dask.kernels.pages import GATHER, SCATTER, pages_library
+from znni_dask.kernels.team import Team
+from znni_dask.network.field_of_view import Interval
+from znni_dask.network.network import Network
+from znni_dask.pages import ColumnMemory, Pages, shape_of
+from znni_dask.primitives.base import Array, Primitive, Shape
+from znni_dask.primitives.fragments import recombine
+from znni_dask.primitives.planes import OfPlanes, Planes, step_bytes
+from znni_dask.schedule import Stored
+
+Numbers = NDArray[np.int64]
+
+
+class ColumnExecutor(Closing):
+    """Computes columns of one network on the CPU, whose memory is no larger than ``memory``;
+    prepared weights are kept between columns.
+
+    ``seconds`` are those that every array took to compute so far. Not for use by several threads
+    at once. Use it as a context manager, or `close` it.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        primitives: Mapping[str, Primitive],
+        memory: ColumnMemory,
+        threads: int,
+    ) -> None:
+        self.network = network
+        self._team = Team(threads)
+        self._prepared = prepared(network, primitives)
+        self._pool = _Pool(memory.pages)
+        self._copies = allocate(memory.copies_bytes)
+
+    def slabs(
+        self, column: Column, read: Callable[[Interval], NDArray[np.generic]]
+    ) -> Iterator[tuple[Box, Array]]:
+        """Make a column: slab after slab its box and the answer there, (channel, z, y, x), which
+        serves until the next is asked for.
+
+        ``read`` gives planes of the extended volume within ``column.input``, counted from there:
+        (channel, z, y, x), of any real dtype. Each is asked for once, in order.
+        """
+        self._pool.free_all()
+        run = _Run(column, self._pool, self._team, self._copies)
+        for turn in column.turns():
+            if turn.operation is not None:
+                self._compute(run, turn)
+            elif turn.makes:
+                run.load(turn.makes[0], read)
+            elif (made := run.give(turn.reads[0])) is not None:
+                yield made
+            run.free(turn.freed)
+
+    def _compute(self, run: _Run, turn: Turn) -> None:
+        operation, problem = turn.operation, turn.problem
+        assert operation is not None
+        assert problem is not None
+        ready = self._prepared.get(operation.output.name)
+        for part in turn.makes:
+            run.begin(part)
+        primitive, form = operation.primitive, operation.inputs[0].form
+        if isinstance(primitive, OfPlanes) and primitive.takes_planes(problem.layer, form):
+            planes = [run.planes((part,)) for part in turn.reads]
+            primitive.apply_planes(ready, problem, planes, run.planes(turn.makes), self._team)
+            return
+        *inputs, made = run.in_one_piece([*turn.reads, *turn.makes[:1]], len(turn.makes))
+        for array, part in zip(inputs, turn.reads, strict=True):
+            run.copy(GATHER, (part,), array)
+        primitive.apply(ready, problem, inputs, made, self._team)
+        run.copy(SCATTER, turn.makes, made)
+
+    def close(self) -> None:
+        """End the threads and free the memory."""
+        self._team.close()
+        self._pool = _Pool(Pages((), (), {}))
+        self._copies = np.empty(0, np.uint8)
+
+
+class _Pool:
+    """Pages in memory; those of every size that are free."""
+
+    def __init__(self, pages: Pages) -> None:
+        self._sizes = pages.sizes
+        both = list(zip(pages.counts, pages.nbytes, strict=True))
+        self._memory = [allocate(count * nbytes) for count, nbytes in both]
+        self._all = [
+            memory.ctypes.data + nbytes * np.arange(count, dtype=np.int64)
+            for memory, (count, nbytes) in zip(self._memory, both, strict=True)
+        ]
+        self.free_all()
+
+    def free_all(self) -> None:
+        """All pages are free."""
+        self._free = [addresses.copy() for addresses in self._all]
+        self._left = [len(addresses) for addresses in self._all]
+
+    def take(self, array: Stored, count: int) -> Numbers:
+        """Addresses of so many pages for an array."""
+        which = self._sizes[array]
+        self._left[which] = left = self._left[which] - count
+        assert left >= 0
+        return self._free[which][left : left + count].copy()
+
+    def give_back(self, array: Stored, addresses: Numbers) -> None:
+        """Pages of an array that are free again."""
+        which = self._sizes[array]
+        left = self._left[which]
+        self._free[which][left : left + addresses.size] = addresses.reshape(-1)
+        self._left[which] = left + addresses.size
+
+
+class _Run:
+    """The arrays of one column: where every plane of a strand lies."""
+
+    def __init__(self, column: Column, pool: _Pool, team: Team, copies: NDArray[np.uint8]) -> None:
+        self._column, self._pool, self._team, self._copies = column, pool, team, copies
+        self._tables: dict[Strand, Numbers] = {}
+        self._answer: Array | None = None
+        self._given = 0
+
+    def load(self, part: Part, read: Callable[[Interval], NDArray[np.generic]]) -> None:
+        """Read planes of the volume."""
+        first = self._first(part.strand)
+        start, stop = (plane - first for plane in part.planes)
+        self.begin(part)
+        (out,) = self.in_one_piece([part], 1)
+        out[0] = read((start, stop))
+        self.copy(SCATTER, (part,), out)
+
+    def give(self, part: Part) -> tuple[Box, Array] | None:
+        """Weave the fragments of a branch into a slab, which is complete after the last."""
+        column, (strand, planes) = self._column, part
+        spacing, output = column.schedules.layout.fragments, column.output
+        start, stop = (
+            min(output.start[0] + (plane - self._first(strand)) * spacing[0], output.stop[0])
+            for plane in planes
+        )
+        box = Box((start, *output.start[1:]), (stop, *output.stop[1:]))
+        if self._answer is None:
+            self._answer = np.empty((column.network.out_channels, *box.size), np.float32)
+        (fragments,) = self.in_one_piece([part], 1)
+        self.copy(GATHER, (part,), fragments)
+        numbers = {place: i for i, place in enumerate(column.positions(strand.branch))}
+        recombine(fragments, numbers, spacing, self._answer, self._team)
+        self._given += 1
+        if self._given < column.branches:
+            return None
+        answer, self._answer, self._given = self._answer, None, 0
+        return box, answer
+
+    def begin(self, part: Part) -> None:
+        """Take pages for planes that are made."""
+        strand, (start, stop) = part
+        if strand not in self._tables:
+            box, (samples, *_) = self._column.boxes[strand.array.name], self._shape(part)
+            self._tables[strand] = np.zeros((samples, box.size[0]), np.int64)
+        table, first = self._tables[strand], self._first(strand)
+        pages = self._pool.take(strand.array, len(table) * (stop - start))
+        table[:, start - first : stop - first] = pages.reshape(len(table), -1)
+
+    def free(self, parts: tuple[Part, ...]) -> None:
+        """Give back the pages of planes that nobody reads again."""
+        for part in parts:
+            self._pool.give_back(part.strand.array, self._pages(part))
+
+    def in_one_piece(self, parts: list[Part], makes: int) -> list[Array]:
+        """Memory for copies of some planes, the last of so many branches."""
+        found, begin = [], 0
+        for number, part in enumerate(parts):
+            branches = makes if number == len(parts) - 1 else 1
+            form, shape = part.strand.array.form, self._shape(part, branches)
+            nbytes = form.nbytes(shape)
+            memory = self._copies[begin : begin + nbytes]
+            found.append(memory.view(np.float32).reshape(form.stored(shape)))
+            begin += odd_lines(nbytes)
+        return found
+
+    def planes(self, parts: tuple[Part, ...]) -> Planes:
+        """Where planes of one branch after the other lie."""
+        table = np.concatenate([self._pages(part) for part in parts])
+        shape = parts[0].strand.array.form.stored(self._shape(parts[0], len(parts)))
+        return Planes(table, step_bytes(shape), shape)
+
+    def copy(self, how: str, parts: tuple[Part, ...], array: Array) -> None:
+        """Copy planes of one branch after the other from or to an array in one piece."""
+        addresses, step_bytes, (samples, blocks, planes, *_) = self.planes(parts)
+        table = np.ascontiguousarray(addresses)
+        told = blocks, planes, step_bytes
+        places = table.ctypes.data, array.ctypes.data
+        self._team.run(pages_library()[how], (*places, *told), samples * blocks * planes)
+
+    def _pages(self, part: Part) -> Numbers:
+        first = self._first(part.strand)
+        start, stop = (plane - first for plane in part.planes)
+        return self._tables[part.strand][:, start:stop]
+
+    def _first(self, strand: Strand) -> int:
+        return self._column.boxes[strand.array.name].start[0]
+
+    def _shape(self, part: Part, branches: int = 1) -> Shape:
+        start, stop = part.planes
+        return shape_of(self._column, part.strand.array, stop - start, branches)
