@@ -185,7 +185,7 @@ def applied(network: Network, x: Array, threads: int) -> tuple[Array, dict[str, 
     layout = Layout(network, triple(x.shape[1:]), "valid")
     patch = Box((0, 0, 0), layout.output_size)
     plain = Schedules(layout, choose_primitives(layout))
-    primitives = Menu(plain, patch, PATCHES, threads).fastest()
+    primitives = Menu.of_patches(plain, patch, PATCHES, threads).fastest()
     schedules = Schedules(layout, primitives)
     arena = schedules.arena(schedules.sizes(patch))
     out = np.empty((network.out_channels, *layout.output_size), np.float32)

@@ -228,7 +228,7 @@ def complete(network: Network, size: Size, batch: int, team: Team) -> dict[str, 
     layout = WholeWindow(network, size)
     plain = Schedules(layout, choose_primitives(layout), batch)
     patch = Box((0, 0, 0), layout.output_size)
-    primitives = Menu(plain, patch, RUNS, team.threads).fastest()
+    primitives = Menu.of_patches(plain, patch, RUNS, team.threads).fastest()
     random = np.random.default_rng(0)
     x = random.standard_normal((batch, network.in_channels, *size), np.float32)
     apply: dict[str, Callable[[Array], Array]] = {

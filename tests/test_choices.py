@@ -28,13 +28,17 @@ THREADS, PATCHES = 2, 100
 def menu(network, edge=64):
     layout = Layout(network, (300, 300, 300), "reflect")
     plain = Schedules(layout, choose_primitives(layout))
-    return Menu(plain, Box((100, 100, 100), (100 + edge,) * 3), PATCHES, THREADS)
+    return Menu.of_patches(plain, patch(edge), PATCHES, THREADS)
 
 
-def costs(asked, primitives):
+def patch(edge):
+    return Box((100, 100, 100), (100 + edge,) * 3)
+
+
+def costs(asked, primitives, edge=64):
     """Seconds of a whole run, bytes that it prepares and computes in, from the schedule itself."""
     schedules = Schedules(asked.schedules.layout, primitives)
-    steps = schedules.steps(schedules.sizes(asked.patch))
+    steps = schedules.steps(schedules.sizes(patch(edge)))
     seconds, prepared, workspaces = 0.0, 0, []
     for step in steps:
         seconds += PATCHES * Costs().step_seconds(step.primitive, step.problem, THREADS)

@@ -88,13 +88,17 @@ def test_outputs_may_begin_anywhere_in_the_input(offset):
     np.testing.assert_allclose(plain(out, problem.output), want, rtol=1e-5, atol=1e-5)
 
 
-def test_the_volume_is_copied_only_where_padding_reaches():
-    assert PRIMITIVE.workspace_bytes(whole(Conv(2, 8, cube(3)), cube(20)), 2) == 0
+@pytest.mark.parametrize(("box", "copied"), [((0, 20), 22), ((1, 19), 0)])
+def test_the_volume_is_copied_only_where_padding_reaches(box, copied):
     padded = Conv(2, 8, cube(3), padding=(cube(1),) * 2)
-    problem, _ = problem_of(padded, PRIMITIVE, 1, [2], cube(20), Box(ZERO, cube(20)))
-    assert PRIMITIVE.workspace_bytes(problem, 2) == 2 * 22**3 * 4
-    inner, _ = problem_of(padded, PRIMITIVE, 1, [2], cube(20), Box(cube(1), cube(18)))
-    assert PRIMITIVE.workspace_bytes(inner, 2) == 0
+    start, stop = map(cube, box)
+    problem, _ = problem_of(padded, PRIMITIVE, 1, [2], cube(20), Box(start, stop))
+    x = np.ones(problem.inputs[0], np.float32)
+    given, out = formed(PRIMITIVE.forms(padded, ()), [x], problem.output)
+    weights = weights_of(padded, np.random.default_rng(4))
+    with Team(1) as team:
+        PRIMITIVE.apply(PRIMITIVE.prepare(padded, weights), problem, given, out, team)
+        assert team.scratch_bytes == 2 * copied**3 * 4 <= PRIMITIVE.workspace_bytes(problem, 1)
 
 
 def test_what_is_prepared_takes_the_memory_that_is_predicted():

@@ -189,7 +189,7 @@ def menu(channels, made, kernel, size=100):
     b = Builder(channels)
     layout = Layout(b.network(b.conv(b.input, made, kernel)), (size,) * 3, "reflect")
     plain = Schedules(layout, choose_primitives(layout))
-    return Menu(plain, Box((0, 0, 0), (size,) * 3), 1000, threads=2)
+    return Menu.of_patches(plain, Box((0, 0, 0), (size,) * 3), 1000, threads=2)
 
 
 def test_few_channels_and_large_kernels_are_transformed_whole():
@@ -210,7 +210,7 @@ def test_the_library_counts_in_memory():
     layout = asked.schedules.layout
     for primitive in BOTH:
         schedules = Schedules(layout, {name: primitive})
-        sizes = schedules.sizes(asked.patch)
+        sizes = schedules.sizes(Box((0, 0, 0), (100,) * 3))
         (step,) = schedules.steps(sizes)
         needed = (
             LIBRARY_BYTES

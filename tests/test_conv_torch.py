@@ -133,7 +133,7 @@ def test_the_planner_takes_it_where_it_is_faster(rate, monkeypatch):
     network = b.network(b.conv(x, 64, 7, groups=4))
     layout = Layout(network, (300, 300, 300), "reflect")
     plain = Schedules(layout, choose_primitives(layout))
-    asked = Menu(
+    asked = Menu.of_patches(
         plain,
         Box((0, 0, 0), (64, 64, 64)),
         1000,

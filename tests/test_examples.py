@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import column
 import numpy as np
 import pytest
 import tifffile
@@ -123,3 +124,11 @@ def test_evaluation_reports_both_networks_beside_the_best_filter(workplace):
     best = next(v for k, v in found.items() if k.startswith("best filter"))
     assert found["boundary_unet"] > best
     assert found["boundary_valid"] > best
+
+
+def test_what_a_column_keeps_is_drawn(tmp_path, monkeypatch):
+    picture = tmp_path / "column.svg"
+    monkeypatch.setattr(sys, "argv", ["column.py", "--output", str(picture)])
+    column.main()
+    shown = picture.read_text()
+    assert all(word in shown for word in ("kept", "convtranspose_4", "maxpool_4"))

@@ -187,7 +187,9 @@ def test_the_answer_does_not_depend_on_how_many_windows_are_computed_at_once(mak
     for samples in (1, 3, 8):
         plain = Schedules(grid.layout, choose_primitives(grid.layout), samples)
         window = Box((0, 0, 0), grid.layout.output_size)
-        primitives = Menu(plain, window, 1e9, 1).fastest() if fastest else plain.primitives
+        primitives = (
+            Menu.of_patches(plain, window, 1e9, 1).fastest() if fastest else plain.primitives
+        )
         assert fastest == (primitives != plain.primitives)
         with WindowBlocks(grid, primitives, 2, samples) as blocks:
             made.append(blocks.blended(box, given, (0, 0, 0), wanted)[:, wanted])

@@ -397,8 +397,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("name", "size"), [("boundary_valid", 256), ("boundary_unet", 128)])
-def test_the_process_stays_within_512_mib(name, size, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "size", "blocks"), [("boundary_valid", 256, 2), ("boundary_unet", 128, 1)]
+)
+def test_the_process_stays_within_512_mib(name, size, blocks, tmp_path):
     values = np.random.default_rng(0).integers(0, 255, (size,) * 3).astype(np.uint8)
     zarr.create_array(str(tmp_path / "in.zarr"), data=values, chunks=(64, 64, 64))
     network = EXAMPLES / "networks" / f"{name}.onnx"
@@ -409,7 +411,7 @@ def test_the_process_stays_within_512_mib(name, size, tmp_path):
     assert peak <= said["predicted"]
     # what the run says of itself is so: both look now and then, at other moments
     assert peak <= said["peak"] * 1.2
-    assert said["blocks"] > 1
+    assert said["blocks"] >= blocks
 
 
 def test_a_read_only_folder_is_refused(small, tmp_path):

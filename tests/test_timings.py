@@ -74,11 +74,11 @@ def test_what_was_measured_slow_is_not_chosen():
     layout = Layout(network(), (100, 100, 100), "reflect")
     plain = Schedules(layout, choose_primitives(layout))
     box = Box((0, 0, 0), (48, 48, 48))
-    fastest = Menu(plain, box, 1e9, 2).fastest()
+    fastest = Menu.of_patches(plain, box, 1e9, 2).fastest()
     families = {primitive.family for primitive in fastest.values()}
     assert "tiled fft" in families
     slow = Timings(tuple(Timing("tiled fft", 2, (4, 4, 9, 8, 1, 13), r) for r in (50.0, 60.0)))
-    others = Menu(plain, box, 1e9, 2, Costs(slow)).fastest()
+    others = Menu.of_patches(plain, box, 1e9, 2, Costs(slow)).fastest()
     assert "tiled fft" not in {primitive.family for primitive in others.values()}
 
 
@@ -89,12 +89,13 @@ def test_a_study_times_every_family_that_takes_a_layer():
     assert all(one.threads == 1 and 0 < one.ratio < 1e4 for one in found)
     known = Timings().joined(found)
     layout = Layout(simplify(network()), (48, 48, 48), "reflect")
-    menu = Menu(Schedules(layout, choose_primitives(layout)), Box((12,) * 3, (24,) * 3), 1000.0, 1)
+    plain, box = Schedules(layout, choose_primitives(layout)), Box((12,) * 3, (24,) * 3)
+    menu = Menu.of_patches(plain, box, 1000.0, 1)
     for family in ("tiled fft", "direct blocked"):
         primitives = menu.of_family(family)
         assert primitives["conv_4"].family == family
         schedules = Schedules(layout, primitives)
-        for step in schedules.steps(schedules.sizes(menu.patch)):
+        for step in schedules.steps(schedules.sizes(box)):
             own = [
                 one.ratio
                 for one in found

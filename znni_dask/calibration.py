@@ -52,7 +52,7 @@ def measured(study: Study, threads: int) -> Iterator[Timing]:
     layout = Layout(network, (4 * study.edge,) * 3, "reflect")
     plain = Schedules(layout, choose_primitives(layout))
     box = Box((study.edge,) * 3, (2 * study.edge,) * 3)
-    menu = Menu(plain, box, _MANY, threads)
+    menu = Menu.of_patches(plain, box, _MANY, threads)
     done = []
     for family in menu.families:
         primitives = menu.of_family(family)

@@ -7,7 +7,7 @@ only the fastest for those of that size.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import product
@@ -28,7 +28,7 @@ from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.forms import FormChange
 from znni_dask.primitives.phases import without_stride
 from znni_dask.primitives.table import candidates, named
-from znni_dask.schedule import Arrangement, Schedules, Step
+from znni_dask.schedule import Arrangement, Schedules
 
 _LENGTHS = [n for n in range(1, LONGEST + 1) if refusal(n) is None]
 _TRIED = 4  # lengths of a tile along each axis
@@ -74,17 +74,36 @@ class _Dish:
 
 @dataclass(frozen=True)
 class Menu:
-    """What may compute each layer in a run of patches of one size, and what it would take.
+    """What may compute each layer in a run, and what it would take.
 
-    ``schedules`` are those of the plain primitives, whose fragments all options share; there are
-    ``patches`` patches of the size of ``patch``, and ``costs`` are those of the machine.
+    ``schedules`` are those of the plain primitives, whose fragments all options share; ``problems``
+    are what every layer computes at once, and how often; ``costs`` are those of the machine.
+    ``copied_bytes`` are those of copies that a primitive is handed instead of its arrays.
     """
 
     schedules: Schedules
-    patch: Box
-    patches: float
+    problems: Mapping[str, tuple[Problem, float]]
     threads: int
     costs: Costs = field(default_factory=Costs)
+    copied_bytes: Callable[[Primitive, Problem], int] = lambda primitive, problem: 0
+
+    @classmethod
+    def of_patches(
+        cls,
+        schedules: Schedules,
+        patch: Box,
+        patches: float,
+        threads: int,
+        costs: Costs | None = None,
+    ) -> Menu:
+        """That of so many patches of one size."""
+        runs = schedules.repeats * patches
+        problems = {
+            step.operation.node.name: (step.problem, runs)
+            for step in schedules.steps(schedules.sizes(patch))
+            if not isinstance(step.primitive, FormChange)  # which depend on what is chosen
+        }
+        return cls(schedules, problems, threads, costs or Costs())
 
     def fastest(self) -> dict[str, Primitive]:
         """For every layer the primitive that takes least time by its estimate."""
@@ -103,13 +122,18 @@ class Menu:
     def fastest_within(self, room_bytes: float) -> dict[str, Primitive] | None:
         """The same, so that together they need no more than ``room_bytes`` for what they prepare
         and compute in, libraries included; None where none do."""
+        found = self.best_within(room_bytes)
+        return None if found is None else found[1]
+
+    def best_within(self, room_bytes: float) -> tuple[float, dict[str, Primitive]] | None:
+        """They, and the seconds that all together take."""
         kinds, best, seconds = list(self._libraries), None, inf
         for chosen in product((True, False), repeat=len(kinds)):
             some = {k: self._libraries[k] for k, use in zip(kinds, chosen, strict=True) if use}
             found = self._fastest(room_bytes - sum(some.values()), some, seconds)
             if found is not None:
                 seconds, best = found
-        return best
+        return None if best is None else (seconds, best)
 
     def _fastest(
         self, room_bytes: float, libraries: _Libraries, limit: float = inf
@@ -152,53 +176,48 @@ class Menu:
         primitives = (p for dish in self._dishes for p in dish.primitives)
         return {type(p): p.library_bytes for p in primitives if p.library_bytes}
 
-    @property
-    def _runs(self) -> float:
-        return self.schedules.repeats * self.patches
-
-    @cached_property
-    def _steps(self) -> tuple[Step, ...]:
-        """Those of layers: what changes forms depends on what is chosen."""
-        steps = self.schedules.steps(self.schedules.sizes(self.patch))
-        return tuple(step for step in steps if not isinstance(step.primitive, FormChange))
-
     @cached_property
     def _change_seconds(self) -> dict[tuple[str, Form], float]:
         """To bring every array into every form."""
+        network = self.schedules.layout.network
         shapes = {
-            name: (step.operation.node.layer, shape)
-            for step in self._steps
+            name: (problem.layer, shape, runs)
+            for layer, (problem, runs) in self.problems.items()
             for name, shape in (
-                *zip(step.operation.node.inputs, step.problem.inputs, strict=True),
-                (step.operation.output.name, step.problem.output),
+                *zip(network[layer].inputs, problem.inputs, strict=True),
+                (layer, problem.output),
             )
         }
         found = {}
-        for name, (layer, shape) in shapes.items():
+        for name, (layer, shape, runs) in shapes.items():
             change = Problem(layer, (shape,), shape, ((0, 0, 0),), (0, 0, 0), (0, 0, 0))
             for form in Form:
                 one = self.costs.step_seconds(FormChange(form), change, self.threads)
-                found[name, form] = self._runs * one
+                found[name, form] = runs * one
         return found
 
     @cached_property
     def _dishes(self) -> tuple[_Dish, ...]:
-        return tuple(map(self._dish, self._steps))
+        network = self.schedules.layout.network
+        return tuple(self._dish(node) for node in network if node.inputs)
 
-    def _dish(self, step: Step) -> _Dish:
-        node, problem, network = step.operation.node, step.problem, self.schedules.layout.network
-        others = [p for p in candidates(node.layer) if p.fragments == step.primitive.fragments]
-        primitives = tuple(dict.fromkeys([step.primitive, *others, *tiled(problem)]))
+    def _dish(self, node: Node) -> _Dish:
+        network, plain = self.schedules.layout.network, self.schedules.primitives[node.name]
+        problem, runs = self.problems[node.name]
+        others = [p for p in candidates(node.layer) if p.fragments == plain.fragments]
+        primitives = tuple(dict.fromkeys([plain, *others, *tiled(problem)]))
         channels = tuple(network.channels[name] for name in node.inputs)
         options = []
         for p in primitives:
             takes, makes = p.forms(node.layer, channels)
+            copied = self.copied_bytes(p, problem)
             one = self.costs.step_seconds(p, problem, self.threads)
+            one += self.costs.copying_seconds(copied, self.threads)
             options.append(
                 Option(
-                    seconds=self.costs.setup_seconds(p, node.layer) + self._runs * one,
+                    seconds=self.costs.setup_seconds(p, node.layer) + runs * one,
                     kept_bytes=p.prepared_bytes(node.layer),
-                    workspace_bytes=p.workspace_bytes(problem, self.threads),
+                    workspace_bytes=p.workspace_bytes(problem, self.threads) + copied,
                     takes=takes,
                     makes=makes,
                 )

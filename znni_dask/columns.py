@@ -15,15 +15,15 @@ Arithmetic on shapes only.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, cast
 
 from znni_dask.geometry import Box, Size
 from znni_dask.network.field_of_view import Interval, demand
 from znni_dask.network.network import Network
+from znni_dask.network.window import SAME, Window
 from znni_dask.patches import Layout
 from znni_dask.primitives.base import Form, Problem
 from znni_dask.primitives.forms import FormChange
@@ -35,6 +35,9 @@ class Strand(NamedTuple):
 
     array: Stored
     branch: int
+
+
+_Planes = tuple[int, int, Interval]  # of an array, by its number, of a branch of it
 
 
 class Part(NamedTuple):
@@ -51,10 +54,49 @@ class Turn:
     operation, and planes of the answer, which are ``given``, are made into no array."""
 
     operation: Operation | None
-    problem: Problem | None
     reads: tuple[Part, ...]
     makes: tuple[Part, ...]
     freed: tuple[Part, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """What becomes of the fragments that are made first: no layer reads more than one of them."""
+
+    schedules: Schedules
+
+    @cached_property
+    def parting(self) -> frozenset[str]:
+        """The layers that make the branches: those that make fragments first. None where several
+        such layers make different ones."""
+        behind: set[str] = set()
+        found: list[str] = []
+        for node in self.schedules.layout.network:
+            if behind & set(node.inputs):
+                behind.add(node.name)
+            elif node.name in self.schedules.fragmented:
+                behind.add(node.name)
+                found.append(node.name)
+        alike = len({self.schedules.positions[name] for name in found}) == 1
+        return frozenset(found if alike else ())
+
+    @cached_property
+    def count(self) -> int:
+        """How many branches there are."""
+        return max((len(self.schedules.positions[name]) for name in self.parting), default=1)
+
+    @cached_property
+    def parted(self) -> frozenset[str]:
+        """The layers of which every branch has its own."""
+        found = set(self.parting)
+        for node in self.schedules.layout.network:
+            if found & set(node.inputs):
+                found.add(node.name)
+        return frozenset(found)
+
+    def share(self, name: str) -> int:
+        """Of how many branches one has a layer's samples."""
+        return self.count if name in self.parted else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,21 +104,18 @@ class Column:
     """The column that makes ``output``, of every layer the box in ``boxes``, in its own grid.
 
     ``granules`` are of layers: planes that are made at once, 1 where nothing is said; that of the
-    network's output is the thickness of a slab. With ``apart`` branches are made one by one.
+    network's output is the thickness of a slab.
     """
 
     schedules: Schedules
     output: Box
     boxes: Mapping[str, Box]
     granules: Mapping[str, int]
-    apart: bool = True
 
     @classmethod
-    def of(
-        cls, schedules: Schedules, output: Box, granules: Mapping[str, int], apart: bool = True
-    ) -> Column:
+    def of(cls, schedules: Schedules, output: Box, granules: Mapping[str, int]) -> Column:
         """The column that makes ``output``."""
-        return cls(schedules, output, schedules.patch(output).boxes, granules, apart)
+        return cls(schedules, output, schedules.patch(output).boxes, granules)
 
     def turns(self) -> Iterator[Turn]:
         """What is done, in order."""
@@ -103,57 +142,17 @@ class Column:
         return Stored(self.network.output, Form.PLAIN)
 
     @cached_property
-    def parting(self) -> frozenset[str]:
-        """The layers that make the branches: those that make fragments first. None where branches
-        are not made one by one, or several such layers make others."""
-        behind: set[str] = set()
-        found: list[str] = []
-        for node in self.network:
-            if behind & set(node.inputs):
-                behind.add(node.name)
-            elif node.name in self.schedules.fragmented:
-                behind.add(node.name)
-                found.append(node.name)
-        alike = len({self.schedules.positions[name] for name in found}) == 1
-        return frozenset(found if self.apart and alike else ())
-
-    @cached_property
-    def branches(self) -> int:
-        """How many branches there are."""
-        return max((len(self.schedules.positions[name]) for name in self.parting), default=1)
-
-    @cached_property
-    def parted(self) -> frozenset[str]:
-        """The layers of which every branch has its own."""
-        found = set(self.parting)
-        for node in self.network:
-            if found & set(node.inputs):
-                found.add(node.name)
-        return frozenset(found)
-
-    def share(self, name: str) -> int:
-        """Of how many branches one has a layer's samples."""
-        return self.branches if name in self.parted else 1
+    def branches(self) -> Branches:
+        """The branches that fragments are made in."""
+        return Branches(self.schedules)
 
     def positions(self, branch: int) -> tuple[Size, ...]:
         """Where the fragments of the answer belong that a branch makes."""
-        return self.schedules.positions[self.network.output][branch :: self.branches]
+        return self.schedules.positions[self.network.output][branch :: self.branches.count]
 
     def strands(self, array: Stored) -> list[Strand]:
         """An array of all its branches."""
-        return [Strand(array, branch) for branch in range(self.share(array.name))]
-
-    def window_of(self, operation: Operation, number: int, planes: Interval) -> Interval:
-        """Planes of an input that an operation reads for these planes of its output."""
-        if isinstance(operation.primitive, FormChange):
-            return planes
-        window, name = operation.node.layer.window(0), operation.inputs[number].name
-        bounds = cast("Layout", self.schedules.layout).bounds[0]
-        if bounds is not None:
-            return window.within(*planes, bounds[name])
-        start, stop = window.needs(*planes)
-        fragmented = operation.node.name in self.schedules.fragmented
-        return start, stop + (window.stride - 1) * fragmented
+        return [Strand(array, branch) for branch in range(self.branches.share(array.name))]
 
     def problem(self, operation: Operation, planes: Interval, reads: Sequence[Interval]) -> Problem:
         """An operation that makes some planes of those that it reads."""
@@ -161,7 +160,7 @@ class Column:
         made = _with(self.boxes[operation.node.name], planes)
         boxes = [_with(self.boxes[name], some) for name, some in zip(names, reads, strict=True)]
         whole = self.schedules.layout.whole(names[0], self.boxes)
-        branches = self.share(names[0])  # where branches part all are made at once
+        branches = self.branches.share(names[0])  # where branches part all are made at once
         return self.schedules.problem(operation, made, boxes, whole, branches)
 
 
@@ -170,135 +169,195 @@ def _with(box: Box, planes: Interval) -> Box:
     return Box((planes[0], *box.start[1:]), (planes[1], *box.stop[1:]))
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What is read of an array, by its number, for planes of another."""
+
+    array: int
+    window: Window
+    further: int
+    bounds: Interval | None
+
+    def of(self, planes: Interval) -> Interval:
+        """The planes read for these."""
+        if self.bounds is not None:
+            return self.window.within(*planes, self.bounds)
+        start, stop = self.window.needs(*planes)
+        return start, stop + self.further
+
+
+@dataclass(eq=False)
+class _Array:
+    """An array along z: its planes, those that are made at once, and where such end; how far every
+    branch of it is made, and from where on it is kept."""
+
+    stored: Stored
+    operation: Operation | None
+    reads: tuple[_Read, ...]
+    start: int
+    stop: int
+    granule: int
+    end: int
+    made: list[int]
+    kept: list[int]
+    parts: bool
+    readers: list[tuple[int, _Read]] = field(default_factory=list)
+
+    def following(self, start: int) -> Interval:
+        """The planes from ``start`` on that are made at once. They end where those do that slabs of
+        the answer need, lest every layer runs ahead of the next."""
+        return start, min(start + self.granule - (start - self.end) % self.granule, self.stop)
+
+
 class _Progress:
-    """How far every strand of a column is made, and from where on it is kept."""
+    """How far all arrays of a column are made."""
 
     def __init__(self, column: Column) -> None:
         self._column = column
         operations = column.schedules.operations
-        self._makers = {operation.output: operation for operation in operations}
-        self._readers: defaultdict[Stored, list[tuple[Operation, int]]] = defaultdict(list)
-        for operation in operations:
-            for number, array in enumerate(operation.inputs):
-                self._readers[array].append((operation, number))
-        arrays = (column.source, *self._makers)
-        strands = [strand for array in arrays for strand in column.strands(array)]
-        self._made = {strand: self._whole(strand)[0] for strand in strands}
-        self._kept = dict(self._made)
-        self._forms: defaultdict[str, list[Stored]] = defaultdict(list)
-        for array in arrays:
-            self._forms[array.name].append(array)
-        self._slab = self._stops(self._whole(Strand(column.answer, 0))[0])
-        self._given = {strand: self._whole(strand)[0] for strand in column.strands(column.answer)}
+        stored = [column.source, *(operation.output for operation in operations)]
+        self._numbers = {array: number for number, array in enumerate(stored)}
+        ends = self._ends(column.boxes[column.answer.name].start[0])
+        self._arrays = [
+            self._array(array, operation, ends)
+            for array, operation in zip(stored, (None, *operations), strict=True)
+        ]
+        for number, array in enumerate(self._arrays):
+            for read in array.reads:
+                self._arrays[read.array].readers.append((number, read))
+        self._answer = self._numbers[column.answer]
+        answer = self._arrays[self._answer]
+        self._given = [answer.start] * len(answer.made)
+
+    def _array(
+        self, stored: Stored, operation: Operation | None, ends: Mapping[str, int]
+    ) -> _Array:
+        column, name = self._column, stored.name
+        start, stop = column.boxes[name].start[0], column.boxes[name].stop[0]
+        branches = column.branches
+        return _Array(
+            stored,
+            operation,
+            () if operation is None else tuple(self._reads(operation)),
+            start,
+            stop,
+            column.granules.get(name, 1),
+            ends[name],
+            [start] * branches.share(name),
+            [start] * branches.share(name),
+            name in branches.parting
+            and not isinstance(operation and operation.primitive, FormChange),
+        )
+
+    def _reads(self, operation: Operation) -> Iterator[_Read]:
+        """What an operation reads."""
+        layout, name = cast("Layout", self._column.schedules.layout), operation.node.name
+        window, further = operation.node.layer.window(0), 0
+        if isinstance(operation.primitive, FormChange):
+            window = SAME
+        elif name in self._column.schedules.fragmented:
+            further = window.stride - 1
+        bounds = layout.bounds[0]
+        for array in operation.inputs:
+            there = None if bounds is None else bounds[array.name]
+            yield _Read(self._numbers[array], window, further, there)
 
     def turns(self) -> Iterator[Turn]:
         """Make and give slab after slab of all branches."""
-        for stops in self._before():
-            for strand in self._given:
-                for name in stops:
-                    for array in self._forms[name]:
-                        yield from self._pull(Strand(array, strand.branch), stops[name])
-        while any(given < self._whole(strand)[1] for strand, given in self._given.items()):
-            for strand, given in self._given.items():
-                planes = self._next(strand, given)
-                yield from self._pull(strand, planes[1])
-                self._given[strand] = planes[1]
-                reads = (Part(strand, planes),)
-                yield Turn(None, None, reads, (), self._freed(reads))
+        answer = self._arrays[self._answer]
+        for ends in self._before():
+            for branch in range(len(self._given)):
+                for number, end in ends:
+                    yield from self._pull(number, branch, end)
+        while min(self._given) < answer.stop:
+            for branch, given in enumerate(self._given):
+                planes = answer.following(given)
+                yield from self._pull(self._answer, branch, planes[1])
+                self._given[branch] = planes[1]
+                reads = [(self._answer, branch, planes)]
+                yield Turn(None, self._parts(reads), (), self._freed(reads))
 
-    def _before(self) -> Iterator[dict[str, int]]:
-        """Where layers of branches stop in slabs before the first, of which nothing is given: lest
+    def _before(self) -> Iterator[list[tuple[int, int]]]:
+        """Where arrays of branches end in slabs before the first, of which nothing is given: lest
         one branch needs all that lies behind its first slab before the next is begun."""
-        column = self._column
-        step = column.granules.get(column.network.output, 1)
-        found: list[dict[str, int]] = []
-        stop = column.boxes[column.network.output].start[0]
-        while column.parting:
-            stops = self._stops(stop)
-            if all(stops[name] <= column.boxes[name].start[0] for name in column.parting):
+        branches, answer = self._column.branches, self._arrays[self._answer]
+        found: list[list[tuple[int, int]]] = []
+        end = answer.start
+        while branches.parting:
+            ends = self._ends(end)
+            if all(ends[name] <= self._column.boxes[name].start[0] for name in branches.parting):
                 break
-            found.append({name: end for name, end in stops.items() if name in column.parted})
-            stop -= step
+            found.append(
+                [
+                    (number, ends[array.stored.name])
+                    for number, array in enumerate(self._arrays)
+                    if array.stored.name in branches.parted
+                ]
+            )
+            end -= answer.granule
         return reversed(found)
 
-    def _stops(self, stop: int) -> dict[str, int]:
-        """Where layers stop behind planes of the answer up to ``stop``, had they no ends."""
+    def _ends(self, end: int) -> dict[str, int]:
+        """Where layers end behind planes of the answer up to ``end``, had they no ends."""
         column = self._column
-        behind = demand(column.network, 0, (stop - 1, stop), fragmented=column.schedules.fragmented)
-        return {node.name: behind[node.name][1] for node in column.network if node.name in behind}
+        fragmented = column.schedules.fragmented
+        behind = demand(column.network, 0, (end - 1, end), fragmented=fragmented)
+        return {name: stop for name, (_, stop) in behind.items()}
 
-    def _pull(self, strand: Strand, stop: int) -> Iterator[Turn]:
-        """Make a strand up to ``stop``, and before it all that is read for it."""
-        asked = [(strand, min(stop, self._whole(strand)[1]))]
+    def _pull(self, number: int, branch: int, stop: int) -> Iterator[Turn]:
+        """Make an array up to ``stop``, and before it all that is read for it."""
+        asked = [(number, branch, min(stop, self._arrays[number].stop))]
         while asked:
-            strand, stop = asked[-1]
-            planes = self._next(strand, self._made[strand])
-            reads = self._reads(strand, planes)
-            if self._made[strand] >= stop:
+            number, branch, stop = asked[-1]
+            array = self._arrays[number]
+            if array.made[branch] >= stop:
                 asked.pop()
                 continue
-            missing = [part for part in reads if self._made[part.strand] < part.planes[1]]
-            if missing:
-                asked.append((missing[0].strand, missing[0].planes[1]))
+            planes = array.following(array.made[branch])
+            reads = []
+            for read in array.reads:
+                there = min(branch, len(self._arrays[read.array].made) - 1)
+                reads.append((read.array, there, read.of(planes)))
+            for source, there, (_, end) in reads:
+                if self._arrays[source].made[there] < end:
+                    asked.append((source, there, end))
+                    break
             else:
-                yield self._turn(strand, planes, reads)
+                yield self._turn(number, branch, planes, reads)
 
-    def _turn(self, strand: Strand, planes: Interval, reads: tuple[Part, ...]) -> Turn:
-        column, array = self._column, strand.array
-        makes = column.strands(array) if array.name in column.parting else [strand]
-        for one in makes:
-            self._made[one] = planes[1]
-        operation = self._makers.get(array)
-        problem = None
-        if operation is not None:
-            problem = column.problem(operation, planes, [part.planes for part in reads])
-        parts = tuple(Part(one, planes) for one in makes)
-        return Turn(operation, problem, reads, parts, self._freed((*reads, *parts)))
+    def _turn(self, number: int, branch: int, planes: Interval, reads: list[_Planes]) -> Turn:
+        array = self._arrays[number]
+        makes = [
+            (number, one, planes) for one in (range(len(array.made)) if array.parts else [branch])
+        ]
+        for _, one, _ in makes:
+            array.made[one] = planes[1]
+        freed = self._freed([*reads, *makes])
+        return Turn(array.operation, self._parts(reads), self._parts(makes), freed)
 
-    def _next(self, strand: Strand, start: int) -> Interval:
-        """The planes from ``start`` on that are made at once. They end where those do that slabs of
-        the answer need, lest every layer runs ahead of the next."""
-        step, stop = self._column.granules.get(strand.array.name, 1), self._slab[strand.array.name]
-        return start, min(start + step - (start - stop) % step, self._whole(strand)[1])
-
-    def _reads(self, strand: Strand, planes: Interval) -> tuple[Part, ...]:
-        """What is read for some planes of a strand."""
-        operation = self._makers.get(strand.array)
-        if operation is None:
-            return ()
+    def _parts(self, some: Iterable[_Planes]) -> tuple[Part, ...]:
         return tuple(
-            Part(
-                Strand(array, min(strand.branch, self._column.share(array.name) - 1)),
-                self._column.window_of(operation, number, planes),
-            )
-            for number, array in enumerate(operation.inputs)
+            Part(Strand(self._arrays[number].stored, branch), planes)
+            for number, branch, planes in some
         )
 
-    def _freed(self, parts: Sequence[Part]) -> tuple[Part, ...]:
-        """The planes of these strands that are kept, and nobody reads again."""
+    def _freed(self, some: Sequence[_Planes]) -> tuple[Part, ...]:
+        """The planes of these that are kept, and nobody reads again."""
         found = []
-        for strand in dict.fromkeys(part.strand for part in parts):
-            start, stop = self._kept[strand], min(self._needed(strand), self._made[strand])
+        for number, branch in dict.fromkeys((number, branch) for number, branch, _ in some):
+            array = self._arrays[number]
+            start, stop = array.kept[branch], min(self._needed(number, branch), array.made[branch])
             if start < stop:
-                self._kept[strand] = stop
-                found.append(Part(strand, (start, stop)))
-        return tuple(found)
+                array.kept[branch] = stop
+                found.append((number, branch, (start, stop)))
+        return self._parts(found)
 
-    def _needed(self, strand: Strand) -> int:
-        """The first plane of a strand that is still to be read."""
-        first = end = self._whole(strand)[1]
-        for operation, number in self._readers[strand.array]:
-            made = self._made[self._read_by(strand, operation.output)]
-            stop = self._whole(Strand(operation.output, 0))[1]
-            if made < stop:
-                first = min(first, self._column.window_of(operation, number, (made, stop))[0])
-        return min(first, self._given.get(strand, end))
-
-    def _read_by(self, strand: Strand, output: Stored) -> Strand:
-        """The strand of an output that is made of this one; where branches part, all are alike."""
-        return Strand(output, min(strand.branch, self._column.share(output.name) - 1))
-
-    def _whole(self, strand: Strand) -> Interval:
-        """All planes of a strand."""
-        box = self._column.boxes[strand.array.name]
-        return box.start[0], box.stop[0]
+    def _needed(self, number: int, branch: int) -> int:
+        """The first plane of a branch of an array that is still to be read."""
+        first = self._arrays[number].stop
+        for reader, read in self._arrays[number].readers:
+            output = self._arrays[reader]
+            made = output.made[min(branch, len(output.made) - 1)]  # parted, all are alike
+            if made < output.stop:
+                first = min(first, read.of((made, output.stop))[0])
+        return min(first, self._given[branch]) if number == self._answer else first

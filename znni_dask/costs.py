@@ -36,6 +36,10 @@ class Costs:
         are at work then, and those that move values take their turns."""
         return (read / READING.per_second + written / WRITING.per_second) / threads
 
+    def copying_seconds(self, nbytes: int, threads: int) -> float:
+        """Seconds to read and write so much memory."""
+        return 2 * nbytes / MEMORY.per_second / threads
+
     def touching_seconds(self, nbytes: int) -> float:
         """Seconds until so much memory was touched once."""
         return nbytes / TOUCHING.per_second

@@ -10,13 +10,14 @@ from typing import Any, Unpack
 
 from znni_dask.asking import Options, asked
 from znni_dask.choices import chosen_primitives
+from znni_dask.column_planner import Slabs
 from znni_dask.feeding import connected
 from znni_dask.geometry import Size, volume
 from znni_dask.inspection import multiply_adds
 from znni_dask.kernels.warm import compile_kernels
 from znni_dask.network.network import Network
 from znni_dask.passes import PlannedPass, plan_pass
-from znni_dask.patches import largest_box
+from znni_dask.patches import Layout, largest_box
 from znni_dask.plan import Alternative, Plan
 from znni_dask.primitives.base import Shape
 from znni_dask.primitives.forms import FormChange
@@ -27,9 +28,10 @@ from znni_dask.windows import WindowGrid
 
 @dataclass(frozen=True)
 class StepForecast:
-    """A step of a patch: a layer, or a change of the form of its output. ``seconds`` are those of
-    all offsets; ``bytes`` are its output's and those that it computes in, ``peak_bytes`` those of
-    the whole process meanwhile."""
+    """A step of a patch, or of a block that is made slab by slab: a layer, or a change of the form
+    of its output. ``seconds`` are those of all offsets, or slabs; ``output`` is what is made at
+    once, ``bytes`` are those of that and of what it computes in, ``peak_bytes`` those of the whole
+    process meanwhile."""
 
     layer: str
     kind: str
@@ -97,20 +99,14 @@ def forecast(planned: PlannedPass) -> Forecast:
     samples = max(stage.samples for stage in plan.stages)
     layout = laid.layout if isinstance(laid, WindowGrid) else laid
     schedules = Schedules(layout, chosen_primitives(layout, plan), samples)
-    if isinstance(laid, WindowGrid):
-        sizes, made = laid.layout.sizes, laid.layout.output_size
-    else:
-        box = largest_box(laid, plan.patch)
-        sizes, made = schedules.sizes(box), box.size
-    steps = schedules.steps(sizes)
+    steps, made, computing, arena, alive = _computed(planned, schedules)
     network, threads = layout.network, resources.threads
     dense = not isinstance(laid, WindowGrid) and laid.geometry.dense
     needed = multiply_adds(network, dense) * volume(made) * samples
-    done = schedules.repeats * sum(map(_adds, steps))
-    computing = computing_bytes(schedules, sizes, made, threads)
-    workspaces = [s.primitive.workspace_bytes(s.problem, threads) for s in steps]
-    base = plan.predicted_bytes - schedules.arena(sizes).bytes - max(workspaces)
-    told = zip(steps, workspaces, schedules.alive_bytes(sizes), strict=True)
+    done = sum(times * float(_adds(step)) for step, times in steps)
+    workspaces = [s.primitive.workspace_bytes(s.problem, threads) for s, _ in steps]
+    base = plan.predicted_bytes - arena - max(workspaces)
+    told = zip(steps, workspaces, alive, strict=True)
     values = sum(layout.encoding.voxel_bytes(layout.channels) for layout in planned.stored)
     return Forecast(
         outputs=planned.outputs,
@@ -121,18 +117,40 @@ def forecast(planned: PlannedPass) -> Forecast:
         stored_bytes=values * volume(laid.output_size) * job.volume.times,
         plan=plan,
         steps=tuple(
-            _step(step, schedules.repeats, resources, workspace, base + alive)
-            for step, workspace, alive in told
+            _step(step, times, resources, workspace, base + alive)
+            for (step, times), workspace, alive in told
         ),
-        work_ratio=float(done / needed) if needed else 1.0,
+        work_ratio=done / float(needed) if needed else 1.0,
         computing_bytes=computing,
         measured=bool(resources.costs.timings.found),
         others=planned.others,
     )
 
 
+def _computed(
+    planned: PlannedPass, schedules: Schedules
+) -> tuple[list[tuple[Step, float]], Size, int, int, list[int]]:
+    """The steps of a patch, of windows, or of a block that is made slab by slab, and how often each
+    is done; the size of what is made; memory of computing it, of all arrays together, and of those
+    that are needed at every step."""
+    laid, plan, resources = planned.job.laid, planned.job.plan, planned.resources
+    if isinstance(laid, Layout) and plan.granules:
+        slabs = Slabs(laid, resources, schedules, plan.block, plan.granules)
+        steps = slabs.steps()
+        return steps, largest_box(laid, plan.block).size, slabs.computing_bytes, 0, [0] * len(steps)
+    if isinstance(laid, WindowGrid):
+        sizes, made = laid.layout.sizes, laid.layout.output_size
+    else:
+        box = largest_box(laid, plan.patch)
+        sizes, made = schedules.sizes(box), box.size
+    computing = computing_bytes(schedules, sizes, made, resources.threads)
+    steps = [(step, float(schedules.repeats)) for step in schedules.steps(sizes)]
+    arena, alive = schedules.arena(sizes).bytes, schedules.alive_bytes(sizes)
+    return steps, made, computing, arena, alive
+
+
 def _step(
-    step: Step, repeats: int, resources: Resources, workspace_bytes: int, beside_bytes: int
+    step: Step, times: float, resources: Resources, workspace_bytes: int, beside_bytes: int
 ) -> StepForecast:
     """A step of a patch; beside its workspace the process needs ``beside_bytes`` meanwhile."""
     seconds = resources.costs.step_seconds(step.primitive, step.problem, resources.threads)
@@ -142,7 +160,7 @@ def _step(
         kind=step.operation.node.layer.kind,
         primitive=step.primitive.name,
         output=output,
-        seconds=repeats * seconds,
+        seconds=times * seconds,
         bytes=step.operation.output.form.nbytes(output) + workspace_bytes,
         peak_bytes=beside_bytes + workspace_bytes,
     )

@@ -86,7 +86,7 @@ class Asked:
             )
         plan, _ = plan_for(laid, self._resources(laid, chunks), self.patch)
         # what a block reads depends on its patches; its name and its values do not
-        token = tokenize(self._told(names, chunks), source, plan.patch)
+        token = tokenize(self._told(names, chunks), source, plan.patch, plan.granules)
         job = Job(laid, volume, self.application.selection, self.application.nan, plan)
         own = self.threads is not None
         return one_in_a_process(token, job, axes, source, own, _resources_annotated())

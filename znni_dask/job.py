@@ -11,13 +11,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from distributed import WorkerPlugin, get_worker
 from numpy.typing import NDArray
 
 from znni_dask.choices import chosen_primitives
+from znni_dask.executors.columns import ColumnBlocks
 from znni_dask.executors.patches import PatchBlocks
 from znni_dask.geometry import Box, Size, volume
 from znni_dask.patches import Layout
@@ -89,10 +90,13 @@ class Job:
         return ChunkCache(self.volume, self.plan.reading.cache_bytes, users)
 
 
-def blocks_by(laid: Laid, plan: Plan) -> PatchBlocks | WindowBlocks:
+Blocks: TypeAlias = PatchBlocks | ColumnBlocks | WindowBlocks
+
+
+def blocks_by(laid: Laid, plan: Plan) -> Blocks:
     """What computes the blocks of an answer; it holds threads and memory until it is closed."""
     if isinstance(laid, Layout):
-        return PatchBlocks(laid, plan)
+        return ColumnBlocks(laid, plan) if plan.granules else PatchBlocks(laid, plan)
     (stage,) = plan.stages
     primitives = chosen_primitives(laid.layout, plan)
     return WindowBlocks(laid, primitives, plan.threads, stage.samples)

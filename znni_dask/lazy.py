@@ -17,11 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.errors import RunError
-from znni_dask.executors.patches import PatchBlocks
 from znni_dask.geometry import Box
-from znni_dask.job import Job, blocks_by
+from znni_dask.job import Blocks, Job, blocks_by
 from znni_dask.patches import Layout, region_of
-from znni_dask.patchwise import WindowBlocks
 from znni_dask.primitives.base import Array
 from znni_dask.storage.stored import Stored
 
@@ -102,7 +100,7 @@ class LazyJob:
     ) -> None:
         self.token, self.job, self.axes, self.chunks = token, job, axes, chunks
         self.own_threads, self.resources = own_threads, resources
-        self._blocks: PatchBlocks | WindowBlocks | None = None
+        self._blocks: Blocks | None = None
         self._corners = [[0, *accumulate(lengths)] for lengths in chunks or ()]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -135,7 +133,7 @@ class LazyJob:
     def region(self, block: Box) -> Box:
         """The box of the volume behind a block."""
         laid = self.job.laid
-        if isinstance(laid, Layout):
+        if isinstance(laid, Layout) and not self.job.plan.granules:
             return region_of(laid, block, self.job.plan.patch)
         return laid.region(block)
 
@@ -157,7 +155,7 @@ class LazyJob:
             ],
         )
 
-    def _prepared(self) -> PatchBlocks | WindowBlocks:
+    def _prepared(self) -> Blocks:
         """What computes blocks in this process; only within `_computing`."""
         others = [job for ref in _recent if (job := ref()) is not None and job is not self]
         for job in others[_PREPARED_JOBS - 1 :]:

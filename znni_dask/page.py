@@ -81,7 +81,9 @@ def _draw_seconds(axes: Axes, found: Forecast) -> None:
     axes.barh(range(len(names)), [step.seconds for step in found.steps], color=_OTHERS)
     axes.set_yticks(range(len(names)), names, fontsize=max(3, min(9, 250 // len(names))))
     axes.invert_yaxis()
-    axes.set(xlabel="seconds", title=f"a patch of {text(found.plan.patch)}, step by step")
+    plan = found.plan
+    what = f"block of {text(plan.block)}" if plan.granules else f"patch of {text(plan.patch)}"
+    axes.set(xlabel="seconds", title=f"a {what}, step by step")
 
 
 def _draw_memory(axes: Axes, found: Forecast) -> None:

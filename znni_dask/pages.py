@@ -1,4 +1,5 @@
-"""What the arrays of a column take: pages, one for every plane of a sample.
+"""What a column takes: how often each operation is done on how many planes, and pages, one for
+every plane of a sample.
 
 Pages of about one size are shared by all arrays of such planes, so that what is read no more makes
 room for what comes next. Arithmetic on shapes only.
@@ -6,15 +7,37 @@ room for what comes next. Arithmetic on shapes only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
-from znni_dask.columns import Column, Part
-from znni_dask.kernels.memory import odd_lines
-from znni_dask.primitives.base import Shape
-from znni_dask.schedule import Stored
+import numpy as np
+from numpy.typing import NDArray
 
+from znni_dask.columns import Column, Turn
+from znni_dask.geometry import Box, Size
+from znni_dask.kernels.memory import allocated_bytes, odd_lines
+from znni_dask.network.field_of_view import Interval
+from znni_dask.patches import Layout, spans
+from znni_dask.primitives.base import ITEM_BYTES, Form, Primitive, Problem, Shape
+from znni_dask.primitives.planes import OfPlanes
+from znni_dask.schedule import Operation, Schedules, Stored
+
+STEADY = 4  # slabs, of which one in the middle is like all that would follow
 _ALIKE = 0.8  # of the largest page that is shared
+
+
+_Kind = tuple[Stored, int, tuple[int, ...]]  # what is made, and how many planes of how many
+
+
+class Task(NamedTuple):
+    """An operation on so many planes, done so often; one of the places where it is."""
+
+    operation: Operation
+    planes: Interval
+    reads: tuple[Interval, ...]
+    times: float
 
 
 @dataclass(frozen=True)
@@ -28,49 +51,156 @@ class Pages:
     @property
     def all_bytes(self) -> int:
         """All of them."""
-        return sum(count * nbytes for count, nbytes in zip(self.counts, self.nbytes, strict=True))
+        both = zip(self.counts, self.nbytes, strict=True)
+        return sum(allocated_bytes(count * nbytes) for count, nbytes in both)
 
 
 @dataclass(frozen=True)
 class ColumnMemory:
-    """What a column takes: pages; arrays in one piece, for what does not take pages; and what
-    primitives compute in."""
+    """What columns take: pages; arrays in one piece, for what does not take planes that lie
+    anywhere; what primitives compute in; a slab of the answer; and tables of where planes lie."""
 
     pages: Pages
     copies_bytes: int
     workspace_bytes: int
+    slab_bytes: int
+    table_bytes: int
+
+    @property
+    def all_bytes(self) -> int:
+        """All of it."""
+        parts = (self.copies_bytes, self.workspace_bytes, self.slab_bytes)
+        return self.pages.all_bytes + sum(map(allocated_bytes, parts)) + self.table_bytes
 
 
-def memory_of(column: Column, threads: int) -> ColumnMemory:
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What is done along z, whatever the cross-section of a column.
+
+    ``held`` are for every turn the planes of samples of each of ``arrays`` that are kept while it
+    is done, ``given`` the planes of the answer that are given at once at most. For a slab in the
+    middle every task is done ``steady`` times.
+    """
+
+    tasks: tuple[Task, ...]
+    steady: tuple[float, ...]
+    arrays: tuple[Stored, ...]
+    held: NDArray[np.int64]
+    given: int
+
+    @classmethod
+    def of(cls, column: Column) -> Program:
+        """That of a column."""
+        operations = column.schedules.operations
+        arrays = (column.source, *(operation.output for operation in operations))
+        numbers = {array: number for number, array in enumerate(arrays)}
+        samples = [shape_of(column, array, 1, 1)[0] for array in arrays]
+        first: dict[_Kind, Turn] = {}
+        times: Counter[_Kind] = Counter()
+        slabs: list[Counter[_Kind]] = []
+        now, held, given = [0] * len(arrays), [], 0
+        for turn in column.turns():
+            for part in turn.makes:
+                number = numbers[part.strand.array]
+                now[number] += samples[number] * _length(part.planes)
+            held.append(now.copy())
+            for part in turn.freed:
+                number = numbers[part.strand.array]
+                now[number] -= samples[number] * _length(part.planes)
+            if turn.operation is not None:
+                reads = tuple(_length(part.planes) for part in turn.reads)
+                kind = turn.operation.output, _length(turn.makes[0].planes), reads
+                first.setdefault(kind, turn)
+                times[kind] += 1
+            elif turn.reads:
+                given = max(given, _length(turn.reads[0].planes))
+                slabs.append(times.copy())
+        after = slabs[column.branches.count - 1 :: column.branches.count]  # all branches of each
+        steady = after[-2] - after[-3] if len(after) >= STEADY else Counter()
+        return cls(
+            tuple(
+                Task(
+                    turn.operation,
+                    turn.makes[0].planes,
+                    tuple(part.planes for part in turn.reads),
+                    times[kind],
+                )
+                for kind, turn in first.items()
+                if turn.operation is not None
+            ),
+            tuple(steady[kind] for kind in first),
+            arrays,
+            np.array(held),
+            given,
+        )
+
+    def extended(self, slabs: float) -> Program:
+        """That of a column of so many slabs more."""
+        both = zip(self.tasks, self.steady, strict=True)
+        tasks = tuple(task._replace(times=task.times + slabs * more) for task, more in both)
+        return replace(self, tasks=tasks)
+
+    def problems(self, column: Column) -> Iterator[tuple[Task, Problem]]:
+        """The tasks in a column along the same stretch of z."""
+        for task in self.tasks:
+            yield task, column.problem(task.operation, task.planes, task.reads)
+
+
+def memory_of(column: Column, threads: int, program: Program | None = None) -> ColumnMemory:
     """The memory of a column, whose boxes are the largest there are."""
-    sizes = _sizes(column)
-    held = [0] * (max(sizes.values(), default=-1) + 1)
-    most, copies, workspace = list(held), 0, 0
-    seen = set()
-    for turn in column.turns():
-        for part in turn.makes:
-            which = sizes[part.strand.array]
-            held[which] += pages_in(column, part)
-            most[which] = max(most[which], held[which])
-        for part in turn.freed:
-            held[sizes[part.strand.array]] -= pages_in(column, part)
-        copies = max(copies, copies_bytes(column, turn.reads, turn.makes))
-        if turn.operation is not None and turn.problem is not None:
-            key = turn.operation.output, turn.problem.inputs, turn.problem.output
-            if key not in seen:
-                seen.add(key)
-                need = turn.operation.primitive.workspace_bytes(turn.problem, threads)
-                workspace = max(workspace, need)
-    nbytes = [0] * len(most)
-    for array, which in sizes.items():
-        nbytes[which] = max(nbytes[which], page_bytes(column, array))
-    return ColumnMemory(Pages(tuple(nbytes), tuple(most), sizes), copies, workspace)
+    program = program or Program.of(column)
+    nbytes = [page_bytes(column, array) for array in program.arrays]
+    sizes: dict[Stored, int] = {}
+    largest: list[int] = []
+    for number in sorted(range(len(nbytes)), key=lambda i: -nbytes[i]):
+        if not largest or nbytes[number] < _ALIKE * largest[-1]:
+            largest.append(nbytes[number])
+        sizes[program.arrays[number]] = len(largest) - 1
+    which = np.array([sizes[array] for array in program.arrays])
+    counts = [int(program.held[:, which == n].sum(axis=1).max()) for n in range(len(largest))]
+    copies, workspace = copies_bytes(column, [column.source], [program.given]), 0
+    copies = max(copies, copies_bytes(column, [column.answer], [program.given]))
+    for task, problem in program.problems(column):
+        primitive, operation = task.operation.primitive, task.operation
+        workspace = max(workspace, primitive.workspace_bytes(problem, threads))
+        if not takes_planes(operation):
+            lengths = [*map(_length, task.reads), _length(task.planes)]
+            some = copies_bytes(column, [*operation.inputs, operation.output], lengths)
+            copies = max(copies, some)
+    _, y, x = column.output.size
+    spacing = column.schedules.layout.fragments[0]
+    slab = column.network.out_channels * program.given * spacing * y * x * ITEM_BYTES
+    tables = sum(
+        8 * len(column.schedules.positions[array.name]) * column.boxes[array.name].size[0]
+        for array in program.arrays
+    )
+    pages = Pages(tuple(largest), tuple(counts), sizes)
+    return ColumnMemory(pages, copies, workspace, slab, tables)
+
+
+def copied_bytes(primitive: Primitive, problem: Problem) -> int:
+    """Memory of copies in one piece of what a primitive reads and makes, if it takes no planes that
+    lie anywhere."""
+    takes, makes = primitive.forms(problem.layer, [shape[1] for shape in problem.inputs])
+    takes = takes or Form.BLOCKED
+    if isinstance(primitive, OfPlanes) and primitive.takes_planes(problem.layer, takes):
+        return 0
+    made = (makes or takes).nbytes(problem.output)
+    return odd_lines(made) + sum(odd_lines(takes.nbytes(shape)) for shape in problem.inputs)
+
+
+def takes_planes(operation: Operation) -> bool:
+    """Whether an operation is done on planes wherever they lie."""
+    primitive = operation.primitive
+    if not isinstance(primitive, OfPlanes):
+        return False
+    return primitive.takes_planes(operation.node.layer, operation.inputs[0].form)
 
 
 def shape_of(column: Column, array: Stored, planes: int, branches: int) -> Shape:
     """The shape of so many planes of an array of some branches."""
     schedules, (_, y, x) = column.schedules, column.boxes[array.name].size
-    samples = len(schedules.positions[array.name]) * branches // column.share(array.name)
+    samples = len(schedules.positions[array.name]) * branches // column.branches.share(array.name)
     return samples, schedules.layout.network.channels[array.name], planes, y, x
 
 
@@ -80,35 +210,65 @@ def page_bytes(column: Column, array: Stored) -> int:
     return odd_lines(array.form.nbytes((1, channels, 1, y, x)))
 
 
-def pages_in(column: Column, part: Part) -> int:
-    """How many pages some planes take."""
-    start, stop = part.planes
-    samples, *_ = shape_of(column, part.strand.array, 1, 1)
-    return samples * (stop - start)
-
-
-def copies_bytes(column: Column, *parts: Sequence[Part]) -> int:
-    """Memory of copies in one piece of all these planes."""
+def copies_bytes(column: Column, arrays: Sequence[Stored], planes: Iterable[int]) -> int:
+    """Memory of copies in one piece of so many planes of arrays, of what is made all branches."""
+    last = len(arrays) - 1
+    shapes = (
+        shape_of(column, array, n, _made_at_once(column, array) if i == last else 1)
+        for i, (array, n) in enumerate(zip(arrays, planes, strict=True))
+    )
     return sum(
-        odd_lines(
-            part.strand.array.form.nbytes(
-                shape_of(column, part.strand.array, part.planes[1] - part.planes[0], 1)
-            )
-        )
-        for some in parts
-        for part in some
+        odd_lines(array.form.nbytes(shape)) for array, shape in zip(arrays, shapes, strict=True)
     )
 
 
-def _sizes(column: Column) -> dict[Stored, int]:
-    """For every array the number of the size of its pages, from the largest."""
-    operations = column.schedules.operations
-    arrays = [column.source, *(operation.output for operation in operations)]
-    nbytes = {array: page_bytes(column, array) for array in arrays}
-    found: dict[Stored, int] = {}
-    number, largest = -1, 0
-    for array in sorted(arrays, key=lambda a: -nbytes[a]):
-        if number < 0 or nbytes[array] < _ALIKE * largest:
-            number, largest = number + 1, nbytes[array]
-        found[array] = number
-    return found
+def _made_at_once(column: Column, array: Stored) -> int:
+    """Of how many branches an array is made at once."""
+    return column.branches.count if array.name in column.branches.parting else 1
+
+
+def _length(planes: Interval) -> int:
+    return planes[1] - planes[0]
+
+
+def memory_of_all(
+    schedules: Schedules, block: Size, granules: Mapping[str, int], threads: int
+) -> ColumnMemory:
+    """What suffices for the columns of all blocks of an answer."""
+    found = [memory_of(column, threads) for column in largest_columns(schedules, block, granules)]
+    pages = found[0].pages  # of the same sizes in all of them
+    counts = [max(most) for most in zip(*(one.pages.counts for one in found), strict=True)]
+    return ColumnMemory(
+        Pages(pages.nbytes, tuple(counts), pages.sizes),
+        max(one.copies_bytes for one in found),
+        max(one.workspace_bytes for one in found),
+        max(one.slab_bytes for one in found),
+        max(one.table_bytes for one in found),
+    )
+
+
+def largest_columns(
+    schedules: Schedules, block: Size, granules: Mapping[str, int]
+) -> Iterator[Column]:
+    """For every stretch of z that may be unlike others the column of the largest cross-section."""
+    layout = cast("Layout", schedules.layout)
+    along_z, *_ = spans(layout, block, block)
+    if layout.geometry.dense:  # which has no ends
+        along_z = [(0, stop - start) for start, stop in along_z]
+    for span in dict.fromkeys(along_z):
+        yield across_of(schedules, span, block, granules)
+
+
+def across_of(
+    schedules: Schedules, planes: Interval, block: Size, granules: Mapping[str, int]
+) -> Column:
+    """A column of some planes of the answer, of the largest cross-section of blocks."""
+    layout = cast("Layout", schedules.layout)
+    _, *across = spans(layout, block, block)
+    stretch = layout.stretch(0, planes, schedules.fragmented)
+    boxes = {
+        name: Box((stretch[name][0], 0, 0), (stretch[name][1], y, x))
+        for name, (_, y, x) in schedules.envelope([[planes], *across]).items()
+    }
+    _, y, x = (min(b, n) for b, n in zip(block, layout.output_size, strict=True))
+    return Column(schedules, Box((planes[0], 0, 0), (planes[1], y, x)), boxes, granules)

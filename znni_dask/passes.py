@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from znni_dask import planner, pyramid, timings, window_planner
+from znni_dask import column_planner, planner, pyramid, timings, window_planner
 from znni_dask.application import Application
 from znni_dask.costs import Costs
-from znni_dask.errors import OptionError, OutputError
+from znni_dask.errors import MemoryLimitError, OptionError, OutputError
 from znni_dask.geometry import Size
 from znni_dask.job import Job, Target
 from znni_dask.journal import in_json, journal_of
@@ -98,7 +98,8 @@ def plan_pass(
         selected_bytes=0 if selection.everything else _WANTED_BYTES,
         costs=Costs(timings.kept()),
     )
-    plan, others = plan_for(laid, resources, request.patch, given)
+    whole_blocks = selection.mask is None  # of which slabs leave nothing out
+    plan, others = plan_for(laid, resources, request.patch, given, slabs=whole_blocks)
     held = OVERHEAD_BYTES + network_bytes(laid.network)
     coarser = pyramid.plan(stored, resources.baseline_bytes + held, request.allowed_bytes)
     needed = max(plan.predicted_bytes, coarser.predicted_bytes)
@@ -156,10 +157,15 @@ def places(names: Iterable[str], root: Path) -> dict[str, Path]:
 
 
 def plan_for(
-    laid: Laid, resources: Resources, patch: Size | None, given: Plan | None = None
+    laid: Laid,
+    resources: Resources,
+    patch: Size | None,
+    given: Plan | None = None,
+    slabs: bool = True,
 ) -> tuple[Plan, tuple[Alternative, ...]]:
-    """The plan of an answer, in patches or in windows, and others that it could have been; or the
-    one that was ``given``, checked. Raises `MemoryLimitError`, `OptionError`."""
+    """The plan of an answer, in patches, in slabs if those are wanted, or in windows, and others
+    that it could have been; or the one that was ``given``, checked. Raises `MemoryLimitError`,
+    `OptionError`."""
     if isinstance(laid, WindowGrid):
         if patch is not None:
             raise OptionError("windows are the patches of patchwise inference: give no patch")
@@ -167,7 +173,20 @@ def plan_for(
             return window_planner.checked(laid, resources, given), ()
         return window_planner.search(laid, resources)
     asked = planner.Request(**vars(resources), layout=laid, patch=patch)
-    return planner.search(asked) if given is None else (planner.checked(asked, given), ())
+    if given is not None:
+        if given.granules:
+            return column_planner.checked(laid, resources, given), ()
+        return planner.checked(asked, given), ()
+    in_slabs = column_planner.search(laid, resources) if slabs and patch is None else None
+    try:
+        in_patches, others = planner.search(asked)
+    except MemoryLimitError:
+        if in_slabs is None:
+            raise
+        return in_slabs, ()
+    if in_slabs is None or in_slabs.voxels_per_second <= in_patches.voxels_per_second:
+        return in_patches, others
+    return in_slabs, others
 
 
 def create_outputs(

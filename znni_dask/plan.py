@@ -21,11 +21,13 @@ from znni_dask.machine import show_bytes
 @dataclass(frozen=True)
 class Choice:
     """The primitive (by its name in the table) that computes one layer, and the seconds that it is
-    expected to take for a voxel of the output, changes of its output's form included."""
+    expected to take for a voxel of the output, changes of its output's form included. Where a block
+    is made slab by slab, so many ``planes`` are made at once; else 0."""
 
     layer: str
     primitive: str
     voxel_seconds: float = 0.0
+    planes: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Plan:
     """How a network is applied to a volume on one worker.
 
     ``patch`` and ``block`` are sizes of the output (z, y, x); a block is a whole number of
-    output chunks or shards. Up to ``blocks_in_flight`` blocks are read, computed and written at
+    output chunks or shards. A patch is what is computed at once, or a slab of a block that is made
+    slab by slab. Up to ``blocks_in_flight`` blocks are read, computed and written at
     the same time, one of them computed, by ``threads`` threads, in the order that ``reading``
     says. ``predicted_bytes`` is the peak of the whole process, ``allowed_bytes`` the limit it was
     planned for. ``voxels_per_second`` of the output are expected to be made, reading and writing
@@ -83,6 +86,13 @@ class Plan:
     def primitives(self) -> dict[str, str]:
         """The primitive of every layer, over all stages."""
         return {c.layer: c.primitive for stage in self.stages for c in stage.choices}
+
+    @property
+    def granules(self) -> dict[str, int]:
+        """Planes of every layer that are made at once where blocks are made slab by slab; nothing
+        where they are made patch by patch."""
+        choices = [choice for stage in self.stages for choice in stage.choices]
+        return {c.layer: c.planes for c in choices if c.planes}
 
     def _repr_html_(self) -> str:
         """The plan as Jupyter shows it."""
@@ -180,4 +190,7 @@ class Alternative:
 
 def _choice(told: Mapping[str, Any]) -> Choice:
     """A choice as JSON tells it."""
-    return Choice(str(told["layer"]), str(told["primitive"]), float(told.get("voxel_seconds", 0.0)))
+    seconds, planes = float(told.get("voxel_seconds", 0.0)), int(told.get("planes", 0))
+    if planes < 0:
+        raise ValueError(f"{planes} planes at once")
+    return Choice(str(told["layer"]), str(told["primitive"]), seconds, planes)

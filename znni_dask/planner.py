@@ -167,7 +167,7 @@ def _fastest(plain: _Fits, block: Size, patch: Size) -> tuple[_Fits | None, Alte
     request = plain.request
     box = largest_box(request.layout, patch)
     patches = request.hull.voxels / box.voxels
-    menu = Menu(plain.schedules, box, patches, request.threads, request.costs)
+    menu = Menu.of_patches(plain.schedules, box, patches, request.threads, request.costs)
     schedules = Schedules(request.layout, menu.fastest())
     needed = predicted_bytes(request, schedules, block, patch, 1)
     rate = 1 / _rate(request, schedules, block, patch).seconds_per_voxel

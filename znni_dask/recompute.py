@@ -135,8 +135,9 @@ def _place(random: np.random.Generator, hull: Box, size: Size, length: int, patc
 
 
 def _made_with(box: Box, laid: Laid, plan: Plan) -> Iterator[Box]:
-    """The patches of a run that lie over a box; windows are where they are."""
-    if not isinstance(laid, Layout):
+    """The patches of a run that lie over a box; windows are where they are, and where slabs end
+    changes nothing."""
+    if not isinstance(laid, Layout) or plan.granules:
         yield box
         return
     for block in tiles(laid.output_size, plan.block, box):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from znni_dask.forecast import Forecast
     from znni_dask.inspection import Facts
     from znni_dask.making import Pass
+    from znni_dask.plan import Plan
     from znni_dask.recompute import MeasuredError
     from znni_dask.running import Summary
     from znni_dask.timings import Timings
@@ -137,8 +138,12 @@ def forecast_table(found: Forecast) -> Table:
     """A row per step of a patch: what computes it, what it makes, seconds and memory."""
     samples = max(stage.samples for stage in found.plan.stages)
     what = f"{samples} windows" if samples > 1 else "a patch"
+    plan = found.plan
+    told = f"{what} of {text(plan.patch)}"
+    if plan.granules:
+        told = f"a block of {text(plan.block)}, in slabs of {text(plan.patch)}"
     table = Table(
-        title=f"{', '.join(found.outputs)}: {what} of {text(found.plan.patch)}",
+        title=f"{', '.join(found.outputs)}: {told}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
@@ -184,7 +189,7 @@ def forecast_lines(found: Forecast) -> list[str]:
     )
     return [
         f"{channels}{text(found.size)} voxels, {show_bytes(found.stored_bytes)} as stored, in "
-        f"{volume(found.blocks)} blocks of {text(plan.block)}, patches of {text(plan.patch)}, "
+        f"{volume(found.blocks)} blocks of {text(plan.block)}, {_pieces(plan)}, "
         f"{plan.threads} threads, {plan.blocks_in_flight} blocks in flight",
         f"direct arithmetic would be {found.work_ratio:.2f} times that of outputs without borders; "
         f"voxels needed are decoded {plan.reading.amplification:.2f} times at most",
@@ -192,6 +197,12 @@ def forecast_lines(found: Forecast) -> list[str]:
         f"memory: {show_bytes(plan.predicted_bytes)} predicted, "
         f"{show_bytes(plan.allowed_bytes)} allowed",
     ]
+
+
+def _pieces(plan: Plan) -> str:
+    """What blocks are made in."""
+    kind = "slabs" if plan.granules else "patches"
+    return f"{kind} of {text(plan.patch)}"
 
 
 def run_lines(summary: Summary) -> list[str]:
@@ -208,8 +219,8 @@ def run_lines(summary: Summary) -> list[str]:
         at_once = f" ({samples} at once)" if samples > 1 else ""
         lines.append(
             f"{summary.output}{names}: {times}{channels}{text(one.size)} voxels, "
-            f"{one.voxels:,} made in {one.blocks} blocks of {text(plan.block)}, patches of "
-            f"{text(plan.patch)}{at_once}, "
+            f"{one.voxels:,} made in {one.blocks} blocks of {text(plan.block)}, {_pieces(plan)}"
+            f"{at_once}, "
             f"{plan.flops_per_voxel:,.0f} operations per voxel, {plan.threads} threads, "
             f"{plan.blocks_in_flight} blocks in flight"
             + (f"; levels of {', '.join(map(text, one.levels))}" if one.levels else "")

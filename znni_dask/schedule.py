@@ -199,18 +199,22 @@ class Schedules:
         """Memory of what the primitives prepare of the weights, of the libraries that they compute
         with, and of the largest workspace of any of them on boxes of ``sizes``; also where the
         last samples are fewer, of which a primitive may compute more in one pass."""
-        libraries = {type(p): p.library_bytes for p in self.primitives.values()}
-        prepared = sum(libraries.values()) + sum(
-            self.primitives[node.name].prepared_bytes(node.layer)
-            for node in self.layout.network
-            if node.inputs
-        )
         workspaces = (
             step.primitive.workspace_bytes(step.problem, threads)
             for some in (self, *(replace(self, samples=n) for n in range(1, self.samples)))
             for step in some.steps(sizes)
         )
-        return prepared + allocated_bytes(max(workspaces, default=0))
+        return self.prepared_bytes + allocated_bytes(max(workspaces, default=0))
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Memory of what primitives prepare of the weights, and of libraries they compute with."""
+        libraries = {type(p): p.library_bytes for p in self.primitives.values()}
+        return sum(libraries.values()) + sum(
+            self.primitives[node.name].prepared_bytes(node.layer)
+            for node in self.layout.network
+            if node.inputs
+        )
 
     def steps(self, sizes: Mapping[str, Size]) -> tuple[Step, ...]:
         """The layers to compute on boxes of ``sizes``, for what depends on sizes alone."""

@@ -187,7 +187,9 @@ def _ways(grid: WindowGrid, resources: Resources, candidates: list[_Candidate]) 
         if not some:
             return
         together = replace(plain, samples=samples)
-        menu = Menu(together, window, windows / samples, threads=1, costs=resources.costs)
+        menu = Menu.of_patches(
+            together, window, windows / samples, threads=1, costs=resources.costs
+        )
         fast = way(replace(together, primitives=menu.fastest()))
         yield fast
         smallest = min(some, key=lambda c: volume(c.block))

@@ -78,10 +78,7 @@ class SerialExecutor(Closing):
     @property
     def layer_seconds(self) -> dict[str, float]:
         """The seconds that every layer took so far, changes of its output's form included."""
-        found: defaultdict[str, float] = defaultdict(float)
-        for array, seconds in self.seconds.items():
-            found[array.name] += seconds
-        return found
+        return by_layer(self.seconds)
 
     def close(self) -> None:
         """End the threads and free the arena."""
@@ -101,3 +98,11 @@ def prepared(network: Network, primitives: Mapping[str, Primitive]) -> dict[str,
         for node in network
         if node.inputs
     }
+
+
+def by_layer(seconds: Mapping[Stored, float]) -> dict[str, float]:
+    """The seconds of every layer, in whatever form its output was made."""
+    found: defaultdict[str, float] = defaultdict(float)
+    for array, own in seconds.items():
+        found[array.name] += own
+    return found

@@ -6,22 +6,24 @@ once and serve all columns: what is kept is never moved.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.closing import Closing
 from znni_dask.columns import Column, Part, Strand, Turn
-from znni_dask.executors.serial import prepared
+from znni_dask.executors.serial import by_layer, prepared
 from znni_dask.geometry import Box
-from znni_dask.kernels.memory import allocate, odd_lines
+from znni_dask.kernels.memory import Bytes, allocate, odd_lines
 from znni_dask.kernels.pages import GATHER, SCATTER, pages_library
 from znni_dask.kernels.team import Team
 from znni_dask.network.field_of_view import Interval
 from znni_dask.network.network import Network
-from znni_dask.pages import ColumnMemory, Pages, shape_of
-from znni_dask.primitives.base import Array, Primitive, Shape
+from znni_dask.pages import ColumnMemory, Pages, shape_of, takes_planes
+from znni_dask.primitives.base import Array, Primitive, Problem, Shape
 from znni_dask.primitives.fragments import recombine
 from znni_dask.primitives.planes import OfPlanes, Planes, step_bytes
 from znni_dask.schedule import Stored
@@ -45,10 +47,11 @@ class ColumnExecutor(Closing):
         threads: int,
     ) -> None:
         self.network = network
+        self.seconds: defaultdict[Stored, float] = defaultdict(float)
         self._team = Team(threads)
         self._prepared = prepared(network, primitives)
         self._pool = _Pool(memory.pages)
-        self._copies = allocate(memory.copies_bytes)
+        self._copies, self._slab = allocate(memory.copies_bytes), allocate(memory.slab_bytes)
 
     def slabs(
         self, column: Column, read: Callable[[Interval], NDArray[np.generic]]
@@ -60,10 +63,12 @@ class ColumnExecutor(Closing):
         (channel, z, y, x), of any real dtype. Each is asked for once, in order.
         """
         self._pool.free_all()
-        run = _Run(column, self._pool, self._team, self._copies)
+        run = _Run(column, self._pool, self._team, self._copies, self._slab)
         for turn in column.turns():
             if turn.operation is not None:
+                begin = perf_counter()
                 self._compute(run, turn)
+                self.seconds[turn.operation.output] += perf_counter() - begin
             elif turn.makes:
                 run.load(turn.makes[0], read)
             elif (made := run.give(turn.reads[0])) is not None:
@@ -71,14 +76,14 @@ class ColumnExecutor(Closing):
             run.free(turn.freed)
 
     def _compute(self, run: _Run, turn: Turn) -> None:
-        operation, problem = turn.operation, turn.problem
+        operation = turn.operation
         assert operation is not None
-        assert problem is not None
+        problem = run.problem(turn)
         ready = self._prepared.get(operation.output.name)
         for part in turn.makes:
             run.begin(part)
-        primitive, form = operation.primitive, operation.inputs[0].form
-        if isinstance(primitive, OfPlanes) and primitive.takes_planes(problem.layer, form):
+        primitive = operation.primitive
+        if isinstance(primitive, OfPlanes) and takes_planes(operation):
             planes = [run.planes((part,)) for part in turn.reads]
             primitive.apply_planes(ready, problem, planes, run.planes(turn.makes), self._team)
             return
@@ -88,11 +93,16 @@ class ColumnExecutor(Closing):
         primitive.apply(ready, problem, inputs, made, self._team)
         run.copy(SCATTER, turn.makes, made)
 
+    @property
+    def layer_seconds(self) -> dict[str, float]:
+        """The seconds that every layer took so far, changes of its output's form included."""
+        return by_layer(self.seconds)
+
     def close(self) -> None:
         """End the threads and free the memory."""
         self._team.close()
         self._pool = _Pool(Pages((), (), {}))
-        self._copies = np.empty(0, np.uint8)
+        self._copies = self._slab = np.empty(0, np.uint8)
 
 
 class _Pool:
@@ -117,7 +127,7 @@ class _Pool:
         """Addresses of so many pages for an array."""
         which = self._sizes[array]
         self._left[which] = left = self._left[which] - count
-        assert left >= 0
+        assert left >= 0, "more pages are held than were counted"
         return self._free[which][left : left + count].copy()
 
     def give_back(self, array: Stored, addresses: Numbers) -> None:
@@ -131,11 +141,17 @@ class _Pool:
 class _Run:
     """The arrays of one column: where every plane of a strand lies."""
 
-    def __init__(self, column: Column, pool: _Pool, team: Team, copies: NDArray[np.uint8]) -> None:
-        self._column, self._pool, self._team, self._copies = column, pool, team, copies
+    def __init__(self, column: Column, pool: _Pool, team: Team, copies: Bytes, slab: Bytes) -> None:
+        self._column, self._pool, self._team = column, pool, team
+        self._copies, self._slab = copies, slab.view(np.float32)
         self._tables: dict[Strand, Numbers] = {}
-        self._answer: Array | None = None
         self._given = 0
+
+    def problem(self, turn: Turn) -> Problem:
+        """What a turn computes."""
+        assert turn.operation is not None
+        reads = [part.planes for part in turn.reads]
+        return self._column.problem(turn.operation, turn.makes[0].planes, reads)
 
     def load(self, part: Part, read: Callable[[Interval], NDArray[np.generic]]) -> None:
         """Read planes of the volume."""
@@ -155,17 +171,14 @@ class _Run:
             for plane in planes
         )
         box = Box((start, *output.start[1:]), (stop, *output.stop[1:]))
-        if self._answer is None:
-            self._answer = np.empty((column.network.out_channels, *box.size), np.float32)
+        channels = column.network.out_channels
+        answer = self._slab[: channels * box.voxels].reshape(channels, *box.size)
         (fragments,) = self.in_one_piece([part], 1)
         self.copy(GATHER, (part,), fragments)
         numbers = {place: i for i, place in enumerate(column.positions(strand.branch))}
-        recombine(fragments, numbers, spacing, self._answer, self._team)
-        self._given += 1
-        if self._given < column.branches:
-            return None
-        answer, self._answer, self._given = self._answer, None, 0
-        return box, answer
+        recombine(fragments, numbers, spacing, answer, self._team)
+        self._given = (self._given + 1) % column.branches.count
+        return None if self._given else (box, answer)
 
     def begin(self, part: Part) -> None:
         """Take pages for planes that are made."""

@@ -50,21 +50,23 @@ def _write_convolve(module: ir.Module, shape: Shape, most: int) -> None:
 
     ``source`` is plain and holds all that taps reach: how far apart taps and first taps of outputs
     are there is told, along x compiled. ``weights`` are for every output block, channel, tap along
-    z, y and x: a vector. The output, in blocks, is ``planes`` of ``rows`` of ``width`` voxels.
+    z, y and x: a vector. ``made`` holds for every (batch, z) where its first output block goes:
+    ``rows`` of ``width`` voxels, and the next block ``block_bytes`` behind it.
     """
     sums = {voxels: _sums(module, shape, voxels) for voxels in range(1, most + 1)}
     code = Function(
         module,
         CONVOLVE,
-        ("source", "weights", "biases", "out"),
+        ("source", "weights", "biases", "made"),
         (
-            *(*_INPUT, "batch_bytes", "step_z_bytes", "step_y_bytes"),
+            *(*_INPUT, "batch_bytes", "step_z_bytes", "step_y_bytes", "block_bytes"),
             *("blocks", "planes", "rows", "width", "together", "relu", "first", "last"),
         ),
     )
-    source, weights, biases, out = code.addresses
+    source, weights, biases, made = code.addresses
     taps, numbers = code.numbers[: len(_INPUT)], code.numbers[len(_INPUT) :]
-    batch_bytes, step_z, step_y, blocks, planes, rows, width, together, relu, first, last = numbers
+    batch_bytes, step_z, step_y, block_bytes, *numbers = numbers
+    blocks, planes, rows, width, together, relu, first, last = numbers
     channels, _, taps_z, *_ = taps
     groups = (rows + (together - 1)) // together
     row_bytes = width * VECTOR_BYTES
@@ -75,30 +77,33 @@ def _write_convolve(module: ir.Module, shape: Shape, most: int) -> None:
         begin = item // blocks % groups * together
         here = source + batch * batch_bytes + z * step_z
         weight, bias = weights + block * weight_bytes, biases + block * VECTOR_BYTES
-        to = out + ((batch * blocks + block) * planes + z) * (rows * row_bytes)
+        to = made.address(plane * 8) + block * block_bytes
         with code.loop(begin, (begin + together).at_most(rows)) as y:
-            row, made = here + y * step_y, to + y * row_bytes
+            row, line = here + y * step_y, to + y * row_bytes
             for x, some in _parts(code, width, sums):
                 at = row + x * (shape.stride * FLOAT_BYTES)
-                code.call(some, at, weight, bias, made + x * VECTOR_BYTES, *taps, relu)
+                code.call(some, at, weight, bias, line + x * VECTOR_BYTES, *taps, relu)
     code.finish()
 
 
 def _write_pad(module: ir.Module) -> None:
     """What of a plain array lies in a box, zeros around it. Items are (batch, channel, z) of the
-    box, which is ``made_…`` voxels large and begins at ``first_…`` of the ``there_…`` voxels."""
+    box, which is ``made_…`` voxels large and begins at ``first_…`` of the ``there_…`` voxels.
+    ``pages`` holds for every (batch, z) where the plane of its first channel lies, the next one
+    ``channel_bytes`` behind it."""
     names = [f"{what}_{axis}" for what in ("there", "first", "made") for axis in "zyx"]
-    code = Function(module, PAD, ("source", "out"), (*names, "first", "last"))
-    (source, out), (*numbers, first, last) = code.addresses, code.numbers
+    names += ["channels", "channel_bytes"]
+    code = Function(module, PAD, ("pages", "out"), (*names, "first", "last"))
+    (pages, out), (*numbers, channels, channel_bytes, first, last) = code.addresses, code.numbers
     there, begins, made = numbers[:3], numbers[3:6], numbers[6:]
     inside = [
         ((begin * -1).at_least(0), (size - begin).at_most(length))
         for size, begin, length in zip(there, begins, made, strict=True)
     ]
     with code.loop(first, last) as item:
-        channel, z = item // made[0], item % made[0]
+        batch, z = item // (channels * made[0]), item % made[0]
         to = out + item * (made[1] * made[2] * FLOAT_BYTES)
-        plane = channel * there[0] + z + begins[0]
+        channel = item // made[0] % channels
         with code.loop(0, made[1] * made[2]) as i:
             to.store_floats(code.vector(), 1, i * FLOAT_BYTES)
         with (
@@ -106,8 +111,9 @@ def _write_pad(module: ir.Module) -> None:
             code.loop(*inside[1]) as y,
             code.loop(*inside[2]) as x,
         ):
-            place = (plane * there[1] + y + begins[1]) * there[2] + x + begins[2]
-            value = source.load_floats(1, place * FLOAT_BYTES)
+            page = pages.address((batch * there[0] + z + begins[0]) * 8) + channel * channel_bytes
+            place = (y + begins[1]) * there[2] + x + begins[2]
+            value = page.load_floats(1, place * FLOAT_BYTES)
             to.store_floats(value, 1, (y * made[2] + x) * FLOAT_BYTES)
     code.finish()
 

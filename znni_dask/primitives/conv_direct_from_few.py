@@ -20,7 +20,8 @@ from znni_dask.kernels.memory import allocate, allocated_bytes
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
-from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, direct_flops
+from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Problem, direct_flops
+from znni_dask.primitives.planes import OfPlanes, Planes
 from znni_dask.primitives.work import COMPILE_SECONDS, STREAMED, Rate, Work
 
 SUMS = Rate("direct from few channels", 2.2e11)  # operations
@@ -37,7 +38,7 @@ class Prepared(NamedTuple):
 
 
 @final
-class ConvDirectFromFew(Primitive):
+class ConvDirectFromFew(OfPlanes):
     """Direct convolution on the CPU, any stride, dilation and padding; no groups."""
 
     name: ClassVar[str] = "direct from few channels"
@@ -68,9 +69,10 @@ class ConvDirectFromFew(Primitive):
         return sum(map(allocated_bytes, _prepared_bytes(cast("Conv", layer))))
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
-        batch, channels, *_ = problem.inputs[0]
-        read = batch * channels * volume(_reached(problem))
-        return 0 if _inside(problem) else ITEM_BYTES * read
+        """Memory of what taps reach, padded, and of where planes lie."""
+        batch, channels, read, *_ = problem.inputs[0]
+        tables = 2 * 8 * batch * (read + problem.output[2])
+        return ITEM_BYTES * batch * channels * volume(_reached(problem)) + tables
 
     def prepare(self, layer: Layer, weights: Weights) -> Prepared:
         """The weights in the order in which they are read."""
@@ -88,23 +90,53 @@ class ConvDirectFromFew(Primitive):
     def apply(
         self, prepared: Prepared, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        conv, (batch, blocks, planes, rows, width, _) = cast("Conv", problem.layer), out.shape
-        shape = from_few.Shape(conv.kernel[1], conv.kernel[2], conv.stride[2], conv.dilation[2])
-        library, inside = from_few.from_few_library(shape), _inside(problem)
-        source = inputs[0] if inside else _padded(problem, inputs[0], library, team)
-        first = problem.offsets[0] if inside else (0, 0, 0)
-        batch_bytes, channel_bytes, *strides = source.strides
-        begin = sum(n * step for n, step in zip(first, strides, strict=True))
-        steps = [stride * step for stride, step in zip(strides, conv.stride, strict=True)]
-        taps = [stride * step for stride, step in zip(strides, conv.dilation, strict=True)]
-        addresses = source.ctypes.data + begin, *(a.ctypes.data for a in (*prepared, out))
-        told = (
-            *(conv.in_channels, channel_bytes, conv.kernel[0], taps[0], taps[1]),
-            *(batch_bytes, steps[0], steps[1], blocks, planes, rows, width, ROWS_TOGETHER),
-            int(conv.relu),
-        )
-        items = batch * planes * ceil_divide(rows, ROWS_TOGETHER) * blocks
-        team.run(library[from_few.CONVOLVE], (*addresses, *told), items)
+        if not _inside(problem):
+            super().apply(prepared, problem, inputs, out, team)
+            return
+        x, first = inputs[0], problem.offsets[0]
+        begin = sum(n * step for n, step in zip(first, x.strides[2:], strict=True))
+        _convolve(prepared, problem, x.ctypes.data + begin, x.strides, Planes.of(out), team)
+
+    def apply_planes(
+        self,
+        prepared: Prepared,
+        problem: Problem,
+        inputs: Sequence[Planes],
+        out: Planes,
+        team: Team,
+    ) -> None:
+        x = _padded(problem, inputs[0], team)
+        _convolve(prepared, problem, x.ctypes.data, x.strides, out, team)
+
+
+def _convolve(
+    prepared: Prepared,
+    problem: Problem,
+    source: int,
+    strides: Sequence[int],
+    out: Planes,
+    team: Team,
+) -> None:
+    """Convolve what lies at ``source`` (batch, channel, z, y, x), all that taps reach."""
+    conv, (batch, blocks, planes, rows, width, _) = cast("Conv", problem.layer), out.shape
+    batch_bytes, channel_bytes, *others = strides
+    steps = [stride * step for stride, step in zip(others, conv.stride, strict=True)]
+    taps = [stride * step for stride, step in zip(others, conv.dilation, strict=True)]
+    made = np.ascontiguousarray(out.addresses)
+    told = (
+        *(conv.in_channels, channel_bytes, conv.kernel[0], taps[0], taps[1]),
+        *(batch_bytes, steps[0], steps[1], out.step_bytes),
+        *(blocks, planes, rows, width, ROWS_TOGETHER, int(conv.relu)),
+    )
+    addresses = source, *(array.ctypes.data for array in (*prepared, made))
+    items = batch * planes * ceil_divide(rows, ROWS_TOGETHER) * blocks
+    team.run(_library(conv)[from_few.CONVOLVE], (*addresses, *told), items)
+
+
+def _library(conv: Conv) -> Library:
+    """The compiled functions."""
+    shape = from_few.Shape(conv.kernel[1], conv.kernel[2], conv.stride[2], conv.dilation[2])
+    return from_few.from_few_library(shape)
 
 
 def _prepared_bytes(conv: Conv) -> tuple[int, int]:
@@ -126,12 +158,15 @@ def _inside(problem: Problem) -> bool:
     return all(first >= 0 and first + reached <= there for first, reached, there in axes)
 
 
-def _padded(problem: Problem, x: Array, library: Library, team: Team) -> Array:
+def _padded(problem: Problem, x: Planes, team: Team) -> Array:
     """What the taps reach, padding as zeros."""
     batch, channels, *there = x.shape
     size = _reached(problem)
     shape = (batch, channels, *size)
     out = team.scratch(ITEM_BYTES * prod(shape)).view(np.float32).reshape(shape)
-    told = (x.ctypes.data, out.ctypes.data, *there, *problem.offsets[0], *size)
-    team.run(library[from_few.PAD], told, batch * channels * size[0])
+    pages = np.ascontiguousarray(x.addresses)
+    told = (*there, *problem.offsets[0], *size, channels, x.step_bytes)
+    places = pages.ctypes.data, out.ctypes.data
+    library = _library(cast("Conv", problem.layer))
+    team.run(library[from_few.PAD], (*places, *told), batch * channels * size[0])
     return out

@@ -1,0 +1,173 @@
+"""Plans in slabs: within the memory allowed, faster than patches where fields of view are large."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import zarr
+from test_planner import request
+
+import graphs
+import znni_dask
+from test_identity import assert_same, at_once
+from znni_dask import column_planner, passes, planner
+from znni_dask.choices import choose_primitives
+from znni_dask.column_planner import checked, granules_of, search, streams
+from znni_dask.columns import Column
+from znni_dask.errors import MemoryLimitError, OptionError
+from znni_dask.geometry import tiles, volume
+from znni_dask.network.build import Builder
+from znni_dask.network.chains import n337, n537
+from znni_dask.network.rewrites import simplify
+from znni_dask.pages import Program, memory_of, memory_of_all, page_bytes
+from znni_dask.patches import Layout
+from znni_dask.plan import Plan
+from znni_dask.resources import Resources
+from znni_dask.schedule import Schedules
+
+
+def asked(network, size, **options):
+    """A layout, and what there is for it."""
+    wanted = vars(request(network, size, **options))
+    layout = wanted.pop("layout")
+    wanted.pop("patch")
+    return layout, Resources(**wanted)
+
+
+@pytest.mark.parametrize("gib", [0.5, 1, 4])
+@pytest.mark.parametrize(("family", "seed"), [("chain", 0), ("unet", 3), ("residual", 0)])
+def test_what_is_predicted_is_within_what_is_allowed(family, seed, gib):
+    layout, resources = asked(graphs.graph(family, seed), (400, 200, 200), allowed=int(gib * 2**30))
+    made = search(layout, resources)
+    assert made.predicted_bytes <= resources.allowed_bytes
+    assert all(b % u == 0 for b, u in zip(made.block, resources.unit, strict=True))
+    assert set(made.granules) == {node.name for node in layout.network if node.inputs}
+    assert Plan.from_json(made.to_json()) == made
+    assert checked(layout, resources, made) == made
+
+
+def test_more_memory_never_makes_the_plan_slower():
+    found = []
+    for gib in (2, 4, 8, 16):
+        layout, resources = asked(n337(), (1000, 700, 700), allowed=gib << 30)
+        found.append(search(layout, resources).voxels_per_second)
+    assert found == sorted(found)
+
+
+def test_a_large_field_of_view_makes_slabs_the_plan():
+    layout, resources = asked(n537(), (1000, 512, 512), allowed=4 << 30)
+    made, _ = passes.plan_for(layout, resources, None)
+    assert made.granules
+    in_patches = planner.plan(request(n537(), (1000, 512, 512), allowed=4 << 30))
+    assert made.voxels_per_second > 20 * in_patches.voxels_per_second
+    with_patch, _ = passes.plan_for(layout, resources, (8, 8, 16))
+    assert not with_patch.granules
+
+
+def test_what_fits_in_slabs_alone_is_not_refused():
+    network, size = n537(), (600, 512, 512)
+    layout, resources = asked(network, size, allowed=3 << 30)
+    allowed = search(layout, resources).predicted_bytes
+    layout, resources = asked(network, size, allowed=allowed)
+    made, _ = passes.plan_for(layout, resources, None)
+    assert made.granules
+    layout, resources = asked(network, size, allowed=allowed // 3)
+    with pytest.raises(MemoryLimitError, match="allow at least"):
+        passes.plan_for(layout, resources, None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"block": (60, 64, 64)}, "not whole chunks"),
+        ({"allowed": 1 << 28}, "allow as much"),
+        ({"planes": {}}, "does not say how many planes"),
+        ({"halo": (2, 2, 2)}, "which this run cannot"),
+        ({"samples": 2}, "several windows"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(changed, message):
+    network = graphs.graph("unet", 0)
+    layout, resources = asked(network, (300, 200, 200))
+    made = search(layout, resources)
+    stage = made.stages[0]
+    if "block" in changed:
+        made = replace(made, **changed)
+    if "allowed" in changed:
+        resources = replace(resources, allowed_bytes=changed["allowed"])
+    if "planes" in changed:
+        first, *others = stage.choices
+        made = replace(made, stages=(replace(stage, choices=(replace(first, planes=0), *others)),))
+    if "halo" in changed:
+        layout = Layout(network, (300, 200, 200), "reflect", **changed)
+    if "samples" in changed:
+        made = replace(made, stages=(replace(stage, **changed),))
+    with pytest.raises((OptionError, MemoryLimitError), match=message):
+        checked(layout, resources, made)
+    with pytest.raises(OptionError, match="not a plan"):
+        Plan.from_json(made.to_json().replace('"planes": ', '"planes": -'))
+
+
+@pytest.mark.parametrize(("family", "seed"), [("chain", 0), ("unet", 3), ("strided", 0)])
+def test_columns_of_all_blocks_fit_the_pages_of_the_plan(family, seed):
+    """Also those at the ends, where fewer planes are there."""
+    network = graphs.graph(family, seed)
+    layout = Layout(network, (90, 70, 50), "reflect")
+    schedules = Schedules(layout, choose_primitives(layout))
+    granules, block = granules_of(schedules, 8), (32, 24, 24)
+    most = memory_of_all(schedules, block, granules, 2)
+    for box in tiles(layout.output_size, block):
+        column = Column.of(schedules, box, granules)
+        program, one = Program.of(column), memory_of(column, 2)
+        assert one.copies_bytes <= most.copies_bytes
+        assert one.workspace_bytes <= most.workspace_bytes
+        assert one.slab_bytes <= most.slab_bytes
+        which = [most.pages.sizes[array] for array in program.arrays]
+        for size, count in enumerate(most.pages.counts):
+            assert program.held[:, np.equal(which, size)].sum(axis=1).max() <= count
+        for array in program.arrays:
+            assert page_bytes(column, array) <= most.pages.nbytes[most.pages.sizes[array]]
+
+
+@pytest.mark.parametrize(("family", "seed"), [("chain", 0), ("unet", 3), ("strided", 1)])
+def test_a_run_in_slabs_equals_the_oracle_within_its_memory(family, seed, tmp_path, monkeypatch):
+    def nothing(*_):
+        raise MemoryLimitError("no patches here")
+
+    monkeypatch.setattr(planner, "search", nothing)
+    network = graphs.graph(family, seed)
+    values = np.random.default_rng(seed).standard_normal((network.in_channels, 60, 50, 70))
+    values = values.astype(np.float32)
+    zarr.create_array(tmp_path / "in.zarr", data=values, chunks=(1, 16, 16, 16))
+    summary = znni_dask.run(
+        network, tmp_path / "in.zarr", tmp_path / "out.zarr", chunks=16, memory="2GiB"
+    )
+    (one,) = summary.passes
+    assert one.plan.granules
+    assert summary.peak_bytes <= one.plan.predicted_bytes <= 2 << 30
+    assert sum(one.layer_seconds.values()) > 0
+    made = zarr.open_group(tmp_path / "out.zarr", mode="r")
+    got = np.asarray(made[sorted(made.array_keys())[0]])
+    assert_same(got.reshape(-1, *got.shape[-3:]), at_once(network, values, "reflect"))
+    again = znni_dask.run(
+        network,
+        tmp_path / "in.zarr",
+        tmp_path / "again.zarr",
+        chunks=16,
+        memory="2GiB",
+        plan=one.plan,
+    )
+    assert again.plan.granules == one.plan.granules
+
+
+def test_layers_that_stride_and_make_no_fragments_are_left_to_patches():
+    b = Builder(1)
+    network = b.network(b.conv(b.conv(b.input, 4, 2, stride=2), 2, 3))
+    layout, resources = asked(simplify(network), (200, 200, 200))
+    assert not streams(layout, Schedules(layout, choose_primitives(layout)))
+    assert column_planner.search(layout, resources) is None
+    made, _ = passes.plan_for(layout, resources, None)
+    assert not made.granules
+    assert volume(made.patch)
