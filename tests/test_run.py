@@ -398,7 +398,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "blocks"), [("boundary_valid", 256, 2), ("boundary_unet", 128, 1)]
+    ("name", "size", "blocks"), [("boundary_valid", 256, 2), ("boundary_unet", 128, 2)]
 )
 def test_the_process_stays_within_512_mib(name, size, blocks, tmp_path):
     values = np.random.default_rng(0).integers(0, 255, (size,) * 3).astype(np.uint8)

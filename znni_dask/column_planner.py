@@ -40,6 +40,7 @@ from znni_dask.schedule import Schedules, Step, Stored
 _THIN = 4  # planes of the volume that layers at full resolution make at once
 _THICKNESSES = (1, 2, 4, 8)  # of slabs, in fragments or alignments
 _THICKEST = 128  # voxels
+_TURN_SECONDS = 2e-4  # to find planes and take pages, beside calling a primitive
 _TRIED = 3  # cross-sections for a thickness
 _AGAIN = 3  # times that primitives are chosen for one, within less memory each time
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # of blocks, in chunks
@@ -146,7 +147,8 @@ def _tried(
             slabs = Slabs(layout, resources, Schedules(layout, primitives), block, granules)
             over = slabs.estimated_bytes - resources.allowed_bytes
             if over <= 0:
-                yield _Found(slabs, seconds)
+                turns = count * sum(task.times for task in program.tasks)
+                yield _Found(slabs, seconds + turns * _TURN_SECONDS)
                 break
             room -= over  # what changes forms, and is handed copies, takes pages and copies, too
 
@@ -285,7 +287,7 @@ class Slabs:
             primitive, times = task.operation.primitive, share * task.times
             one = costs.step_seconds(primitive, problem, resources.threads)
             copied = copied_bytes(primitive, problem)
-            one += costs.copying_seconds(copied, resources.threads)
+            one += costs.copying_seconds(copied, resources.threads) + _TURN_SECONDS
             seconds[task.operation.node.name] += times * one
             flops += times * primitive.flops(problem)
         primitives = self.schedules.primitives

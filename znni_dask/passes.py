@@ -28,6 +28,7 @@ from znni_dask.windows import Laid, WindowGrid
 _CHUNKS = (64, 64, 64)
 _CHUNKS_OF_VECTORS = (8, 8, 8)  # of a classifier, whose every voxel is a window computed
 _FOUND = ("measured_error", "statistics")  # what metadata tell that was not asked for
+_SEARCHED_SECONDS = 3.0  # of a run in patches: of a shorter one slabs are not tried
 _WANTED_BYTES = 2  # of a voxel: whether it is wanted, kept, and once more where that is found out
 
 
@@ -177,16 +178,25 @@ def plan_for(
         if given.granules:
             return column_planner.checked(laid, resources, given), ()
         return planner.checked(asked, given), ()
-    in_slabs = column_planner.search(laid, resources) if slabs and patch is None else None
+    others: tuple[Alternative, ...] = ()
+    in_patches: Plan | None = None
+    refused: MemoryLimitError | None = None
     try:
         in_patches, others = planner.search(asked)
-    except MemoryLimitError:
-        if in_slabs is None:
-            raise
-        return in_slabs, ()
-    if in_slabs is None or in_slabs.voxels_per_second <= in_patches.voxels_per_second:
-        return in_patches, others
-    return in_slabs, others
+    except MemoryLimitError as error:
+        refused = error
+    in_slabs: Plan | None = None
+    if slabs and patch is None and (in_patches is None or _is_long(in_patches, resources)):
+        in_slabs = column_planner.search(laid, resources)
+    found = [plan for plan in (in_patches, in_slabs) if plan is not None]
+    if refused is not None and not found:
+        raise refused
+    return max(found, key=lambda plan: plan.voxels_per_second), others
+
+
+def _is_long(plan: Plan, resources: Resources) -> bool:
+    """Whether a run takes so long that a faster plan is worth searching for."""
+    return resources.hull.voxels / plan.voxels_per_second > _SEARCHED_SECONDS
 
 
 def create_outputs(
