@@ -213,3 +213,14 @@ def test_few_channels_are_read_and_made_wherever_planes_lie():
     primitives = choose_primitives(layout) | {"conv_1": ConvDirectFromFew()}
     got = in_columns(network, volume, "reflect", (99, 14, 22), 3, primitives)
     assert_same(got, at_once(network, volume, "reflect"))
+
+
+def test_planes_of_the_volume_that_are_read_at_once_have_room():
+    """More of them than any layer reads."""
+    b = Builder(1)
+    network = b.network(b.conv(b.input, 2, 3))
+    volume = volume_for(network)
+    planes = {node.name: 1 for node in network} | {network.input.name: 64}
+    primitives = {"conv_1": ConvDirectFromFew()}
+    got = in_columns(network, volume, "reflect", (99, 99, 99), planes, primitives)
+    assert_same(got, at_once(network, volume, "reflect"))

@@ -23,6 +23,7 @@ from znni_dask.geometry import Box, Size, ceil_divide
 from znni_dask.pages import STEADY, Program, across_of, copied_bytes, memory_of, memory_of_all
 from znni_dask.patches import Layout, largest_box
 from znni_dask.plan import Choice, Plan, Reading, Stage
+from znni_dask.planner import MULTIPLES
 from znni_dask.primitives.forms import FormChange
 from znni_dask.reading import Reads
 from znni_dask.resources import (
@@ -43,8 +44,7 @@ _THICKEST = 128  # voxels
 _TURN_SECONDS = 2e-4  # to find planes and take pages, beside calling a primitive
 _TRIED = 3  # cross-sections for a thickness
 _AGAIN = 3  # times that primitives are chosen for one, within less memory each time
-_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # of blocks, in chunks
-_LONGEST = 16  # blocks, in chunks
+_LONGEST = max(MULTIPLES)  # blocks, in chunks
 _NARROWEST = 2  # times as long as wide
 
 
@@ -160,7 +160,7 @@ def _blocks(layout: Layout, resources: Resources) -> list[Size]:
         return [resources.block]
     (along, *across), size = resources.unit, layout.output_size
     widths = [
-        [u * m for m in _WIDTHS if u * (m - 1) < n] for u, n in zip(across, size[1:], strict=True)
+        [u * m for m in MULTIPLES if u * (m - 1) < n] for u, n in zip(across, size[1:], strict=True)
     ]
     found = []
     for y, x in product(*widths):

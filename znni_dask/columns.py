@@ -50,8 +50,8 @@ class Part(NamedTuple):
 @dataclass(frozen=True)
 class Turn:
     """One operation on some planes: it reads parts of strands, makes others (several where branches
-    part), after which the planes ``freed`` are read no more. Planes of the volume are made by no
-    operation, and planes of the answer, which are ``given``, are made into no array."""
+    part), after which the planes ``freed`` are read no more. No operation makes planes of the
+    volume, which are loaded, nor reads those of the answer that are given: these make nothing."""
 
     operation: Operation | None
     reads: tuple[Part, ...]

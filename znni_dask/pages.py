@@ -8,7 +8,7 @@ room for what comes next. Arithmetic on shapes only.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -21,7 +21,7 @@ from znni_dask.kernels.memory import allocated_bytes, odd_lines
 from znni_dask.network.field_of_view import Interval
 from znni_dask.patches import Layout, spans
 from znni_dask.primitives.base import ITEM_BYTES, Form, Primitive, Problem, Shape
-from znni_dask.primitives.planes import OfPlanes
+from znni_dask.primitives.planes import takes_planes
 from znni_dask.schedule import Operation, Schedules, Stored
 
 STEADY = 4  # slabs, of which one in the middle is like all that would follow
@@ -78,14 +78,15 @@ class Program:
     """What is done along z, whatever the cross-section of a column.
 
     ``held`` are for every turn the planes of samples of each of ``arrays`` that are kept while it
-    is done, ``given`` the planes of the answer that are given at once at most. For a slab in the
-    middle every task is done ``steady`` times.
+    is done, ``loaded`` the planes of the volume that are read at once at most, ``given`` those of
+    the answer that are given. For a slab in the middle every task is done ``steady`` times.
     """
 
     tasks: tuple[Task, ...]
     steady: tuple[float, ...]
     arrays: tuple[Stored, ...]
     held: NDArray[np.int64]
+    loaded: int
     given: int
 
     @classmethod
@@ -98,7 +99,7 @@ class Program:
         first: dict[_Kind, Turn] = {}
         times: Counter[_Kind] = Counter()
         slabs: list[Counter[_Kind]] = []
-        now, held, given = [0] * len(arrays), [], 0
+        now, held, loaded, given = [0] * len(arrays), [], 0, 0
         for turn in column.turns():
             for part in turn.makes:
                 number = numbers[part.strand.array]
@@ -112,7 +113,9 @@ class Program:
                 kind = turn.operation.output, _length(turn.makes[0].planes), reads
                 first.setdefault(kind, turn)
                 times[kind] += 1
-            elif turn.reads:
+            elif turn.makes:
+                loaded = max(loaded, _length(turn.makes[0].planes))
+            else:
                 given = max(given, _length(turn.reads[0].planes))
                 slabs.append(times.copy())
         after = slabs[column.branches.count - 1 :: column.branches.count]  # all branches of each
@@ -131,6 +134,7 @@ class Program:
             tuple(steady[kind] for kind in first),
             arrays,
             np.array(held),
+            loaded,
             given,
         )
 
@@ -158,15 +162,14 @@ def memory_of(column: Column, threads: int, program: Program | None = None) -> C
         sizes[program.arrays[number]] = len(largest) - 1
     which = np.array([sizes[array] for array in program.arrays])
     counts = [int(program.held[:, which == n].sum(axis=1).max()) for n in range(len(largest))]
-    copies, workspace = copies_bytes(column, [column.source], [program.given]), 0
-    copies = max(copies, copies_bytes(column, [column.answer], [program.given]))
+    ends = (column.source, program.loaded), (column.answer, program.given)
+    copies = max(array.form.nbytes(shape_of(column, array, n, 1)) for array, n in ends)
+    workspace = 0
     for task, problem in program.problems(column):
-        primitive, operation = task.operation.primitive, task.operation
+        operation, primitive = task.operation, task.operation.primitive
+        forms = operation.inputs[0].form, operation.output.form
         workspace = max(workspace, primitive.workspace_bytes(problem, threads))
-        if not takes_planes(operation):
-            lengths = [*map(_length, task.reads), _length(task.planes)]
-            some = copies_bytes(column, [*operation.inputs, operation.output], lengths)
-            copies = max(copies, some)
+        copies = max(copies, copied_bytes(primitive, problem, forms))
     _, y, x = column.output.size
     spacing = column.schedules.layout.fragments[0]
     slab = column.network.out_channels * program.given * spacing * y * x * ITEM_BYTES
@@ -178,23 +181,19 @@ def memory_of(column: Column, threads: int, program: Program | None = None) -> C
     return ColumnMemory(pages, copies, workspace, slab, tables)
 
 
-def copied_bytes(primitive: Primitive, problem: Problem) -> int:
+def copied_bytes(
+    primitive: Primitive, problem: Problem, forms: tuple[Form, Form] | None = None
+) -> int:
     """Memory of copies in one piece of what a primitive reads and makes, if it takes no planes that
-    lie anywhere."""
-    takes, makes = primitive.forms(problem.layer, [shape[1] for shape in problem.inputs])
-    takes = takes or Form.BLOCKED
-    if isinstance(primitive, OfPlanes) and primitive.takes_planes(problem.layer, takes):
+    lie anywhere; in the larger form where none are told and either would do."""
+    if forms is None:
+        takes, makes = primitive.forms(problem.layer, [shape[1] for shape in problem.inputs])
+        forms = takes or Form.BLOCKED, makes or takes or Form.BLOCKED
+    read, made = forms
+    if takes_planes(primitive, problem.layer, read):
         return 0
-    made = (makes or takes).nbytes(problem.output)
-    return odd_lines(made) + sum(odd_lines(takes.nbytes(shape)) for shape in problem.inputs)
-
-
-def takes_planes(operation: Operation) -> bool:
-    """Whether an operation is done on planes wherever they lie."""
-    primitive = operation.primitive
-    if not isinstance(primitive, OfPlanes):
-        return False
-    return primitive.takes_planes(operation.node.layer, operation.inputs[0].form)
+    arrays = (*(read.nbytes(shape) for shape in problem.inputs), made.nbytes(problem.output))
+    return sum(map(odd_lines, arrays))
 
 
 def shape_of(column: Column, array: Stored, planes: int, branches: int) -> Shape:
@@ -208,23 +207,6 @@ def page_bytes(column: Column, array: Stored) -> int:
     """A plane of a sample; an odd number of cache lines, lest all begin on the same ones."""
     _, channels, _, y, x = shape_of(column, array, 1, 1)
     return odd_lines(array.form.nbytes((1, channels, 1, y, x)))
-
-
-def copies_bytes(column: Column, arrays: Sequence[Stored], planes: Iterable[int]) -> int:
-    """Memory of copies in one piece of so many planes of arrays, of what is made all branches."""
-    last = len(arrays) - 1
-    shapes = (
-        shape_of(column, array, n, _made_at_once(column, array) if i == last else 1)
-        for i, (array, n) in enumerate(zip(arrays, planes, strict=True))
-    )
-    return sum(
-        odd_lines(array.form.nbytes(shape)) for array, shape in zip(arrays, shapes, strict=True)
-    )
-
-
-def _made_at_once(column: Column, array: Stored) -> int:
-    """Of how many branches an array is made at once."""
-    return column.branches.count if array.name in column.branches.parting else 1
 
 
 def _length(planes: Interval) -> int:

@@ -17,15 +17,16 @@ from znni_dask.closing import Closing
 from znni_dask.columns import Column, Part, Strand, Turn
 from znni_dask.executors.serial import by_layer, prepared
 from znni_dask.geometry import Box
+from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.memory import Bytes, allocate, odd_lines
 from znni_dask.kernels.pages import GATHER, SCATTER, pages_library
 from znni_dask.kernels.team import Team
 from znni_dask.network.field_of_view import Interval
 from znni_dask.network.network import Network
-from znni_dask.pages import ColumnMemory, Pages, shape_of, takes_planes
+from znni_dask.pages import ColumnMemory, Pages, shape_of
 from znni_dask.primitives.base import Array, Primitive, Problem, Shape
 from znni_dask.primitives.fragments import recombine
-from znni_dask.primitives.planes import OfPlanes, Planes, step_bytes
+from znni_dask.primitives.planes import Planes, step_bytes, takes_planes
 from znni_dask.schedule import Stored
 
 Numbers = NDArray[np.int64]
@@ -51,7 +52,8 @@ class ColumnExecutor(Closing):
         self._team = Team(threads)
         self._prepared = prepared(network, primitives)
         self._pool = _Pool(memory.pages)
-        self._copies, self._slab = allocate(memory.copies_bytes), allocate(memory.slab_bytes)
+        self._copies = allocate(memory.copies_bytes + SLACK_BYTES)
+        self._slab = allocate(memory.slab_bytes)
 
     def slabs(
         self, column: Column, read: Callable[[Interval], NDArray[np.generic]]
@@ -83,7 +85,7 @@ class ColumnExecutor(Closing):
         for part in turn.makes:
             run.begin(part)
         primitive = operation.primitive
-        if isinstance(primitive, OfPlanes) and takes_planes(operation):
+        if takes_planes(primitive, problem.layer, operation.inputs[0].form):
             planes = [run.planes((part,)) for part in turn.reads]
             primitive.apply_planes(ready, problem, planes, run.planes(turn.makes), self._team)
             return

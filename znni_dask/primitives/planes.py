@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,3 +72,8 @@ class OfPlanes(Primitive):
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
         self.apply_planes(prepared, problem, list(map(Planes.of, inputs)), Planes.of(out), team)
+
+
+def takes_planes(primitive: Primitive, layer: Layer, form: Form) -> TypeGuard[OfPlanes]:
+    """Whether a primitive takes planes that lie anywhere, for a layer and inputs in a form."""
+    return isinstance(primitive, OfPlanes) and primitive.takes_planes(layer, form)
