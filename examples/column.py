@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from znni_dask.choices import choose_primitives
-from znni_dask.column_planner import granules_of
 from znni_dask.columns import Column
 from znni_dask.geometry import Box
 from znni_dask.network.build import Builder
 from znni_dask.network.network import Network
 from znni_dask.patches import Layout
 from znni_dask.schedule import Schedules
+from znni_dask.slabs import granules_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ def draw(axes: Axes, network: Network, title: str) -> None:
     """Every array after half of the slabs: its planes where they lie in the volume."""
     layout = Layout(network, (THICKNESS * SLABS + 40, 64, 64), "reflect")
     schedules = Schedules(layout, choose_primitives(layout))
-    granules = granules_of(schedules, THICKNESS)
+    granules = granules_of(layout, THICKNESS)
     output = Box((0, 0, 0), (THICKNESS * SLABS, 32, 32))
     column = Column.of(schedules, output, granules)
     made: dict[str, int] = {}

@@ -188,10 +188,29 @@ def test_plain_pooling_per_offset_equals_fragments(seed):
     want = at_once(network, volume, "reflect")
     assert_same(in_patches(network, volume, "reflect", (8, 16, 16), plain), want)
     # and a mixture: the first strided layer fragmented where it can be, the others per offset
-    mixed = dict(plain)
     first = next(name for name in choose_primitives(layout) if name in layout.strided)
-    mixed[first] = choose_primitives(layout)[first]
+    mixed = plain | {first: choose_primitives(layout)[first]}
     assert_same(in_patches(network, volume, "reflect", (5, 16, 9), mixed), want)
+
+
+def apart_along_fewer_axes(layout, chosen):
+    """The primitives, but the first that makes fragments makes those along fewer axes."""
+    first = next((n for n, p in chosen.items() if p.fragments and n in layout.strided), None)
+    if first is not None:
+        layer = layout.network[first].layer
+        for other in candidates(layer):
+            if other.fragments_of(layer) != chosen[first].fragments_of(layer):
+                yield chosen | {first: other}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fragments_along_some_axes_leave_the_others_to_offsets(seed):
+    network = graphs.graph("chain", seed)
+    volume = volume_for(network)
+    layout = Layout(network, volume.shape[1:], "reflect")
+    want = at_once(network, volume, "reflect")
+    for primitives in apart_along_fewer_axes(layout, choose_primitives(layout)):
+        assert_same(in_patches(network, volume, "reflect", (8, 16, 9), primitives), want)
 
 
 def shorten_windows(monkeypatch, side):

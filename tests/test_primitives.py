@@ -253,7 +253,7 @@ def problem_of(layer, primitive, batch, channels, size, box):
     parts, starts = [], []
     for axis, window in enumerate(windows):
         first, last = window.within(box.start[axis], box.stop[axis], (0, size[axis]))
-        last = min(last + (window.stride - 1) * primitive.fragments, size[axis])
+        last = min(last + primitive.fragments_of(layer)[axis] - 1, size[axis])
         parts.append(slice(first, last))
         starts.append(first)
     offset = tuple(w.offset(box.start[a], starts[a]) for a, w in enumerate(windows))

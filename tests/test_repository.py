@@ -46,7 +46,7 @@ STAIRS = [
         "job",
         "patchwise",
     ),
-    *("executors", "window_planner", "column_planner", "planner", "resources", "reading"),
+    *("executors", "window_planner", "column_planner", "slabs", "planner", "resources", "reading"),
     *(
         "choices",
         "pages",

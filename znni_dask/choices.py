@@ -204,7 +204,12 @@ class Menu:
     def _dish(self, node: Node) -> _Dish:
         network, plain = self.schedules.layout.network, self.schedules.primitives[node.name]
         problem, runs = self.problems[node.name]
-        others = [p for p in candidates(node.layer) if p.fragments == plain.fragments]
+        apart = plain.fragments_of(node.layer)
+        others = [
+            p
+            for p in candidates(node.layer)
+            if p.fragments == plain.fragments and p.fragments_of(node.layer) == apart
+        ]
         primitives = tuple(dict.fromkeys([plain, *others, *tiled(problem)]))
         channels = tuple(network.channels[name] for name in node.inputs)
         options = []

@@ -9,75 +9,70 @@ Arithmetic on shapes and costs only.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import product
-from math import prod
+from math import inf
 
 from znni_dask.choices import Menu, choose_primitives, chosen_primitives
 from znni_dask.columns import Branches, Column
 from znni_dask.errors import OptionError
-from znni_dask.geometry import Box, Size, ceil_divide
-from znni_dask.pages import STEADY, Program, across_of, copied_bytes, memory_of, memory_of_all
-from znni_dask.patches import Layout, largest_box
-from znni_dask.plan import Choice, Plan, Reading, Stage
-from znni_dask.planner import MULTIPLES
+from znni_dask.geometry import AXES, Size, volume
+from znni_dask.network.layers import ONES, Layer
+from znni_dask.pages import Program, copied_bytes, memory_of
+from znni_dask.patches import Layout
+from znni_dask.plan import Plan
+from znni_dask.primitives.base import ITEM_BYTES, Primitive
 from znni_dask.primitives.forms import FormChange
-from znni_dask.reading import Reads
+from znni_dask.primitives.table import candidates
 from znni_dask.resources import (
     MOST_BLOCKS_IN_FLIGHT,
-    OVERHEAD_BYTES,
     Resources,
     check_given,
     check_room,
-    moving_seconds,
-    network_bytes,
-    shared_reading,
 )
-from znni_dask.schedule import Schedules, Step, Stored
+from znni_dask.schedule import Schedules
+from znni_dask.slabs import (
+    TURN_SECONDS,
+    Programs,
+    Slabs,
+    across,
+    beside_bytes,
+    block_bytes,
+    computed_voxels,
+    granules_of,
+    times_of,
+    typical,
+)
 
-_THIN = 4  # planes of the volume that layers at full resolution make at once
 _THICKNESSES = (1, 2, 4, 8)  # of slabs, in fragments or alignments
 _THICKEST = 128  # voxels
-_TURN_SECONDS = 2e-4  # to find planes and take pages, beside calling a primitive
-_TRIED = 3  # cross-sections for a thickness
+_SHARE = 0.85  # of the memory that pages take at most, while slabs and passes are searched
+_OTHER_SHARES = (1.0, 0.7)  # with those that were best
 _AGAIN = 3  # times that primitives are chosen for one, within less memory each time
-_LONGEST = max(MULTIPLES)  # blocks, in chunks
+_LONGEST, _WIDEST = 16, 32  # blocks, in chunks
 _NARROWEST = 2  # times as long as wide
+_NEAR = 16  # cross-sections of about one size, of which one computes least
 
 
-def streams(layout: Layout, schedules: Schedules) -> bool:
-    """Whether blocks can be made slab by slab: not where a halo of one's own makes the answer, nor
-    where a network runs once per offset."""
-    return layout.halo is None and schedules.repeats == 1
-
-
-def granules_of(schedules: Schedules, thickness: int) -> dict[str, int]:
-    """Planes of every layer that are made at once in slabs of so many voxels: of layers at full
-    resolution, and of those before branches part, few, as they are large and many."""
-    network, branches = schedules.layout.network, Branches(schedules)
-    deep = branches.parted - branches.parting
-    finest = min(spacing[0] for spacing in network.spacing.values())
-    found = {}
-    for node in network:
-        spacing = network.spacing[node.name][0]
-        thin = node.name not in deep if deep else spacing == finest
-        found[node.name] = max(1, int((min(_THIN, thickness) if thin else thickness) / spacing))
-    return found
+def streams(layout: Layout) -> bool:
+    """Whether blocks can be made slab by slab: not where a halo of one's own makes the answer."""
+    return layout.halo is None
 
 
 def search(layout: Layout, resources: Resources) -> Plan | None:
     """The fastest plan in slabs that fits; None where none does, or none can be."""
-    plain = Schedules(layout, choose_primitives(layout))
-    if not streams(layout, plain):
+    if not streams(layout):
         return None
-    found = [
-        one
-        for thickness in _thicknesses(layout)
-        for one in _tried(layout, resources, plain, thickness)
-    ]
+    thicknesses, found = _thicknesses(layout), list[_Found]()
+    thickness = len(thicknesses) // 2
+    for schedules in _ways(layout):
+        tried = partial(_tried, layout, resources, schedules)
+        best = _climb(thickness, [partial(tried, n, (_SHARE,)) for n in thicknesses])
+        if best is not None:
+            thickness, some = best
+            found += [*some, *tried(thicknesses[thickness], _OTHER_SHARES)]
     for one in sorted(found, key=lambda one: one.seconds):
         for in_flight in range(MOST_BLOCKS_IN_FLIGHT, 0, -1):
             reading, needed_bytes = one.slabs.reading(in_flight)
@@ -95,7 +90,7 @@ def checked(layout: Layout, resources: Resources, given: Plan) -> Plan:
     check_given(resources, given)
     primitives = chosen_primitives(layout, given)
     schedules = Schedules(layout, primitives)
-    if not streams(layout, schedules):
+    if not streams(layout):
         raise OptionError("the plan makes blocks slab by slab, which this run cannot")
     if odd := set(primitives) - set(given.granules):
         raise OptionError(f"the plan does not say how many planes of {sorted(odd)[0]!r} are made")
@@ -113,30 +108,93 @@ def _thicknesses(layout: Layout) -> list[int]:
     return [unit * n for n in _THICKNESSES if n == 1 or unit * n <= _THICKEST]
 
 
-def _tried(
-    layout: Layout, resources: Resources, plain: Schedules, thickness: int
-) -> Iterator[_Found]:
-    """The largest cross-sections that fit, with the primitives that are fastest there."""
-    threads, granules = resources.threads, granules_of(plain, thickness)
-    blocks, programs = _blocks(layout, resources), _Programs(layout, plain, granules, thickness)
+def _ways(layout: Layout) -> list[Schedules]:
+    """Those of plain primitives: of all fragments at once, and where the first of them are made in
+    several passes, in ever more of them."""
+    chosen = choose_primitives(layout)
+    found = [Schedules(layout, chosen)]
+    parting, layers = Branches(found[0]).parting, {node.name: node.layer for node in layout.network}
+    for first in range(1, len(AXES) + 1):
+        fewer = {name: _apart_from(first, chosen[name], layers[name]) for name in parting}
+        some = {name: primitive for name, primitive in fewer.items() if primitive is not None}
+        if parting and len(some) == len(parting):
+            found.append(Schedules(layout, chosen | some))
+    return [schedules for schedules in found if schedules.joins_agree]
 
+
+def _apart_from(first: int, chosen: Primitive, layer: Layer) -> Primitive | None:
+    """What makes fragments along the axes from the ``first`` on alone, as ``chosen`` does along
+    all; None where along the axis before there are none to leave out."""
+    apart = chosen.fragments_of(layer)
+    wanted = (*ONES[:first], *apart[first:])
+    found = (p for p in candidates(layer) if p.fragments_of(layer) == wanted)
+    return next(found, None) if apart[first - 1] > 1 else None
+
+
+def _climb(
+    start: int, tried: Sequence[Callable[[], Iterator[_Found]]]
+) -> tuple[int, list[_Found]] | None:
+    """Which of those to be tried is faster than its neighbours, on the way from ``start``, and what
+    is found there; None where nothing is found anywhere."""
+    found: dict[int, list[_Found]] = {}
+
+    def seconds(place: int) -> float:
+        if place not in found:
+            found[place] = list(tried[place]())
+        return min((one.seconds for one in found[place]), default=inf)
+
+    places = range(len(tried))
+    here = next((p for p in sorted(places, key=lambda p: abs(p - start)) if seconds(p) < inf), None)
+    while here is not None:
+        best = min((p for p in (here, here + 1, here - 1) if p in places), key=seconds)
+        if best == here:
+            return here, found[here]
+        here = best
+    return None
+
+
+def _tried(
+    layout: Layout,
+    resources: Resources,
+    plain: Schedules,
+    thickness: int,
+    shares: tuple[float, ...],
+) -> Iterator[_Found]:
+    """Cross-sections whose pages take such shares of the memory, with the primitives that are
+    fastest there."""
+    threads, granules = resources.threads, granules_of(layout, thickness)
+    sections, programs = _sections(layout, resources), Programs(layout, granules)
+
+    @cache
+    def block_of(section: tuple[int, int]) -> Size:
+        return _block(layout, resources, plain, section)
+
+    @cache
     def column_of(block: Size) -> tuple[Column, Program, int]:
         """The column of a block, what is done in it, and the memory left for what primitives keep
         and compute in."""
-        column, program = programs.of(min(block[0], layout.output_size[0]))
-        wide = _across(column, block)
+        column, program = programs.of(plain, min(block[0], layout.output_size[0]))
+        wide = across(column, block)
         memory = memory_of(wide, threads, program)
         pages = memory.pages.all_bytes + memory.slab_bytes + memory.table_bytes
-        beside = _beside_bytes(layout, resources, block, thickness, 1, by_cells=False)
+        beside = beside_bytes(layout, resources, block, thickness, 1, by_cells=False)
         return wide, program, resources.allowed_bytes - beside - pages
 
-    first = bisect_left(blocks, True, key=lambda block: column_of(block)[-1] > 0)
-    for block in blocks[first : first + _TRIED]:
+    def fitting() -> Iterator[Size]:
+        """Those of which least is computed, of the blocks whose pages leave some room."""
+        for share in shares:
+            room = (1 - share) * resources.allowed_bytes
+            first = bisect_left(sections, True, key=lambda s: column_of(block_of(s))[-1] > room)
+            some = [*map(block_of, sections[first : first + _NEAR])]
+            if some:
+                yield min(some, key=lambda block: computed_voxels(layout, resources, block))
+
+    for block in dict.fromkeys(fitting()):
         wide, program, room = column_of(block)
-        count = _count(resources.hull, block)
+        count = times_of(layout, resources, block)
         problems = {
             step.operation.node.name: (step.problem, count * times)
-            for step, times in _typical(wide, program)
+            for step, times in typical(wide, program)
             if not isinstance(step.primitive, FormChange)
         }
         menu = Menu(plain, problems, threads, resources.costs, copied_bytes)
@@ -144,174 +202,51 @@ def _tried(
             if (found := menu.best_within(room)) is None:
                 break
             seconds, primitives = found
-            slabs = Slabs(layout, resources, Schedules(layout, primitives), block, granules)
+            schedules = Schedules(layout, primitives)
+            slabs = Slabs(layout, resources, schedules, block, granules, programs)
             over = slabs.estimated_bytes - resources.allowed_bytes
             if over <= 0:
                 turns = count * sum(task.times for task in program.tasks)
-                yield _Found(slabs, seconds + turns * _TURN_SECONDS)
+                yield _Found(slabs, seconds + turns * TURN_SECONDS)
                 break
             room -= over  # what changes forms, and is handed copies, takes pages and copies, too
 
 
-def _blocks(layout: Layout, resources: Resources) -> list[Size]:
-    """Those to try, of the largest cross-section first: as long as does not take a quarter of the
-    memory."""
+def _sections(layout: Layout, resources: Resources) -> list[tuple[int, int]]:
+    """Cross-sections of blocks to try, in voxels: the largest first."""
     if resources.block is not None:
-        return [resources.block]
-    (along, *across), size = resources.unit, layout.output_size
+        return [resources.block[1:]]
     widths = [
-        [u * m for m in MULTIPLES if u * (m - 1) < n] for u, n in zip(across, size[1:], strict=True)
+        [u * m for m in range(1, _WIDEST + 1) if u * (m - 1) < n]
+        for u, n in zip(resources.unit[1:], layout.output_size[1:], strict=True)
     ]
-    found = []
-    for y, x in product(*widths):
-        if max(y, x) <= _NARROWEST * min(y, x) or (y, x) == (widths[0][0], widths[1][0]):
-            lengths = [along * m for m in range(_LONGEST, 0, -1) if along * (m - 1) < size[0]]
-            fitting = (
-                z
-                for z in lengths
-                if 4 * _block_bytes(layout, resources, (z, y, x), False) <= resources.allowed_bytes
-            )
-            found.append((next(fitting, lengths[-1]), y, x))
-    return sorted(found, key=lambda block: -block[1] * block[2])
+    narrowest = widths[0][0], widths[1][0]
+    found = [
+        (y, x)
+        for y, x in product(*widths)
+        if max(y, x) <= _NARROWEST * min(y, x) or (y, x) == narrowest
+    ]
+    _, high, wide = layout.geometry.field_of_view
+    return sorted(found, key=lambda section: -(section[0] + high) * (section[1] + wide))
 
 
-@dataclass(frozen=True, eq=False)
-class _Programs:
-    """What is done in columns, in slabs of a thickness. Of a long column a few slabs stand for all:
-    then it goes on as it did."""
+def _block(
+    layout: Layout, resources: Resources, schedules: Schedules, section: tuple[int, int]
+) -> Size:
+    """The block of a cross-section: as long as does not take a quarter of the memory, with its
+    answer where that waits for the last of several passes."""
+    if resources.block is not None:
+        return resources.block
+    answer_bytes = ITEM_BYTES * layout.network.out_channels if schedules.repeats > 1 else 0
+    along, n = resources.unit[0], layout.output_size[0]
 
-    layout: Layout
-    schedules: Schedules
-    granules: Mapping[str, int]
-    thickness: int
-    _found: dict[int, tuple[Column, Program]] = field(default_factory=dict)
+    def is_long(z: int) -> bool:
+        block = (z, *section)
+        held = block_bytes(layout, resources, block, False) + answer_bytes * volume(block)
+        return 4 * held > resources.allowed_bytes
 
-    def of(self, length: int) -> tuple[Column, Program]:
-        """What is done in a column of so many planes, and a column of a few of them."""
-        short = STEADY * self.thickness
-        few = length if length <= short + self.thickness else short
-        if few not in self._found:
-            first = (self.layout.output_size[0] - few) // 2
-            first -= first % self.layout.periods[0]
-            output = Box((first, 0, 0), (first + few, 1, 1))
-            column = Column.of(self.schedules, output, self.granules)
-            self._found[few] = column, Program.of(column)
-        column, program = self._found[few]
-        return column, program.extended((length - few) / self.thickness)
-
-
-def _across(column: Column, block: Size) -> Column:
-    """A column of the largest cross-section of blocks."""
-    start, stop = column.output.start[0], column.output.stop[0]
-    return across_of(column.schedules, (start, stop), block, column.granules)
-
-
-def _typical(column: Column, program: Program) -> list[tuple[Step, float]]:
-    """For every operation what it computes at once, mostly, and how often."""
-    planes: defaultdict[Stored, float] = defaultdict(float)
-    most: dict[Stored, tuple[float, int, Step]] = {}
-    for task, problem in program.problems(column):
-        array, made = task.operation.output, task.planes[1] - task.planes[0]
-        planes[array] += task.times * made
-        if array not in most or task.times * made > most[array][0]:
-            most[array] = task.times * made, made, Step(task.operation, problem)
-    return [(step, planes[array] / made) for array, (_, made, step) in most.items()]
-
-
-@dataclass(frozen=True, eq=False)
-class Slabs:
-    """Blocks that are made slab by slab by chosen primitives."""
-
-    layout: Layout
-    resources: Resources
-    schedules: Schedules
-    block: Size
-    granules: Mapping[str, int]
-
-    @property
-    def thickness(self) -> int:
-        """Of a slab, in voxels of the answer."""
-        return min(
-            self.granules[self.layout.network.output] * self.layout.fragments[0], self.block[0]
-        )
-
-    def steps(self) -> list[tuple[Step, float]]:
-        """For every operation what it computes at once, mostly, and how often in a block."""
-        column, program = self._column
-        return _typical(_across(column, self.block), program)
-
-    @cached_property
-    def _column(self) -> tuple[Column, Program]:
-        programs = _Programs(self.layout, self.schedules, self.granules, self.thickness)
-        return programs.of(min(self.block[0], self.layout.output_size[0]))
-
-    @property
-    def estimated_bytes(self) -> int:
-        """Memory of the process, one block in flight, as far as a few slabs tell."""
-        column, program = self._column
-        wide = _across(column, self.block)
-        computing = memory_of(wide, self.resources.threads, program).all_bytes
-        beside = (self.block, self.thickness, 1, False)
-        return (
-            computing
-            + self.schedules.prepared_bytes
-            + _beside_bytes(self.layout, self.resources, *beside)
-        )
-
-    @cached_property
-    def computing_bytes(self) -> int:
-        """Memory of computing."""
-        threads = self.resources.threads
-        memory = memory_of_all(self.schedules, self.block, self.granules, threads)
-        return memory.all_bytes + self.schedules.prepared_bytes
-
-    def reading(self, in_flight: int) -> tuple[Reading, int]:
-        """How so many blocks in flight share what is decoded, and the memory of the process."""
-
-        def needed(by_cells: bool) -> int:
-            beside = (self.block, self.thickness, in_flight, by_cells)
-            return self.computing_bytes + _beside_bytes(self.layout, self.resources, *beside)
-
-        resources = self.resources
-        reads = Reads(self.layout, self.block, resources.cells, resources.hull)
-        return shared_reading(resources, reads, needed)
-
-    def plan(self, in_flight: int, reading: Reading, needed_bytes: int) -> Plan:
-        """The plan as a value."""
-        layout, resources, costs = self.layout, self.resources, self.resources.costs
-        column, program = self._column
-        share = _count(resources.hull, self.block) / resources.hull.voxels  # of a voxel
-        seconds: defaultdict[str, float] = defaultdict(float)
-        flops = 0.0
-        for task, problem in program.problems(_across(column, self.block)):
-            primitive, times = task.operation.primitive, share * task.times
-            one = costs.step_seconds(primitive, problem, resources.threads)
-            copied = copied_bytes(primitive, problem)
-            one += costs.copying_seconds(copied, resources.threads) + _TURN_SECONDS
-            seconds[task.operation.node.name] += times * one
-            flops += times * primitive.flops(problem)
-        primitives = self.schedules.primitives
-        once = costs.touching_seconds(needed_bytes - resources.baseline_bytes)
-        once += sum(costs.setup_seconds(p, layout.network[n].layer) for n, p in primitives.items())
-        moved = moving_seconds(layout, resources, reading.amplification, 1)
-        a_voxel = sum(seconds.values()) + moved + once / resources.hull.voxels
-        _, y, x = (min(b, n) for b, n in zip(self.block, layout.output_size, strict=True))
-        choices = tuple(
-            Choice(name, primitive.name, seconds[name], self.granules[name])
-            for name, primitive in primitives.items()
-        )
-        return Plan(
-            patch=(self.thickness, y, x),
-            block=self.block,
-            stages=(Stage("cpu", choices),),
-            threads=resources.threads,
-            blocks_in_flight=in_flight,
-            reading=reading,
-            predicted_bytes=needed_bytes,
-            allowed_bytes=resources.allowed_bytes,
-            flops_per_voxel=flops,
-            voxels_per_second=1 / a_voxel,
-        )
+    lengths = [along * m for m in range(1, _LONGEST + 1) if along * (m - 1) < n]
+    return (lengths[max(0, bisect_left(lengths, True, key=is_long) - 1)], *section)
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,27 +255,3 @@ class _Found:
 
     slabs: Slabs
     seconds: float
-
-
-def _beside_bytes(
-    layout: Layout, resources: Resources, block: Size, slab: int, in_flight: int, by_cells: bool
-) -> int:
-    """Memory of the process beside what computes: blocks in flight, a slab while it is encoded,
-    the weights."""
-    _, y, x = (min(b, n) for b, n in zip(block, layout.output_size, strict=True))
-    encoded = resources.encoding_bytes * slab * y * x
-    blocks = in_flight * _block_bytes(layout, resources, block, by_cells)
-    held = OVERHEAD_BYTES + network_bytes(layout.network) + resources.baseline_bytes
-    return held + encoded + blocks
-
-
-def _block_bytes(layout: Layout, resources: Resources, block: Size, by_cells: bool) -> int:
-    """Memory of a block in flight."""
-    largest = largest_box(layout, block)
-    return resources.block_bytes(largest.size, layout.region(largest).size, by_cells)
-
-
-def _count(hull: Box, block: Size) -> int:
-    """How many blocks touch what is wanted."""
-    axes = zip(hull.start, hull.stop, block, strict=True)
-    return prod(ceil_divide(stop, b) - start // b for start, stop, b in axes)

@@ -69,12 +69,13 @@ class Branches:
     def parting(self) -> frozenset[str]:
         """The layers that make the branches: those that make fragments first. None where several
         such layers make different ones."""
+        fragmented = frozenset().union(*self.schedules.fragmented)
         behind: set[str] = set()
         found: list[str] = []
         for node in self.schedules.layout.network:
             if behind & set(node.inputs):
                 behind.add(node.name)
-            elif node.name in self.schedules.fragmented:
+            elif node.name in fragmented:
                 behind.add(node.name)
                 found.append(node.name)
         alike = len({self.schedules.positions[name] for name in found}) == 1
@@ -104,18 +105,21 @@ class Column:
     """The column that makes ``output``, of every layer the box in ``boxes``, in its own grid.
 
     ``granules`` are of layers: planes that are made at once, 1 where nothing is said; that of the
-    network's output is the thickness of a slab.
+    network's output is the thickness of a slab. Where strided layers leave offsets out, the column
+    is made in passes, which are alike: one for every move of the input, ``offsets``.
     """
 
     schedules: Schedules
     output: Box
     boxes: Mapping[str, Box]
     granules: Mapping[str, int]
+    offsets: tuple[Size, ...]
 
     @classmethod
     def of(cls, schedules: Schedules, output: Box, granules: Mapping[str, int]) -> Column:
         """The column that makes ``output``."""
-        return cls(schedules, output, schedules.patch(output).boxes, granules)
+        boxes, offsets = schedules.patch(output).boxes, schedules.offsets(output.size)
+        return cls(schedules, output, boxes, granules, offsets)
 
     def turns(self) -> Iterator[Turn]:
         """What is done, in order."""
@@ -129,7 +133,7 @@ class Column:
     @cached_property
     def input(self) -> Box:
         """The box of the volume that is read; it may reach beyond the volume."""
-        return self.schedules.patch(self.output).input
+        return self.schedules.layout.patch(self.output).input
 
     @cached_property
     def source(self) -> Stored:
@@ -147,7 +151,7 @@ class Column:
         return Branches(self.schedules)
 
     def positions(self, branch: int) -> tuple[Size, ...]:
-        """Where the fragments of the answer belong that a branch makes."""
+        """Where the fragments of the answer belong that a branch makes, in the first pass."""
         return self.schedules.positions[self.network.output][branch :: self.branches.count]
 
     def strands(self, array: Stored) -> list[Strand]:
@@ -255,7 +259,7 @@ class _Progress:
         window, further = operation.node.layer.window(0), 0
         if isinstance(operation.primitive, FormChange):
             window = SAME
-        elif name in self._column.schedules.fragmented:
+        elif name in self._column.schedules.fragmented[0]:
             further = window.stride - 1
         bounds = layout.bounds[0]
         for array in operation.inputs:
@@ -300,7 +304,7 @@ class _Progress:
     def _ends(self, end: int) -> dict[str, int]:
         """Where layers end behind planes of the answer up to ``end``, had they no ends."""
         column = self._column
-        fragmented = column.schedules.fragmented
+        fragmented = column.schedules.fragmented[0]
         behind = demand(column.network, 0, (end - 1, end), fragmented=fragmented)
         return {name: stop for name, (_, stop) in behind.items()}
 

@@ -10,7 +10,6 @@ from typing import Any, Unpack
 
 from znni_dask.asking import Options, asked
 from znni_dask.choices import chosen_primitives
-from znni_dask.column_planner import Slabs
 from znni_dask.feeding import connected
 from znni_dask.geometry import Size, volume
 from znni_dask.inspection import multiply_adds
@@ -23,6 +22,7 @@ from znni_dask.primitives.base import Shape
 from znni_dask.primitives.forms import FormChange
 from znni_dask.resources import Resources, computing_bytes
 from znni_dask.schedule import Schedules, Step
+from znni_dask.slabs import Slabs
 from znni_dask.windows import WindowGrid
 
 

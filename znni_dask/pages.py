@@ -22,7 +22,7 @@ from znni_dask.network.field_of_view import Interval
 from znni_dask.patches import Layout, spans
 from znni_dask.primitives.base import ITEM_BYTES, Form, Primitive, Problem, Shape
 from znni_dask.primitives.planes import takes_planes
-from znni_dask.schedule import Operation, Schedules, Stored
+from znni_dask.schedule import Schedules, Step, Stored
 
 STEADY = 4  # slabs, of which one in the middle is like all that would follow
 _ALIKE = 0.8  # of the largest page that is shared
@@ -32,9 +32,10 @@ _Kind = tuple[Stored, int, tuple[int, ...]]  # what is made, and how many planes
 
 
 class Task(NamedTuple):
-    """An operation on so many planes, done so often; one of the places where it is."""
+    """An operation, by its number, on so many planes, done so often; one of the places where it
+    is."""
 
-    operation: Operation
+    number: int
     planes: Interval
     reads: tuple[Interval, ...]
     times: float
@@ -58,7 +59,8 @@ class Pages:
 @dataclass(frozen=True)
 class ColumnMemory:
     """What columns take: pages; arrays in one piece, for what does not take planes that lie
-    anywhere; what primitives compute in; a slab of the answer; and tables of where planes lie."""
+    anywhere; what primitives compute in; a slab of the answer, or all of it where it is made in
+    several passes; and tables of where planes lie."""
 
     pages: Pages
     copies_bytes: int
@@ -79,7 +81,8 @@ class Program:
 
     ``held`` are for every turn the planes of samples of each of ``arrays`` that are kept while it
     is done, ``loaded`` the planes of the volume that are read at once at most, ``given`` those of
-    the answer that are given. For a slab in the middle every task is done ``steady`` times.
+    the answer that are given, ``planes`` those of the answer in all. For a slab in the middle every
+    task is done ``steady`` times.
     """
 
     tasks: tuple[Task, ...]
@@ -88,6 +91,7 @@ class Program:
     held: NDArray[np.int64]
     loaded: int
     given: int
+    planes: int
 
     @classmethod
     def of(cls, column: Column) -> Program:
@@ -96,6 +100,7 @@ class Program:
         arrays = (column.source, *(operation.output for operation in operations))
         numbers = {array: number for number, array in enumerate(arrays)}
         samples = [shape_of(column, array, 1, 1)[0] for array in arrays]
+        passes = column.schedules.repeats
         first: dict[_Kind, Turn] = {}
         times: Counter[_Kind] = Counter()
         slabs: list[Counter[_Kind]] = []
@@ -112,7 +117,7 @@ class Program:
                 reads = tuple(_length(part.planes) for part in turn.reads)
                 kind = turn.operation.output, _length(turn.makes[0].planes), reads
                 first.setdefault(kind, turn)
-                times[kind] += 1
+                times[kind] += passes
             elif turn.makes:
                 loaded = max(loaded, _length(turn.makes[0].planes))
             else:
@@ -123,7 +128,7 @@ class Program:
         return cls(
             tuple(
                 Task(
-                    turn.operation,
+                    operations.index(turn.operation),
                     turn.makes[0].planes,
                     tuple(part.planes for part in turn.reads),
                     times[kind],
@@ -136,18 +141,20 @@ class Program:
             np.array(held),
             loaded,
             given,
+            column.output.size[0],
         )
 
-    def extended(self, slabs: float) -> Program:
-        """That of a column of so many slabs more."""
+    def extended(self, slabs: float, planes: int) -> Program:
+        """That of a column of so many slabs, and planes, more."""
         both = zip(self.tasks, self.steady, strict=True)
         tasks = tuple(task._replace(times=task.times + slabs * more) for task, more in both)
-        return replace(self, tasks=tasks)
+        return replace(self, tasks=tasks, planes=self.planes + planes)
 
-    def problems(self, column: Column) -> Iterator[tuple[Task, Problem]]:
+    def steps(self, column: Column) -> Iterator[tuple[Task, Step]]:
         """The tasks in a column along the same stretch of z."""
         for task in self.tasks:
-            yield task, column.problem(task.operation, task.planes, task.reads)
+            operation = column.schedules.operations[task.number]
+            yield task, Step(operation, column.problem(operation, task.planes, task.reads))
 
 
 def memory_of(column: Column, threads: int, program: Program | None = None) -> ColumnMemory:
@@ -165,14 +172,15 @@ def memory_of(column: Column, threads: int, program: Program | None = None) -> C
     ends = (column.source, program.loaded), (column.answer, program.given)
     copies = max(array.form.nbytes(shape_of(column, array, n, 1)) for array, n in ends)
     workspace = 0
-    for task, problem in program.problems(column):
-        operation, primitive = task.operation, task.operation.primitive
-        forms = operation.inputs[0].form, operation.output.form
-        workspace = max(workspace, primitive.workspace_bytes(problem, threads))
-        copies = max(copies, copied_bytes(primitive, problem, forms))
+    for _, step in program.steps(column):
+        forms = step.operation.inputs[0].form, step.operation.output.form
+        workspace = max(workspace, step.primitive.workspace_bytes(step.problem, threads))
+        copies = max(copies, copied_bytes(step.primitive, step.problem, forms))
     _, y, x = column.output.size
     spacing = column.schedules.layout.fragments[0]
-    slab = column.network.out_channels * program.given * spacing * y * x * ITEM_BYTES
+    # what the first of several passes make waits for the last
+    planes = program.given * spacing if len(column.offsets) == 1 else program.planes
+    slab = column.network.out_channels * planes * y * x * ITEM_BYTES
     tables = sum(
         8 * len(column.schedules.positions[array.name]) * column.boxes[array.name].size[0]
         for array in program.arrays
@@ -247,10 +255,11 @@ def across_of(
     """A column of some planes of the answer, of the largest cross-section of blocks."""
     layout = cast("Layout", schedules.layout)
     _, *across = spans(layout, block, block)
-    stretch = layout.stretch(0, planes, schedules.fragmented)
+    stretch = layout.stretch(0, planes, schedules.fragmented[0])
     boxes = {
         name: Box((stretch[name][0], 0, 0), (stretch[name][1], y, x))
         for name, (_, y, x) in schedules.envelope([[planes], *across]).items()
     }
     _, y, x = (min(b, n) for b, n in zip(block, layout.output_size, strict=True))
-    return Column(schedules, Box((planes[0], 0, 0), (planes[1], y, x)), boxes, granules)
+    output = Box((planes[0], 0, 0), (planes[1], y, x))
+    return Column(schedules, output, boxes, granules, schedules.offsets(output.size))

@@ -28,7 +28,7 @@ from znni_dask.windows import Laid, WindowGrid
 _CHUNKS = (64, 64, 64)
 _CHUNKS_OF_VECTORS = (8, 8, 8)  # of a classifier, whose every voxel is a window computed
 _FOUND = ("measured_error", "statistics")  # what metadata tell that was not asked for
-_SEARCHED_SECONDS = 3.0  # of a run in patches: of a shorter one slabs are not tried
+_SEARCHED_SECONDS = 30.0  # of a run in patches: of a shorter one slabs are not tried
 _WANTED_BYTES = 2  # of a voxel: whether it is wanted, kept, and once more where that is found out
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from math import ceil, floor, gcd
+from typing import TypeAlias
 
 from znni_dask.errors import OptionError, VolumeError
 from znni_dask.geometry import (
@@ -34,6 +35,9 @@ from znni_dask.network.field_of_view import (
     geometry,
 )
 from znni_dask.network.network import Network
+
+Fragmented: TypeAlias = tuple[frozenset[str], frozenset[str], frozenset[str]]
+"""Along every axis the layers that are evaluated at all offsets of their stride."""
 
 BOUNDARIES = ("reflect", "nearest", "constant", "valid")
 
@@ -176,13 +180,13 @@ class Layout:
 
     def patch(self, output: Box) -> Patch:
         """The patch that makes ``output``, every strided layer of a dense network fragmented."""
-        return self.patch_with(output, self.strided)
+        return self.patch_with(output, (self.strided,) * 3)
 
-    def patch_with(self, output: Box, fragmented: frozenset[str]) -> Patch:
+    def patch_with(self, output: Box, fragmented: Fragmented) -> Patch:
         """The patch that makes ``output`` (for a dense network: one fragment of it for every
-        offset that the layers not in ``fragmented`` leave open)."""
+        offset that the layers not ``fragmented`` along an axis leave open)."""
         stretches = [
-            self.stretch(axis, (output.start[axis], output.stop[axis]), fragmented)
+            self.stretch(axis, (output.start[axis], output.stop[axis]), fragmented[axis])
             for axis in range(3)
         ]
         boxes = {

@@ -22,7 +22,7 @@ from znni_dask.kernels.memory import allocated_bytes
 from znni_dask.network.field_of_view import Interval
 from znni_dask.network.network import Network, Node
 from znni_dask.network.window import SAME, Window
-from znni_dask.patches import Patch
+from znni_dask.patches import Fragmented, Patch
 from znni_dask.primitives.base import Form, Primitive, Problem, Shape
 from znni_dask.primitives.forms import FormChange
 
@@ -105,7 +105,7 @@ class Arrangement(Protocol):
     def patch(self, output: Box) -> Patch:
         """The boxes of all layers for ``output``, every such layer fragmented."""
 
-    def patch_with(self, output: Box, fragmented: frozenset[str]) -> Patch:
+    def patch_with(self, output: Box, fragmented: Fragmented) -> Patch:
         """The same with only some of them fragmented."""
 
     def stretch(self, axis: int, span: Interval, fragmented: frozenset[str]) -> dict[str, Interval]:
@@ -134,12 +134,14 @@ class Schedules:
             input=self.layout.patch(output).input,
             input_shape=self._shape(source, patch.boxes[source].size),
             steps=self._steps(patch.boxes),
-            offsets=tuple(
-                o for o in self._offsets if all(a < n for a, n in zip(o, output.size, strict=True))
-            ),
+            offsets=self.offsets(output.size),
             positions=self.positions[self.layout.network.output],
             spacing=self.layout.fragments,
         )
+
+    def offsets(self, size: Size) -> tuple[Size, ...]:
+        """The moves of the input after each of which a patch of a size is computed."""
+        return tuple(o for o in self._offsets if all(a < n for a, n in zip(o, size, strict=True)))
 
     def patch(self, output: Box) -> Patch:
         """The boxes of all layers for ``output``, for one offset."""
@@ -152,7 +154,7 @@ class Schedules:
         for axis in range(3):
             longest: dict[str, int] = {}
             for span in spans[axis]:
-                stretch = self.layout.stretch(axis, span, self.fragmented)
+                stretch = self.layout.stretch(axis, span, self.fragmented[axis])
                 for name, (start, stop) in stretch.items():
                     longest[name] = max(longest.get(name, 0), stop - start)
             lengths.append(longest)
@@ -242,9 +244,12 @@ class Schedules:
         return round_up(array.form.nbytes(self._shape(array.name, size)), ALIGN)
 
     @cached_property
-    def fragmented(self) -> frozenset[str]:
-        """Strided layers that make fragments."""
-        return frozenset(n for n in self.layout.strided if self.primitives[n].fragments)
+    def fragmented(self) -> Fragmented:
+        """Along every axis the strided layers that make fragments."""
+        layers = {node.name: node.layer for node in self.layout.network}
+        apart = {n: self.primitives[n].fragments_of(layers[n]) for n in self.layout.strided}
+        z, y, x = (frozenset(n for n in apart if apart[n][axis] > 1) for axis in range(3))
+        return z, y, x
 
     @cached_property
     def positions(self) -> dict[str, tuple[Size, ...]]:
@@ -255,10 +260,9 @@ class Schedules:
             if not node.inputs:
                 continue
             found[node.name] = found[node.inputs[0]]
-            if node.name in self.fragmented:
-                moves = _moves(
-                    self.layout, node, self.primitives[node.name].fragments_of(node.layer)
-                )
+            if node.name in self.layout.strided:
+                apart = self.primitives[node.name].fragments_of(node.layer)
+                moves = _moves(self.layout, node, apart)
                 found[node.name] = tuple(
                     triple(a + b for a, b in zip(move, position, strict=True))
                     for move in moves

@@ -25,7 +25,7 @@ from znni_dask.errors import NetworkError, OptionError, VolumeError
 from znni_dask.geometry import AXES, Box, Size, add, ceil_divide, text, tiles, triple
 from znni_dask.network.field_of_view import Interval, sizes_of
 from znni_dask.network.network import Network
-from znni_dask.patches import Layout, Patch, check_boundary
+from znni_dask.patches import Fragmented, Layout, Patch, check_boundary
 
 WEIGHTS = ("constant", "gaussian")
 _SIGMA = 0.125  # of the Gaussian weights, in window lengths
@@ -116,9 +116,9 @@ class WholeWindow:
 
     def patch(self, output: Box) -> Patch:
         """The one patch there is."""
-        return self.patch_with(output, frozenset())
+        return self.patch_with(output, (frozenset(),) * 3)
 
-    def patch_with(self, output: Box, fragmented: frozenset[str]) -> Patch:
+    def patch_with(self, output: Box, fragmented: Fragmented) -> Patch:
         """The one patch there is."""
         boxes = {name: Box((0, 0, 0), size) for name, size in self.sizes.items()}
         return Patch(output, boxes[self.network.input.name], boxes, (1, 1, 1))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from znni_dask.closing import Closing
 from znni_dask.columns import Column, Part, Strand, Turn
 from znni_dask.executors.serial import by_layer, prepared
-from znni_dask.geometry import Box
+from znni_dask.geometry import Box, Size, add
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.memory import Bytes, allocate, odd_lines
 from znni_dask.kernels.pages import GATHER, SCATTER, pages_library
@@ -62,20 +62,21 @@ class ColumnExecutor(Closing):
         serves until the next is asked for.
 
         ``read`` gives planes of the extended volume within ``column.input``, counted from there:
-        (channel, z, y, x), of any real dtype. Each is asked for once, in order.
+        (channel, z, y, x), of any real dtype. In every pass each is asked for once, in order.
         """
-        self._pool.free_all()
-        run = _Run(column, self._pool, self._team, self._copies, self._slab)
-        for turn in column.turns():
-            if turn.operation is not None:
-                begin = perf_counter()
-                self._compute(run, turn)
-                self.seconds[turn.operation.output] += perf_counter() - begin
-            elif turn.makes:
-                run.load(turn.makes[0], read)
-            elif (made := run.give(turn.reads[0])) is not None:
-                yield made
-            run.free(turn.freed)
+        for number, offset in enumerate(column.offsets, start=1):
+            self._pool.free_all()
+            run = _Run(column, offset, self._pool, self._team, self._copies, self._slab)
+            for turn in column.turns():
+                if turn.operation is not None:
+                    begin = perf_counter()
+                    self._compute(run, turn)
+                    self.seconds[turn.operation.output] += perf_counter() - begin
+                elif turn.makes:
+                    run.load(turn.makes[0], read)
+                elif (made := run.give(turn.reads[0])) and number == len(column.offsets):
+                    yield made
+                run.free(turn.freed)
 
     def _compute(self, run: _Run, turn: Turn) -> None:
         operation = turn.operation
@@ -141,10 +142,19 @@ class _Pool:
 
 
 class _Run:
-    """The arrays of one column: where every plane of a strand lies."""
+    """The arrays of one pass over a column, the volume moved by ``offset``: where every plane of a
+    strand lies."""
 
-    def __init__(self, column: Column, pool: _Pool, team: Team, copies: Bytes, slab: Bytes) -> None:
-        self._column, self._pool, self._team = column, pool, team
+    def __init__(
+        self,
+        column: Column,
+        offset: Size,
+        pool: _Pool,
+        team: Team,
+        copies: Bytes,
+        slab: Bytes,
+    ) -> None:
+        self._column, self._offset, self._pool, self._team = column, offset, pool, team
         self._copies, self._slab = copies, slab.view(np.float32)
         self._tables: dict[Strand, Numbers] = {}
         self._given = 0
@@ -157,15 +167,17 @@ class _Run:
 
     def load(self, part: Part, read: Callable[[Interval], NDArray[np.generic]]) -> None:
         """Read planes of the volume."""
-        first = self._first(part.strand)
+        moved, y, x = self._offset
+        first = self._first(part.strand) - moved
         start, stop = (plane - first for plane in part.planes)
         self.begin(part)
         (out,) = self.in_one_piece([part], 1)
-        out[0] = read((start, stop))
+        out[0] = read((start, stop))[:, :, y : y + out.shape[3], x : x + out.shape[4]]
         self.copy(SCATTER, (part,), out)
 
     def give(self, part: Part) -> tuple[Box, Array] | None:
-        """Weave the fragments of a branch into a slab, which is complete after the last."""
+        """Weave the fragments of a branch into a slab, which is complete after the last, of the
+        last pass. Slabs of several passes lie behind one another."""
         column, (strand, planes) = self._column, part
         spacing, output = column.schedules.layout.fragments, column.output
         start, stop = (
@@ -174,10 +186,13 @@ class _Run:
         )
         box = Box((start, *output.start[1:]), (stop, *output.stop[1:]))
         channels = column.network.out_channels
-        answer = self._slab[: channels * box.voxels].reshape(channels, *box.size)
+        area = channels * box.size[1] * box.size[2]
+        begin = area * (start - output.start[0]) if len(column.offsets) > 1 else 0
+        answer = self._slab[begin : begin + area * (stop - start)].reshape(channels, *box.size)
         (fragments,) = self.in_one_piece([part], 1)
         self.copy(GATHER, (part,), fragments)
-        numbers = {place: i for i, place in enumerate(column.positions(strand.branch))}
+        places = column.positions(strand.branch)
+        numbers = {add(place, self._offset): i for i, place in enumerate(places)}
         recombine(fragments, numbers, spacing, answer, self._team)
         self._given = (self._given + 1) % column.branches.count
         return None if self._given else (box, answer)

@@ -9,6 +9,7 @@ for every offset. Means go into fragments the same way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import Any, ClassVar, cast, final
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, cast, final
 import numpy as np
 from numpy.typing import NDArray
 
-from znni_dask.geometry import Size, add, ceil_divide, triple, volume
+from znni_dask.geometry import AXES, Size, add, ceil_divide, triple, volume
 from znni_dask.kernels import pooling
 from znni_dask.kernels.code import VECTOR_BYTES
 from znni_dask.kernels.pooling_blocked import POOL, Rows, pooling_library
@@ -24,6 +25,7 @@ from znni_dask.kernels.team import Each, Team
 from znni_dask.network.layers import AveragePool, Layer, MaxPool
 from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Problem, indices
 from znni_dask.primitives.planes import OfPlanes, Planes
+from znni_dask.primitives.work import LOOPS, MEMORY, Work
 
 _STRIP_BYTES = 1 << 19  # of the rows that one strip of outputs reads again in the next plane
 _LEAST_STRIP = 8  # rows: those of windows that reach beyond a strip are combined twice
@@ -186,6 +188,11 @@ class _Pooling(OfPlanes):
     def flops(self, problem: Problem) -> int:
         return _flops(problem)
 
+    def work(self, problem: Problem, threads: int) -> Work:
+        """Operations, and what goes to and from memory."""
+        traffic = sum(map(Form.BLOCKED.nbytes, (problem.inputs[0], problem.output)))
+        return Work({LOOPS: self.flops(problem)}, {MEMORY: traffic})
+
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
         """Memory of the lines, of the places of rows and planes, of taps along z and of fragments
         for every sample, and of `_shares`: the places of all taps along an axis, compared and
@@ -243,16 +250,33 @@ class AveragePooling(_Pooling):
     layer: ClassVar[type[Layer]] = AveragePool
 
 
+@dataclass(frozen=True)
 class _Fragments(_Pooling):
-    """Abstract: pooling at every offset of the stride."""
+    """Abstract: pooling at every offset of the stride along ``axes``, the last ones of z, y and x;
+    the network runs once for every offset along the others."""
 
-    name: ClassVar[str] = "fragments"
+    axes: str = "zyx"
     fragments: ClassVar[bool] = True
+    takes: ClassVar[str] = "strides along the axis before those of its fragments"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """As the table and plans name it."""
+        return "fragments" if self.axes == "".join(AXES) else f"fragments {self.axes}"
+
+    def fits(self, layer: Layer) -> bool:
+        first = len(AXES) - len(self.axes)
+        return first == 0 or layer.window(first - 1).stride > 1
 
     def refusal(self, layer: Layer) -> str | None:
         if reason := super().refusal(layer):
             return reason
         return _PADDED if any(layer.window(axis).pads for axis in range(3)) else None
+
+    def fragments_of(self, layer: Layer) -> Size:
+        first = len(AXES) - len(self.axes)
+        z, y, x = (layer.window(axis).stride if axis >= first else 1 for axis in range(3))
+        return z, y, x
 
 
 @final

@@ -1,0 +1,229 @@
+"""What slabs take: blocks of the answer made as columns, by chosen primitives.
+
+What is done along z depends on the slabs, but not on the cross-section, so it is worked out once
+for each thickness. Arithmetic on shapes and costs only.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from znni_dask.columns import Column
+from znni_dask.geometry import Box, Size
+from znni_dask.pages import STEADY, Program, across_of, copied_bytes, memory_of, memory_of_all
+from znni_dask.patches import Layout, largest_box
+from znni_dask.plan import Choice, Plan, Reading, Stage
+from znni_dask.reading import Reads
+from znni_dask.resources import (
+    OVERHEAD_BYTES,
+    Resources,
+    moving_seconds,
+    network_bytes,
+    shared_reading,
+)
+from znni_dask.schedule import Arrangement, Schedules, Step, Stored
+
+_THIN = 4  # planes of the volume that layers at full resolution make at once
+TURN_SECONDS = 2e-4  # to find planes and take pages, beside calling a primitive
+
+
+def granules_of(layout: Arrangement, thickness: int) -> dict[str, int]:
+    """Planes of every layer that are made at once in slabs of so many voxels: of layers at full
+    resolution, and of those that read them, few, as they are large."""
+    network = layout.network
+    finest = min(spacing[0] for spacing in network.spacing.values())
+    found = {}
+    for node in network:
+        near = [network.spacing[name][0] for name in (node.name, *node.inputs)]
+        planes = min(_THIN, thickness) if min(near) == finest else thickness
+        found[node.name] = max(1, int(planes / near[0]))
+    return found
+
+
+def thickness_of(layout: Layout, granules: Mapping[str, int]) -> int:
+    """Of slabs, in voxels of the answer, where a column is as long."""
+    return granules[layout.network.output] * layout.fragments[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Programs:
+    """What is done in columns, in slabs of a thickness. Of a long column a few slabs stand for all:
+    then it goes on as it did. What is done is the same whatever computes it."""
+
+    layout: Layout
+    granules: Mapping[str, int]
+    _found: dict[tuple[Any, ...], Program] = field(default_factory=dict)
+
+    def of(self, schedules: Schedules, length: int) -> tuple[Column, Program]:
+        """What is done in a column of so many planes, and a column of a few of them."""
+        thickness = thickness_of(self.layout, self.granules)
+        short = STEADY * thickness
+        few = length if length <= short + thickness else short
+        first = (self.layout.output_size[0] - few) // 2
+        first -= first % self.layout.periods[0]
+        output = Box((first, 0, 0), (first + few, 1, 1))
+        column = Column.of(schedules, output, self.granules)
+        alike = few, schedules.repeats, tuple((o.inputs, o.output) for o in schedules.operations)
+        if alike not in self._found:
+            self._found[alike] = Program.of(column)
+        more = length - few
+        return column, self._found[alike].extended(more / thickness, more)
+
+
+def across(column: Column, block: Size) -> Column:
+    """A column of the largest cross-section of blocks."""
+    start, stop = column.output.start[0], column.output.stop[0]
+    return across_of(column.schedules, (start, stop), block, column.granules)
+
+
+def typical(column: Column, program: Program) -> list[tuple[Step, float]]:
+    """For every operation what it computes at once, mostly, and how often."""
+    planes: defaultdict[Stored, float] = defaultdict(float)
+    most: dict[Stored, tuple[float, int, Step]] = {}
+    for task, step in program.steps(column):
+        array, made = step.operation.output, task.planes[1] - task.planes[0]
+        planes[array] += task.times * made
+        if array not in most or task.times * made > most[array][0]:
+            most[array] = task.times * made, made, step
+    return [(step, planes[array] / made) for array, (_, made, step) in most.items()]
+
+
+@dataclass(frozen=True, eq=False)
+class Slabs:
+    """Blocks that are made slab by slab by chosen primitives."""
+
+    layout: Layout
+    resources: Resources
+    schedules: Schedules
+    block: Size
+    granules: Mapping[str, int]
+    programs: Programs | None = None
+
+    @property
+    def thickness(self) -> int:
+        """Of a slab, in voxels of the answer."""
+        return min(thickness_of(self.layout, self.granules), self.block[0])
+
+    def steps(self) -> list[tuple[Step, float]]:
+        """For every operation what it computes at once, mostly, and how often in a block."""
+        column, program = self._column
+        return typical(across(column, self.block), program)
+
+    @cached_property
+    def _column(self) -> tuple[Column, Program]:
+        programs = self.programs or Programs(self.layout, self.granules)
+        return programs.of(self.schedules, min(self.block[0], self.layout.output_size[0]))
+
+    @property
+    def estimated_bytes(self) -> int:
+        """Memory of the process, one block in flight, as far as a few slabs tell."""
+        column, program = self._column
+        wide = across(column, self.block)
+        computing = memory_of(wide, self.resources.threads, program).all_bytes
+        beside = (self.block, self.thickness, 1, False)
+        return (
+            computing
+            + self.schedules.prepared_bytes
+            + beside_bytes(self.layout, self.resources, *beside)
+        )
+
+    @cached_property
+    def computing_bytes(self) -> int:
+        """Memory of computing."""
+        threads = self.resources.threads
+        memory = memory_of_all(self.schedules, self.block, self.granules, threads)
+        return memory.all_bytes + self.schedules.prepared_bytes
+
+    def reading(self, in_flight: int) -> tuple[Reading, int]:
+        """How so many blocks in flight share what is decoded, and the memory of the process."""
+
+        def needed(by_cells: bool) -> int:
+            beside = (self.block, self.thickness, in_flight, by_cells)
+            return self.computing_bytes + beside_bytes(self.layout, self.resources, *beside)
+
+        resources = self.resources
+        reads = Reads(self.layout, self.block, resources.cells, resources.hull)
+        return shared_reading(resources, reads, needed)
+
+    def plan(self, in_flight: int, reading: Reading, needed_bytes: int) -> Plan:
+        """The plan as a value."""
+        layout, resources, costs = self.layout, self.resources, self.resources.costs
+        column, program = self._column
+        share = times_of(layout, resources, self.block) / resources.hull.voxels  # of a voxel
+        seconds: defaultdict[str, float] = defaultdict(float)
+        flops = 0.0
+        for task, step in program.steps(across(column, self.block)):
+            primitive, times = step.primitive, share * task.times
+            one = costs.step_seconds(primitive, step.problem, resources.threads)
+            copied = copied_bytes(primitive, step.problem)
+            one += costs.copying_seconds(copied, resources.threads) + TURN_SECONDS
+            seconds[step.operation.node.name] += times * one
+            flops += times * primitive.flops(step.problem)
+        primitives = self.schedules.primitives
+        once = costs.touching_seconds(needed_bytes - resources.baseline_bytes)
+        once += sum(costs.setup_seconds(p, layout.network[n].layer) for n, p in primitives.items())
+        moved = moving_seconds(layout, resources, reading.amplification, 1)
+        a_voxel = sum(seconds.values()) + moved + once / resources.hull.voxels
+        _, y, x = (min(b, n) for b, n in zip(self.block, layout.output_size, strict=True))
+        choices = tuple(
+            Choice(name, primitive.name, seconds[name], self.granules[name])
+            for name, primitive in primitives.items()
+        )
+        return Plan(
+            patch=(self.thickness, y, x),
+            block=self.block,
+            stages=(Stage("cpu", choices),),
+            threads=resources.threads,
+            blocks_in_flight=in_flight,
+            reading=reading,
+            predicted_bytes=needed_bytes,
+            allowed_bytes=resources.allowed_bytes,
+            flops_per_voxel=flops,
+            voxels_per_second=1 / a_voxel,
+        )
+
+
+def beside_bytes(
+    layout: Layout, resources: Resources, block: Size, slab: int, in_flight: int, by_cells: bool
+) -> int:
+    """Memory of the process beside what computes: blocks in flight, a slab while it is encoded,
+    the weights."""
+    _, y, x = (min(b, n) for b, n in zip(block, layout.output_size, strict=True))
+    encoded = resources.encoding_bytes * slab * y * x
+    blocks = in_flight * block_bytes(layout, resources, block, by_cells)
+    held = OVERHEAD_BYTES + network_bytes(layout.network) + resources.baseline_bytes
+    return held + encoded + blocks
+
+
+def block_bytes(layout: Layout, resources: Resources, block: Size, by_cells: bool) -> int:
+    """Memory of a block in flight."""
+    largest = largest_box(layout, block)
+    return resources.block_bytes(largest.size, layout.region(largest).size, by_cells)
+
+
+def times_of(layout: Layout, resources: Resources, block: Size) -> float:
+    """How many blocks touch what is wanted; the last ones, which are smaller, count less."""
+    hull, found = resources.hull, 1.0
+    for axis, b in enumerate(block):
+        n, halo = layout.output_size[axis], halo_of(layout, axis)
+        starts = range(hull.start[axis] // b * b, hull.stop[axis], b)
+        found *= sum(min(b, n - start) + halo for start in starts) / (min(b, n) + halo)
+    return found
+
+
+def halo_of(layout: Layout, axis: int) -> float:
+    """What a typical layer computes beyond a block, in voxels of the answer."""
+    geometry = layout.geometry.axes[axis]
+    return (geometry.field_of_view - 1) / 2 / float(geometry.output_stride)
+
+
+def computed_voxels(layout: Layout, resources: Resources, block: Size) -> float:
+    """In voxels what all blocks compute: of a typical layer half the field of view is added."""
+    axes = zip(block, layout.output_size, strict=True)
+    sides = (min(b, n) + halo_of(layout, axis) for axis, (b, n) in enumerate(axes))
+    return times_of(layout, resources, block) * prod(sides)
