@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from itertools import pairwise
+from math import prod
 from statistics import median
 from typing import Any
 
@@ -28,7 +30,7 @@ from machine import keep, kept
 from znni_dask import column_planner, planner, timings
 from znni_dask.calibration import calibrate
 from znni_dask.choices import chosen_primitives
-from znni_dask.columns import Column
+from znni_dask.columns import Column, period_of
 from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError
 from znni_dask.executors.serial import SerialExecutor
@@ -47,7 +49,7 @@ from znni_dask.schedule import Schedules
 
 LIMITS = ("2GB", "4GB", "12GB")
 SIZE = (1024, 1024, 1024)
-BEFORE, SLABS = 2, 5  # slabs that do not count, and those that do
+BEFORE, SLABS = 2, 4  # thick slabs that do not count, and those that do
 REPEATS = 2  # of a patch, of which the last counts
 
 
@@ -98,7 +100,7 @@ def in_slabs(layout: Layout, plan: Plan) -> float:
     timed."""
     schedules = Schedules(layout, chosen_primitives(layout, plan))
     box = largest_box(layout, plan.block)
-    depth = plan.patch[0] * (BEFORE + SLABS + 1)
+    depth = period_of(layout, plan.granules) * (BEFORE + SLABS + 1)
     output = Box((0, *box.start[1:]), (depth, *box.stop[1:]))
     column = Column.of(schedules, output, plan.granules)
     passes = len(column.offsets)
@@ -111,16 +113,15 @@ def in_slabs(layout: Layout, plan: Plan) -> float:
         return np.broadcast_to(plane, (1, planes[1] - planes[0], *plane.shape[2:]))
 
     primitives = schedules.primitives
-    found = []
+    ends = [time.perf_counter()]
     with ColumnExecutor(layout.network, primitives, memory, plan.threads) as executor:
-        begin = time.perf_counter()
         for slab, _ in executor.slabs(column, read):
-            now = time.perf_counter()
-            found.append((now - begin) / slab.voxels)
-            begin = now
-            if len(found) == BEFORE + SLABS:
+            if (slab.stop[0] - output.start[0]) % column.period == 0:
+                ends.append(time.perf_counter())
+            if len(ends) > BEFORE + SLABS:
                 break
-    return passes * median(found[BEFORE:])
+    voxels = column.period * prod(output.size[1:])
+    return passes * median(b - a for a, b in pairwise(ends[BEFORE:])) / voxels
 
 
 def in_patches(layout: Layout, plan: Plan) -> float:

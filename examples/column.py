@@ -50,7 +50,7 @@ def draw(axes: Axes, network: Network, title: str) -> None:
     """Every array after half of the slabs: its planes where they lie in the volume."""
     layout = Layout(network, (THICKNESS * SLABS + 40, 64, 64), "reflect")
     schedules = Schedules(layout, choose_primitives(layout))
-    granules = granules_of(layout, THICKNESS)
+    granules = granules_of(layout, THICKNESS, 4)
     output = Box((0, 0, 0), (THICKNESS * SLABS, 32, 32))
     column = Column.of(schedules, output, granules)
     made: dict[str, int] = {}

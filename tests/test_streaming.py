@@ -156,7 +156,7 @@ def wide(planes):
     network = n337()
     layout = Layout(network, (400, 300, 300), "reflect")
     schedules = Schedules(layout, choose_primitives(layout))
-    granules = granules_of(layout, 16)
+    granules = granules_of(layout, 16, 4)
     return Column.of(schedules, Box((0, 64, 64), (planes, 128, 128)), granules)
 
 
@@ -216,7 +216,7 @@ def test_a_slab_in_the_middle_allocates_no_array(monkeypatch):
     layout = Layout(network, (200, 80, 80), "valid")
     chosen = choose_primitives(layout)
     schedules = Schedules(layout, chosen)
-    column = Column.of(schedules, Box((0, 0, 0), (160, 64, 64)), granules_of(layout, 8))
+    column = Column.of(schedules, Box((0, 0, 0), (160, 64, 64)), granules_of(layout, 8, 4))
     volume = np.ones((1, *column.input.size), np.float32)
     with ColumnExecutor(network, chosen, memory_of(column, 2), 2) as executor:
         slabs = executor.slabs(column, lambda span: volume[:, slice(*span)])

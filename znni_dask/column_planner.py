@@ -9,14 +9,15 @@ Arithmetic on shapes and costs only.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from math import inf
+from typing import NamedTuple
 
 from znni_dask.choices import Menu, choose_primitives, chosen_primitives
-from znni_dask.columns import Branches, Column
+from znni_dask.columns import Branches, Column, thickness_of
 from znni_dask.errors import OptionError
 from znni_dask.geometry import AXES, Size, volume
 from znni_dask.network.layers import ONES, Layer
@@ -48,12 +49,23 @@ from znni_dask.slabs import (
 
 _THICKNESSES = (1, 2, 4, 8)  # of slabs, in fragments or alignments
 _THICKEST = 128  # voxels
-_SHARE = 0.85  # of the memory that pages take at most, while slabs and passes are searched
-_OTHER_SHARES = (1.0, 0.7)  # with those that were best
+_THIN = (2, 4, 8, 16, 32)  # voxels of the volume that layers at full resolution make at once
+_THICKER = 3  # of them, tried with all thicknesses, too
+_SHARES = (1.0, 0.85, 0.7)  # of the memory that pages take at most
 _AGAIN = 3  # times that primitives are chosen for one, within less memory each time
 _LONGEST, _WIDEST = 16, 32  # blocks, in chunks
 _NARROWEST = 2  # times as long as wide
 _NEAR = 16  # cross-sections of about one size, of which one computes least
+
+
+class _Place(NamedTuple):
+    """Where in the space that is searched: the numbers of a way to make fragments, a thickness of
+    slabs, one of those at full resolution, and a share of the memory."""
+
+    way: int = 0
+    thickness: int = 0
+    thin: int = 1
+    share: int = 1
 
 
 def streams(layout: Layout) -> bool:
@@ -65,15 +77,26 @@ def search(layout: Layout, resources: Resources) -> Plan | None:
     """The fastest plan in slabs that fits; None where none does, or none can be."""
     if not streams(layout):
         return None
-    thicknesses, found = _thicknesses(layout), list[_Found]()
-    thickness = len(thicknesses) // 2
-    for schedules in _ways(layout):
-        tried = partial(_tried, layout, resources, schedules)
-        best = _climb(thickness, [partial(tried, n, (_SHARE,)) for n in thicknesses])
-        if best is not None:
-            thickness, some = best
-            found += [*some, *tried(thicknesses[thickness], _OTHER_SHARES)]
-    for one in sorted(found, key=lambda one: one.seconds):
+    ways, thicknesses = _ways(layout), _thicknesses(layout)
+    found: dict[_Place, _Found | None] = {}
+
+    def seconds(place: _Place) -> float:
+        if place not in found:
+            granules = granules_of(layout, thicknesses[place.thickness], _THIN[place.thin])
+            share = _SHARES[place.share]
+            found[place] = _tried(layout, resources, ways[place.way], granules, share)
+        one = found[place]
+        return inf if one is None else one.seconds
+
+    middle, count = len(thicknesses) // 2, len(thicknesses)
+    starts = (_Place(way, middle) for way in range(len(ways)))
+    best = min((_climb(seconds, start, "thickness", count) for start in starts), key=seconds)
+    thicker = _climb(seconds, best._replace(thin=_THICKER), "thickness", count)
+    best = min(best, thicker, key=seconds)
+    for axis, size in (("thin", len(_THIN)), ("share", len(_SHARES))):
+        best = _climb(seconds, best, axis, size)
+    fitting = [one for one in found.values() if one is not None]
+    for one in sorted(fitting, key=lambda one: one.seconds):
         for in_flight in range(MOST_BLOCKS_IN_FLIGHT, 0, -1):
             reading, needed_bytes = one.slabs.reading(in_flight)
             if needed_bytes <= resources.allowed_bytes:
@@ -131,39 +154,31 @@ def _apart_from(first: int, chosen: Primitive, layer: Layer) -> Primitive | None
     return next(found, None) if apart[first - 1] > 1 else None
 
 
-def _climb(
-    start: int, tried: Sequence[Callable[[], Iterator[_Found]]]
-) -> tuple[int, list[_Found]] | None:
-    """Which of those to be tried is faster than its neighbours, on the way from ``start``, and what
-    is found there; None where nothing is found anywhere."""
-    found: dict[int, list[_Found]] = {}
-
-    def seconds(place: int) -> float:
-        if place not in found:
-            found[place] = list(tried[place]())
-        return min((one.seconds for one in found[place]), default=inf)
-
-    places = range(len(tried))
-    here = next((p for p in sorted(places, key=lambda p: abs(p - start)) if seconds(p) < inf), None)
-    while here is not None:
-        best = min((p for p in (here, here + 1, here - 1) if p in places), key=seconds)
+def _climb(seconds: Callable[[_Place], float], start: _Place, axis: str, size: int) -> _Place:
+    """The place that is faster than its neighbours along an axis, on the way from the nearest to
+    ``start`` where anything fits; that where nothing does."""
+    line: list[_Place] = [start._replace(**{axis: i}) for i in range(size)]
+    here = line.index(start)
+    from_start = sorted(range(size), key=lambda i: abs(i - here))
+    best: int = next((i for i in from_start if seconds(line[i]) < inf), here)
+    while True:
+        near = range(max(best - 1, 0), min(best + 2, size))
+        here, best = best, min([best, *near], key=lambda i: seconds(line[i]))
         if best == here:
-            return here, found[here]
-        here = best
-    return None
+            return line[best]
 
 
 def _tried(
     layout: Layout,
     resources: Resources,
     plain: Schedules,
-    thickness: int,
-    shares: tuple[float, ...],
-) -> Iterator[_Found]:
-    """Cross-sections whose pages take such shares of the memory, with the primitives that are
-    fastest there."""
-    threads, granules = resources.threads, granules_of(layout, thickness)
-    sections, programs = _sections(layout, resources), Programs(layout, granules)
+    granules: Mapping[str, int],
+    share: float,
+) -> _Found | None:
+    """The cross-section whose pages take such a share of the memory, with the primitives that are
+    fastest there; None where none fits."""
+    threads, programs = resources.threads, Programs(layout, granules)
+    room_bytes = (1 - share) * resources.allowed_bytes
 
     @cache
     def block_of(section: tuple[int, int]) -> Size:
@@ -177,39 +192,36 @@ def _tried(
         wide = across(column, block)
         memory = memory_of(wide, threads, program)
         pages = memory.pages.all_bytes + memory.slab_bytes + memory.table_bytes
-        beside = beside_bytes(layout, resources, block, thickness, 1, by_cells=False)
+        slab = min(thickness_of(layout, granules), block[0])
+        beside = beside_bytes(layout, resources, block, slab, 1, by_cells=False)
         return wide, program, resources.allowed_bytes - beside - pages
 
-    def fitting() -> Iterator[Size]:
-        """Those of which least is computed, of the blocks whose pages leave some room."""
-        for share in shares:
-            room = (1 - share) * resources.allowed_bytes
-            first = bisect_left(sections, True, key=lambda s: column_of(block_of(s))[-1] > room)
-            some = [*map(block_of, sections[first : first + _NEAR])]
-            if some:
-                yield min(some, key=lambda block: computed_voxels(layout, resources, block))
-
-    for block in dict.fromkeys(fitting()):
-        wide, program, room = column_of(block)
-        count = times_of(layout, resources, block)
-        problems = {
-            step.operation.node.name: (step.problem, count * times)
-            for step, times in typical(wide, program)
-            if not isinstance(step.primitive, FormChange)
-        }
-        menu = Menu(plain, problems, threads, resources.costs, copied_bytes)
-        for _ in range(_AGAIN):
-            if (found := menu.best_within(room)) is None:
-                break
-            seconds, primitives = found
-            schedules = Schedules(layout, primitives)
-            slabs = Slabs(layout, resources, schedules, block, granules, programs)
-            over = slabs.estimated_bytes - resources.allowed_bytes
-            if over <= 0:
-                turns = count * sum(task.times for task in program.tasks)
-                yield _Found(slabs, seconds + turns * TURN_SECONDS)
-                break
-            room -= over  # what changes forms, and is handed copies, takes pages and copies, too
+    sections = _sections(layout, resources)
+    first = bisect_left(sections, True, key=lambda s: column_of(block_of(s))[-1] > room_bytes)
+    if first == len(sections):
+        return None
+    near = map(block_of, sections[first : first + _NEAR])
+    block = min(near, key=lambda block: computed_voxels(layout, resources, block))
+    wide, program, room = column_of(block)
+    count = times_of(layout, resources, block)
+    problems = {
+        step.operation.node.name: (step.problem, count * times)
+        for step, times in typical(wide, program)
+        if not isinstance(step.primitive, FormChange)
+    }
+    menu = Menu(plain, problems, threads, resources.costs, copied_bytes)
+    for _ in range(_AGAIN):
+        if (found := menu.best_within(room)) is None:
+            return None
+        seconds, primitives = found
+        schedules = Schedules(layout, primitives)
+        slabs = Slabs(layout, resources, schedules, block, granules, programs)
+        over = slabs.estimated_bytes - resources.allowed_bytes
+        if over <= 0:
+            turns = count * sum(task.times for task in program.tasks)
+            return _Found(slabs, seconds + turns * TURN_SECONDS)
+        room -= over  # what changes forms, and is handed copies, takes pages and copies, too
+    return None
 
 
 def _sections(layout: Layout, resources: Resources) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import ceil
 from typing import NamedTuple, cast
 
 from znni_dask.geometry import Box, Size
@@ -27,7 +28,7 @@ from znni_dask.network.window import SAME, Window
 from znni_dask.patches import Layout
 from znni_dask.primitives.base import Form, Problem
 from znni_dask.primitives.forms import FormChange
-from znni_dask.schedule import Operation, Schedules, Stored
+from znni_dask.schedule import Arrangement, Operation, Schedules, Stored
 
 
 class Strand(NamedTuple):
@@ -126,6 +127,16 @@ class Column:
         return _Progress(self).turns()
 
     @property
+    def thickness(self) -> int:
+        """Of a slab, in voxels of the answer."""
+        return thickness_of(self.schedules.layout, self.granules)
+
+    @property
+    def period(self) -> int:
+        """How far apart slabs are that are alike, in voxels of the answer."""
+        return period_of(self.schedules.layout, self.granules)
+
+    @property
     def network(self) -> Network:
         """The network."""
         return self.schedules.layout.network
@@ -166,6 +177,19 @@ class Column:
         whole = self.schedules.layout.whole(names[0], self.boxes)
         branches = self.branches.share(names[0])  # where branches part all are made at once
         return self.schedules.problem(operation, made, boxes, whole, branches)
+
+
+def thickness_of(layout: Arrangement, granules: Mapping[str, int]) -> int:
+    """Of slabs, in voxels of the answer, where a column is as long."""
+    return granules.get(layout.network.output, 1) * layout.fragments[0]
+
+
+def period_of(layout: Arrangement, granules: Mapping[str, int]) -> int:
+    """After how many voxels of the answer the planes of all layers are made as they were before."""
+    network = layout.network
+    finest = network.spacing[network.output][0] / layout.fragments[0]  # of a voxel
+    planes = (granules.get(n.name, 1) * network.spacing[n.name][0] / finest for n in network)
+    return ceil(max(planes))
 
 
 def _with(box: Box, planes: Interval) -> Box:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.columns import Column, Turn
-from znni_dask.geometry import Box, Size
+from znni_dask.geometry import Box, Size, ceil_divide
 from znni_dask.kernels.memory import allocated_bytes, odd_lines
 from znni_dask.network.field_of_view import Interval
 from znni_dask.patches import Layout, spans
@@ -24,7 +24,7 @@ from znni_dask.primitives.base import ITEM_BYTES, Form, Primitive, Problem, Shap
 from znni_dask.primitives.planes import takes_planes
 from znni_dask.schedule import Schedules, Step, Stored
 
-STEADY = 4  # slabs, of which one in the middle is like all that would follow
+STEADY = 4  # periods, of which one in the middle is like all that would follow
 _ALIKE = 0.8  # of the largest page that is shared
 
 
@@ -81,8 +81,8 @@ class Program:
 
     ``held`` are for every turn the planes of samples of each of ``arrays`` that are kept while it
     is done, ``loaded`` the planes of the volume that are read at once at most, ``given`` those of
-    the answer that are given, ``planes`` those of the answer in all. For a slab in the middle every
-    task is done ``steady`` times.
+    the answer that are given, ``planes`` those of the answer in all. For a period in the middle
+    every task is done ``steady`` times.
     """
 
     tasks: tuple[Task, ...]
@@ -124,7 +124,10 @@ class Program:
                 given = max(given, _length(turn.reads[0].planes))
                 slabs.append(times.copy())
         after = slabs[column.branches.count - 1 :: column.branches.count]  # all branches of each
-        steady = after[-2] - after[-3] if len(after) >= STEADY else Counter()
+        alike = ceil_divide(column.period, column.thickness)  # slabs after which all is as before
+        steady: Counter[_Kind] = Counter()
+        if len(after) >= STEADY * alike:
+            steady = after[-1 - alike] - after[-1 - 2 * alike]
         return cls(
             tuple(
                 Task(
@@ -144,10 +147,10 @@ class Program:
             column.output.size[0],
         )
 
-    def extended(self, slabs: float, planes: int) -> Program:
-        """That of a column of so many slabs, and planes, more."""
+    def extended(self, periods: float, planes: int) -> Program:
+        """That of a column of so many periods, and planes, more."""
         both = zip(self.tasks, self.steady, strict=True)
-        tasks = tuple(task._replace(times=task.times + slabs * more) for task, more in both)
+        tasks = tuple(task._replace(times=task.times + periods * more) for task, more in both)
         return replace(self, tasks=tasks, planes=self.planes + planes)
 
     def steps(self, column: Column) -> Iterator[tuple[Task, Step]]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from znni_dask.columns import Column
+from znni_dask.columns import Column, period_of, thickness_of
 from znni_dask.geometry import Box, Size
 from znni_dask.pages import STEADY, Program, across_of, copied_bytes, memory_of, memory_of_all
 from znni_dask.patches import Layout, largest_box
@@ -28,32 +28,26 @@ from znni_dask.resources import (
 )
 from znni_dask.schedule import Arrangement, Schedules, Step, Stored
 
-_THIN = 4  # planes of the volume that layers at full resolution make at once
 TURN_SECONDS = 2e-4  # to find planes and take pages, beside calling a primitive
 
 
-def granules_of(layout: Arrangement, thickness: int) -> dict[str, int]:
+def granules_of(layout: Arrangement, thickness: int, thin: int) -> dict[str, int]:
     """Planes of every layer that are made at once in slabs of so many voxels: of layers at full
-    resolution, and of those that read them, few, as they are large."""
+    resolution, and of those that read them, ``thin`` ones, as they are large."""
     network = layout.network
     finest = min(spacing[0] for spacing in network.spacing.values())
     found = {}
     for node in network:
         near = [network.spacing[name][0] for name in (node.name, *node.inputs)]
-        planes = min(_THIN, thickness) if min(near) == finest else thickness
+        planes = min(thin, thickness) if min(near) == finest else thickness
         found[node.name] = max(1, int(planes / near[0]))
     return found
 
 
-def thickness_of(layout: Layout, granules: Mapping[str, int]) -> int:
-    """Of slabs, in voxels of the answer, where a column is as long."""
-    return granules[layout.network.output] * layout.fragments[0]
-
-
 @dataclass(frozen=True, eq=False)
 class Programs:
-    """What is done in columns, in slabs of a thickness. Of a long column a few slabs stand for all:
-    then it goes on as it did. What is done is the same whatever computes it."""
+    """What is done in columns, in slabs of a thickness. Of a long column a few periods stand for
+    all: then it goes on as it did. What is done is the same whatever computes it."""
 
     layout: Layout
     granules: Mapping[str, int]
@@ -61,9 +55,9 @@ class Programs:
 
     def of(self, schedules: Schedules, length: int) -> tuple[Column, Program]:
         """What is done in a column of so many planes, and a column of a few of them."""
-        thickness = thickness_of(self.layout, self.granules)
-        short = STEADY * thickness
-        few = length if length <= short + thickness else short
+        period = period_of(self.layout, self.granules)
+        short = STEADY * period
+        few = length if length <= short + period else short
         first = (self.layout.output_size[0] - few) // 2
         first -= first % self.layout.periods[0]
         output = Box((first, 0, 0), (first + few, 1, 1))
@@ -72,7 +66,7 @@ class Programs:
         if alike not in self._found:
             self._found[alike] = Program.of(column)
         more = length - few
-        return column, self._found[alike].extended(more / thickness, more)
+        return column, self._found[alike].extended(more / period, more)
 
 
 def across(column: Column, block: Size) -> Column:
@@ -175,7 +169,7 @@ class Slabs:
             for name, primitive in primitives.items()
         )
         return Plan(
-            patch=(self.thickness, y, x),
+            patch=(min(period_of(layout, self.granules), self.block[0]), y, x),
             block=self.block,
             stages=(Stage("cpu", choices),),
             threads=resources.threads,
