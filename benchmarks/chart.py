@@ -147,6 +147,31 @@ def complete(result: Row) -> Iterator[Line]:
         yield [name, f"{row['batch']} × {size}", own, peer, other, f"{row['times']:.2f}"]
 
 
+def streaming(result: Row) -> Iterator[Line]:
+    """Slabs beside patches within some limits; compared where the machine was steady for both."""
+    yield [
+        *("network", "within", "slabs", "memory", "voxels/s", "of predicted"),
+        *("patches", "memory", "voxels/s", "times"),
+    ]
+    for row in result["rows"]:
+        told = [_plan(row[way]) for way in ("slabs", "patches")]
+        found = [row[way] for way in ("slabs", "patches") if "unsteady" not in row[way]]
+        rates = [one["voxels_per_second"] for one in found if "voxels_per_second" in one]
+        times = _number(rates[0] / rates[1]) if len(rates) == 2 else "–"
+        yield [row["network"], row["limit"], *told[0], *told[1][:-1], times]
+
+
+def _plan(found: Row) -> Line:
+    """What it makes at once, the memory that it took, its rate (about, where the machine gave more
+    or less meanwhile), and that over the one predicted for what the machine gave."""
+    if "voxels_per_second" not in found:
+        return ["–"] * 4
+    rate, predicted = found["voxels_per_second"], found["predicted_voxels_per_second"]
+    size, memory = "·".join(map(str, found["patch"])), f"{found['peak_bytes'] / 1e9:.1f} GB"
+    about = "≈ " if "unsteady" in found else ""
+    return [size, memory, f"{about}{rate:,.0f}", f"{rate / predicted / found['rate']:.2f}"]
+
+
 TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
     "sizes": sizes,
     "layers": layers,
@@ -156,6 +181,7 @@ TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
     "networks": networks,
     "throughput": throughput,
     "complete": complete,
+    "streaming": streaming,
 }
 
 

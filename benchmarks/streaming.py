@@ -1,8 +1,8 @@
-"""Blocks made slab by slab beside patches, of the networks of the ZNNi paper within some limits.
+"""Blocks made slab by slab beside patches, of the networks of the ZNNi paper and a U-Net.
 
     python benchmarks/streaming.py [--only n537] [--limit 4GB] [--threads 2]
 
-Within every limit the fastest plan in slabs and the fastest in patches are searched for a large
+Within some limits the fastest plan in slabs and the fastest in patches are searched for a large
 volume and run, each in a process of its own: slabs in the middle of a column, and a patch after the
 first. Reading and writing do not count. Runs count only between two probes of the machine's rate
 that agree within 10 %. The result is kept under `benchmarks/results/`.
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from planning import rate, steady
+from planning import NETWORKS, rate, steady
 
 from machine import keep, kept
 from znni_dask import column_planner, planner, timings
@@ -48,14 +48,16 @@ from znni_dask.resources import Resources
 from znni_dask.schedule import Schedules
 
 LIMITS = ("2GB", "4GB", "12GB")
-SIZE = (1024, 1024, 1024)
-BEFORE, SLABS = 2, 4  # thick slabs that do not count, and those that do
+SIZE, SIZE_OF_OTHERS = (1024, 1024, 1024), (512, 512, 512)
+NAMES = (*PAPER_NETWORKS, "U-Net 4, 32")
+BEFORE, SLABS = 1, 3  # thick slabs that do not count, and those that do
 REPEATS = 2  # of a patch, of which the last counts
 
 
 def one(name: str, limit: str, threads: int, way: str) -> dict[str, Any]:
     """A network within a limit, in slabs or in patches."""
-    layout = Layout(simplify(PAPER_NETWORKS[name]()), SIZE, "reflect")
+    size = SIZE if name in PAPER_NETWORKS else SIZE_OF_OTHERS
+    layout = Layout(simplify(NETWORKS[name]()), size, "reflect")
     resources = Resources(
         unit=(32, 32, 32),
         voxel_bytes=0,
@@ -142,7 +144,7 @@ def in_patches(layout: Layout, plan: Plan) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", choices=[*PAPER_NETWORKS], action="append")
+    parser.add_argument("--only", choices=NAMES, action="append")
     parser.add_argument("--limit", choices=LIMITS, action="append")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
@@ -158,7 +160,7 @@ def main() -> None:
         before = rate(team)
         timings.keep_timings(calibrate(given.threads))
         reference = (before + rate(team)) / 2
-        for name in given.only or PAPER_NETWORKS:
+        for name in given.only or NAMES:
             for limit in given.limit or LIMITS:
                 row: dict[str, Any] = {"network": name, "limit": limit}
                 for way in ("slabs", "patches"):

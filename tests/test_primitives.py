@@ -111,6 +111,7 @@ LAYERS = {
         1,
     ),
     "mean": (layers.AveragePool((2, 2, 3), (2, 1, 3)), 1),
+    "mean along all axes": (layers.AveragePool((2, 2, 2), (2, 2, 2)), 1),
     "mean overlapping": (layers.AveragePool((3, 2, 3), (2, 1, 2), dilation=(1, 3, 2)), 1),
     "mean padded": (layers.AveragePool((3, 3, 3), (2, 2, 1), padding=((1, 1, 1), (1, 0, 1))), 1),
     "mean of padding": (

@@ -1,9 +1,9 @@
 """Plans of blocks that are made slab by slab along z: which cross-section, how thick slabs, which
 primitive for every layer.
 
-What is done along z depends on the slabs, but not on the cross-section, so it is worked out once
-for each thickness; cross-sections are tried from the largest of which the pages alone fit.
-Arithmetic on shapes and costs only.
+Passes, thickness and what else makes slabs are searched one after another. The cross-section
+follows from the memory that pages may take, the primitives from what is left. Arithmetic on shapes
+and costs only.
 """
 
 from __future__ import annotations

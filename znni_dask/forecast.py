@@ -48,6 +48,7 @@ class Forecast:
 
     ``work_ratio`` is the direct arithmetic of a patch over that of its outputs were they part of
     an endless volume: what is computed more than once, as patches overlap, and what padding saves.
+    ``passes`` are gone through for each of them: one for every offset that no fragment is made at.
     ``computing_bytes`` are those of computing, of ``plan.predicted_bytes``. ``measured``: whether
     seconds rest on timings of this machine.
     """
@@ -61,6 +62,7 @@ class Forecast:
     plan: Plan
     steps: tuple[StepForecast, ...]
     work_ratio: float
+    passes: int
     computing_bytes: int
     measured: bool
     others: tuple[Alternative, ...]
@@ -121,6 +123,7 @@ def forecast(planned: PlannedPass) -> Forecast:
             for (step, times), workspace, alive in told
         ),
         work_ratio=done / float(needed) if needed else 1.0,
+        passes=schedules.repeats,
         computing_bytes=computing,
         measured=bool(resources.costs.timings.found),
         others=planned.others,

@@ -142,6 +142,8 @@ def forecast_table(found: Forecast) -> Table:
     told = f"{what} of {text(plan.patch)}"
     if plan.granules:
         told = f"a block of {text(plan.block)}, in slabs of {text(plan.patch)}"
+    if found.passes > 1:
+        told += f", in {found.passes} passes"
     table = Table(
         title=f"{', '.join(found.outputs)}: {told}",
         title_justify="left",
