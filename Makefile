@@ -32,6 +32,7 @@ bench-full: bench
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/chart.py
 
 clean:

@@ -49,6 +49,14 @@ def test_what_is_predicted_is_within_what_is_allowed(family, seed, gib):
     assert checked(layout, resources, made) == made
 
 
+@pytest.mark.parametrize(("family", "seed"), dict(graphs.ALL).items())
+def test_every_family_of_graphs_finds_a_plan(family, seed):
+    layout, resources = asked(simplify(graphs.graph(family, seed)), (150, 120, 100))
+    made = search(layout, resources)
+    assert made is not None
+    assert checked(layout, resources, made) == made
+
+
 def test_more_memory_never_makes_the_plan_slower():
     found = []
     for gib in (2, 8):

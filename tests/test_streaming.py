@@ -33,8 +33,6 @@ from znni_dask.primitives.conv_direct_from_few import ConvDirectFromFew
 from znni_dask.schedule import Schedules
 from znni_dask.slabs import granules_of
 
-STREAMED = [(family, seed) for family, seed in graphs.ALL]
-
 
 def in_columns(network, volume, boundary, block, granules, primitives=None):
     """The answer in columns of blocks (z, y, x), each made slab by slab; every plane of the volume
@@ -72,11 +70,7 @@ def planes_of_input(column, span):
     return Box((first + span[0], *box.start[1:]), (first + span[1], *box.stop[1:]))
 
 
-def test_every_family_of_graphs_can_be_made_in_slabs():
-    assert {family for family, _ in STREAMED} == {family for family, _ in graphs.ALL}
-
-
-@pytest.mark.parametrize(("family", "seed"), STREAMED)
+@pytest.mark.parametrize(("family", "seed"), graphs.ALL)
 def test_every_graph_in_slabs_of_every_thickness_equals_the_oracle(family, seed):
     network = graphs.graph(family, seed)
     volume = volume_for(network)
@@ -85,11 +79,8 @@ def test_every_graph_in_slabs_of_every_thickness_equals_the_oracle(family, seed)
     unlike = {node.name: int(random.integers(1, 9)) for node in network}
     ways = [(unlike, (99, 30, 40)), (3, (64, 16, 24)), (5, (13, 24, 99)), (1, (99, 99, 99))]
     layout = Layout(network, volume.shape[1:], "reflect")
-    if (
-        Schedules(layout, choose_primitives(layout)).repeats > 1
-    ):  # which takes as many times as long
-        ways = ways[:1]
-    for granules, block in ways:
+    passes = Schedules(layout, choose_primitives(layout)).repeats
+    for granules, block in ways if passes == 1 else ways[:1]:  # several take as many times as long
         assert_same(in_columns(network, volume, "reflect", block, granules), want)
 
 
@@ -226,7 +217,7 @@ def test_a_slab_in_the_middle_allocates_no_array(monkeypatch):
             for module in (team, streaming):
                 patch.setattr(module, "allocate", None)  # would be called, and fail
             peak = traced_peak(lambda: next(slabs))
-    assert peak < 128 << 10 < answer.nbytes
+    assert peak < 64 << 10 < answer.nbytes
 
 
 def test_few_channels_are_read_and_made_wherever_planes_lie():

@@ -9,7 +9,7 @@ and costs only.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -17,7 +17,7 @@ from math import inf
 from typing import NamedTuple
 
 from znni_dask.choices import Menu, choose_primitives, chosen_primitives
-from znni_dask.columns import Branches, Column, thickness_of
+from znni_dask.columns import Branches, Column
 from znni_dask.errors import OptionError
 from znni_dask.geometry import AXES, Size, volume
 from znni_dask.network.layers import ONES, Layer
@@ -50,7 +50,6 @@ from znni_dask.slabs import (
 _THICKNESSES = (1, 2, 4, 8)  # of slabs, in fragments or alignments
 _THICKEST = 128  # voxels
 _THIN = (2, 4, 8, 16, 32)  # voxels of the volume that layers at full resolution make at once
-_THICKER = 3  # of them, tried with all thicknesses, too
 _SHARES = (1.0, 0.85, 0.7)  # of the memory that pages take at most
 _AGAIN = 3  # times that primitives are chosen for one, within less memory each time
 _LONGEST, _WIDEST = 16, 32  # blocks, in chunks
@@ -59,13 +58,13 @@ _NEAR = 16  # cross-sections of about one size, of which one computes least
 
 
 class _Place(NamedTuple):
-    """Where in the space that is searched: the numbers of a way to make fragments, a thickness of
-    slabs, one of those at full resolution, and a share of the memory."""
+    """Where in the space that is searched: the number of a way to make fragments, the thickness of
+    slabs, and of those at full resolution, and the share of the memory that pages take."""
 
-    way: int = 0
-    thickness: int = 0
-    thin: int = 1
-    share: int = 1
+    way: int
+    thickness: int
+    thin: int
+    share: float
 
 
 def streams(layout: Layout) -> bool:
@@ -82,19 +81,20 @@ def search(layout: Layout, resources: Resources) -> Plan | None:
 
     def seconds(place: _Place) -> float:
         if place not in found:
-            granules = granules_of(layout, thicknesses[place.thickness], _THIN[place.thin])
-            share = _SHARES[place.share]
-            found[place] = _tried(layout, resources, ways[place.way], granules, share)
+            granules = granules_of(layout, place.thickness, place.thin)
+            found[place] = _tried(layout, resources, ways[place.way], granules, place.share)
         one = found[place]
         return inf if one is None else one.seconds
 
-    middle, count = len(thicknesses) // 2, len(thicknesses)
-    starts = (_Place(way, middle) for way in range(len(ways)))
-    best = min((_climb(seconds, start, "thickness", count) for start in starts), key=seconds)
-    thicker = _climb(seconds, best._replace(thin=_THICKER), "thickness", count)
-    best = min(best, thicker, key=seconds)
-    for axis, size in (("thin", len(_THIN)), ("share", len(_SHARES))):
-        best = _climb(seconds, best, axis, size)
+    def climbed(start: _Place) -> _Place:
+        return _climb(seconds, start, [start._replace(thickness=n) for n in thicknesses])
+
+    middle = thicknesses[len(thicknesses) // 2]
+    starts = [_Place(way, middle, thin=4, share=0.85) for way in range(len(ways))]
+    best = min(map(climbed, starts), key=seconds)
+    best = min(best, climbed(best._replace(thin=16)), key=seconds)
+    best = _climb(seconds, best, [best._replace(thin=n) for n in _THIN])
+    best = _climb(seconds, best, [best._replace(share=share) for share in _SHARES])
     fitting = [one for one in found.values() if one is not None]
     for one in sorted(fitting, key=lambda one: one.seconds):
         for in_flight in range(MOST_BLOCKS_IN_FLIGHT, 0, -1):
@@ -119,7 +119,7 @@ def checked(layout: Layout, resources: Resources, given: Plan) -> Plan:
         raise OptionError(f"the plan does not say how many planes of {sorted(odd)[0]!r} are made")
     if any(stage.samples > 1 for stage in given.stages):
         raise OptionError("the plan computes several windows at once, and here are slabs")
-    slabs = Slabs(layout, resources, schedules, given.block, given.granules)
+    slabs = Slabs(resources, schedules, given.block, Programs(layout, given.granules))
     reading, needed_bytes = slabs.reading(given.blocks_in_flight)
     check_room(resources, needed_bytes)
     return slabs.plan(given.blocks_in_flight, reading, needed_bytes)
@@ -136,9 +136,9 @@ def _ways(layout: Layout) -> list[Schedules]:
     several passes, in ever more of them."""
     chosen = choose_primitives(layout)
     found = [Schedules(layout, chosen)]
-    parting, layers = Branches(found[0]).parting, {node.name: node.layer for node in layout.network}
+    parting, network = Branches(found[0]).parting, layout.network
     for first in range(1, len(AXES) + 1):
-        fewer = {name: _apart_from(first, chosen[name], layers[name]) for name in parting}
+        fewer = {name: _apart_from(first, chosen[name], network[name].layer) for name in parting}
         some = {name: primitive for name, primitive in fewer.items() if primitive is not None}
         if parting and len(some) == len(parting):
             found.append(Schedules(layout, chosen | some))
@@ -154,15 +154,14 @@ def _apart_from(first: int, chosen: Primitive, layer: Layer) -> Primitive | None
     return next(found, None) if apart[first - 1] > 1 else None
 
 
-def _climb(seconds: Callable[[_Place], float], start: _Place, axis: str, size: int) -> _Place:
-    """The place that is faster than its neighbours along an axis, on the way from the nearest to
+def _climb(seconds: Callable[[_Place], float], start: _Place, line: Sequence[_Place]) -> _Place:
+    """The place on a line that is faster than its neighbours, on the way from the nearest to
     ``start`` where anything fits; that where nothing does."""
-    line: list[_Place] = [start._replace(**{axis: i}) for i in range(size)]
     here = line.index(start)
-    from_start = sorted(range(size), key=lambda i: abs(i - here))
+    from_start = sorted(range(len(line)), key=lambda i: abs(i - here))
     best: int = next((i for i in from_start if seconds(line[i]) < inf), here)
     while True:
-        near = range(max(best - 1, 0), min(best + 2, size))
+        near = range(max(best - 1, 0), min(best + 2, len(line)))
         here, best = best, min([best, *near], key=lambda i: seconds(line[i]))
         if best == here:
             return line[best]
@@ -192,8 +191,7 @@ def _tried(
         wide = across(column, block)
         memory = memory_of(wide, threads, program)
         pages = memory.pages.all_bytes + memory.slab_bytes + memory.table_bytes
-        slab = min(thickness_of(layout, granules), block[0])
-        beside = beside_bytes(layout, resources, block, slab, 1, by_cells=False)
+        beside = beside_bytes(layout, resources, block, granules, 1, by_cells=False)
         return wide, program, resources.allowed_bytes - beside - pages
 
     sections = _sections(layout, resources)
@@ -215,7 +213,7 @@ def _tried(
             return None
         seconds, primitives = found
         schedules = Schedules(layout, primitives)
-        slabs = Slabs(layout, resources, schedules, block, granules, programs)
+        slabs = Slabs(resources, schedules, block, programs)
         over = slabs.estimated_bytes - resources.allowed_bytes
         if over <= 0:
             turns = count * sum(task.times for task in program.tasks)

@@ -22,7 +22,7 @@ from znni_dask.primitives.base import Shape
 from znni_dask.primitives.forms import FormChange
 from znni_dask.resources import Resources, computing_bytes
 from znni_dask.schedule import Schedules, Step
-from znni_dask.slabs import Slabs
+from znni_dask.slabs import Programs, Slabs
 from znni_dask.windows import WindowGrid
 
 
@@ -138,7 +138,7 @@ def _computed(
     that are needed at every step."""
     laid, plan, resources = planned.job.laid, planned.job.plan, planned.resources
     if isinstance(laid, Layout) and plan.granules:
-        slabs = Slabs(laid, resources, schedules, plan.block, plan.granules)
+        slabs = Slabs(resources, schedules, plan.block, Programs(laid, plan.granules))
         steps = slabs.steps()
         return steps, largest_box(laid, plan.block).size, slabs.computing_bytes, 0, [0] * len(steps)
     if isinstance(laid, WindowGrid):

@@ -178,19 +178,17 @@ def plan_for(
         if given.granules:
             return column_planner.checked(laid, resources, given), ()
         return planner.checked(asked, given), ()
-    others: tuple[Alternative, ...] = ()
-    in_patches: Plan | None = None
-    refused: MemoryLimitError | None = None
     try:
         in_patches, others = planner.search(asked)
-    except MemoryLimitError as error:
-        refused = error
-    in_slabs: Plan | None = None
-    if slabs and patch is None and (in_patches is None or _is_long(in_patches, resources)):
-        in_slabs = column_planner.search(laid, resources)
-    found = [plan for plan in (in_patches, in_slabs) if plan is not None]
-    if refused is not None and not found:
-        raise refused
+    except MemoryLimitError:
+        in_slabs = column_planner.search(laid, resources) if slabs and patch is None else None
+        if in_slabs is None:
+            raise
+        return in_slabs, ()
+    if not slabs or patch is not None or not _is_long(in_patches, resources):
+        return in_patches, others
+    plans = in_patches, column_planner.search(laid, resources)
+    found = (plan for plan in plans if plan is not None)
     return max(found, key=lambda plan: plan.voxels_per_second), others
 
 

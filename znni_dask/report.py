@@ -192,7 +192,7 @@ def forecast_lines(found: Forecast) -> list[str]:
     return [
         f"{channels}{text(found.size)} voxels, {show_bytes(found.stored_bytes)} as stored, in "
         f"{volume(found.blocks)} blocks of {text(plan.block)}, {_pieces(plan)}, "
-        f"{plan.threads} threads, {plan.blocks_in_flight} blocks in flight",
+        f"{plan.threads} threads, {_in_flight(plan)}",
         f"direct arithmetic would be {found.work_ratio:.2f} times that of outputs without borders; "
         f"voxels needed are decoded {plan.reading.amplification:.2f} times at most",
         f"{plan.voxels_per_second:,.0f} voxels/s, {show_seconds(found.seconds)} in all ({known})",
@@ -205,6 +205,11 @@ def _pieces(plan: Plan) -> str:
     """What blocks are made in."""
     kind = "slabs" if plan.granules else "patches"
     return f"{kind} of {text(plan.patch)}"
+
+
+def _in_flight(plan: Plan) -> str:
+    """How many blocks are in flight."""
+    return f"{plan.blocks_in_flight} block{'s' * (plan.blocks_in_flight > 1)} in flight"
 
 
 def run_lines(summary: Summary) -> list[str]:
@@ -224,7 +229,7 @@ def run_lines(summary: Summary) -> list[str]:
             f"{one.voxels:,} made in {one.blocks} blocks of {text(plan.block)}, {_pieces(plan)}"
             f"{at_once}, "
             f"{plan.flops_per_voxel:,.0f} operations per voxel, {plan.threads} threads, "
-            f"{plan.blocks_in_flight} blocks in flight"
+            f"{_in_flight(plan)}"
             + (f"; levels of {', '.join(map(text, one.levels))}" if one.levels else "")
         )
         if one.unselected:

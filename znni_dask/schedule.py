@@ -246,8 +246,9 @@ class Schedules:
     @cached_property
     def fragmented(self) -> Fragmented:
         """Along every axis the strided layers that make fragments."""
-        layers = {node.name: node.layer for node in self.layout.network}
-        apart = {n: self.primitives[n].fragments_of(layers[n]) for n in self.layout.strided}
+        network = self.layout.network
+        strided = self.layout.strided
+        apart = {n: self.primitives[n].fragments_of(network[n].layer) for n in strided}
         z, y, x = (frozenset(n for n in apart if apart[n][axis] > 1) for axis in range(3))
         return z, y, x
 

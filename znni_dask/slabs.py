@@ -89,19 +89,22 @@ def typical(column: Column, program: Program) -> list[tuple[Step, float]]:
 
 @dataclass(frozen=True, eq=False)
 class Slabs:
-    """Blocks that are made slab by slab by chosen primitives."""
+    """Blocks that are made slab by slab, in the slabs of ``programs``, by chosen primitives."""
 
-    layout: Layout
     resources: Resources
     schedules: Schedules
     block: Size
-    granules: Mapping[str, int]
-    programs: Programs | None = None
+    programs: Programs
 
     @property
-    def thickness(self) -> int:
-        """Of a slab, in voxels of the answer."""
-        return min(thickness_of(self.layout, self.granules), self.block[0])
+    def layout(self) -> Layout:
+        """How the network lies over the volume."""
+        return self.programs.layout
+
+    @property
+    def granules(self) -> Mapping[str, int]:
+        """Planes of every layer that are made at once."""
+        return self.programs.granules
 
     def steps(self) -> list[tuple[Step, float]]:
         """For every operation what it computes at once, mostly, and how often in a block."""
@@ -110,8 +113,7 @@ class Slabs:
 
     @cached_property
     def _column(self) -> tuple[Column, Program]:
-        programs = self.programs or Programs(self.layout, self.granules)
-        return programs.of(self.schedules, min(self.block[0], self.layout.output_size[0]))
+        return self.programs.of(self.schedules, min(self.block[0], self.layout.output_size[0]))
 
     @property
     def estimated_bytes(self) -> int:
@@ -119,12 +121,7 @@ class Slabs:
         column, program = self._column
         wide = across(column, self.block)
         computing = memory_of(wide, self.resources.threads, program).all_bytes
-        beside = (self.block, self.thickness, 1, False)
-        return (
-            computing
-            + self.schedules.prepared_bytes
-            + beside_bytes(self.layout, self.resources, *beside)
-        )
+        return computing + self.schedules.prepared_bytes + self._beside_bytes(1, by_cells=False)
 
     @cached_property
     def computing_bytes(self) -> int:
@@ -137,12 +134,15 @@ class Slabs:
         """How so many blocks in flight share what is decoded, and the memory of the process."""
 
         def needed(by_cells: bool) -> int:
-            beside = (self.block, self.thickness, in_flight, by_cells)
-            return self.computing_bytes + beside_bytes(self.layout, self.resources, *beside)
+            return self.computing_bytes + self._beside_bytes(in_flight, by_cells)
 
         resources = self.resources
         reads = Reads(self.layout, self.block, resources.cells, resources.hull)
         return shared_reading(resources, reads, needed)
+
+    def _beside_bytes(self, in_flight: int, by_cells: bool) -> int:
+        where = (self.layout, self.resources, self.block, self.granules)
+        return beside_bytes(*where, in_flight, by_cells)
 
     def plan(self, in_flight: int, reading: Reading, needed_bytes: int) -> Plan:
         """The plan as a value."""
@@ -183,12 +183,17 @@ class Slabs:
 
 
 def beside_bytes(
-    layout: Layout, resources: Resources, block: Size, slab: int, in_flight: int, by_cells: bool
+    layout: Layout,
+    resources: Resources,
+    block: Size,
+    granules: Mapping[str, int],
+    in_flight: int,
+    by_cells: bool,
 ) -> int:
     """Memory of the process beside what computes: blocks in flight, a slab while it is encoded,
     the weights."""
-    _, y, x = (min(b, n) for b, n in zip(block, layout.output_size, strict=True))
-    encoded = resources.encoding_bytes * slab * y * x
+    long, y, x = (min(b, n) for b, n in zip(block, layout.output_size, strict=True))
+    encoded = resources.encoding_bytes * min(thickness_of(layout, granules), long) * y * x
     blocks = in_flight * block_bytes(layout, resources, block, by_cells)
     held = OVERHEAD_BYTES + network_bytes(layout.network) + resources.baseline_bytes
     return held + encoded + blocks
