@@ -24,14 +24,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from planning import NETWORKS, rate, steady
 
 from machine import keep, kept
+from planning import NETWORKS, rate, steady
 from znni_dask import column_planner, planner, timings
 from znni_dask.calibration import calibrate
 from znni_dask.choices import chosen_primitives
 from znni_dask.columns import Column, period_of
 from znni_dask.costs import Costs
+from znni_dask.cut import Cut
 from znni_dask.errors import MemoryLimitError
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.executors.streaming import ColumnExecutor
@@ -58,18 +59,7 @@ def one(name: str, limit: str, threads: int, way: str) -> dict[str, Any]:
     """A network within a limit, in slabs or in patches."""
     size = SIZE if name in PAPER_NETWORKS else SIZE_OF_OTHERS
     layout = Layout(simplify(NETWORKS[name]()), size, "reflect")
-    resources = Resources(
-        unit=(32, 32, 32),
-        voxel_bytes=0,
-        encoding_bytes=0,
-        read_bytes=lambda size, by_cells=False: 0,
-        write_bytes=0,
-        baseline_bytes=anonymous_bytes(),
-        allowed_bytes=parse_bytes(limit),
-        threads=threads,
-        hull=Box((0, 0, 0), layout.output_size),
-        costs=Costs(timings.kept()),
-    )
+    resources = unhindered(layout, parse_bytes(limit), threads, Costs(timings.kept()))
     plan: Plan | None = None
     if way == "slabs":
         plan = column_planner.search(layout, resources)
@@ -97,6 +87,22 @@ def one(name: str, limit: str, threads: int, way: str) -> dict[str, Any]:
     }
 
 
+def unhindered(layout: Layout, allowed_bytes: int, threads: int, costs: Costs) -> Resources:
+    """What there is for a run of which reading and writing take nothing."""
+    return Resources(
+        unit=(32, 32, 32),
+        voxel_bytes=0,
+        encoding_bytes=0,
+        read_bytes=lambda size, by_cells=False: 0,
+        write_bytes=0,
+        baseline_bytes=anonymous_bytes(),
+        allowed_bytes=allowed_bytes,
+        threads=threads,
+        hull=Box((0, 0, 0), layout.output_size),
+        costs=costs,
+    )
+
+
 def in_slabs(layout: Layout, plan: Plan) -> float:
     """Seconds for a voxel in the middle of a column, of whose passes, which are alike, one is
     timed."""
@@ -107,7 +113,8 @@ def in_slabs(layout: Layout, plan: Plan) -> float:
     column = Column.of(schedules, output, plan.granules)
     passes = len(column.offsets)
     column = replace(column, offsets=column.offsets[:1])
-    memory = memory_of_all(schedules, plan.block, plan.granules, plan.threads)
+    cut = Cut(plan.block, plan.blocks_in_column)
+    memory = memory_of_all(schedules, cut, plan.granules, plan.threads)
     values = np.random.default_rng(0).standard_normal((1, 1, *column.input.size[1:]))
     plane = values.astype(np.float32)
 

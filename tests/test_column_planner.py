@@ -16,14 +16,19 @@ from znni_dask import column_planner, passes, planner
 from znni_dask.choices import choose_primitives, chosen_primitives
 from znni_dask.column_planner import checked, search
 from znni_dask.columns import Column
+from znni_dask.cut import Cut
 from znni_dask.errors import MemoryLimitError, OptionError
-from znni_dask.geometry import tiles, volume
+from znni_dask.forecast import forecasts
+from znni_dask.geometry import Box, tiles, volume
+from znni_dask.network import layers
 from znni_dask.network.build import Builder
 from znni_dask.network.chains import n337, n537
 from znni_dask.network.rewrites import simplify
 from znni_dask.pages import Program, memory_of, memory_of_all, page_bytes
 from znni_dask.patches import Layout
 from znni_dask.plan import Plan
+from znni_dask.reading import Reads
+from znni_dask.report import forecast_lines
 from znni_dask.resources import Resources
 from znni_dask.schedule import Schedules
 from znni_dask.slabs import granules_of
@@ -119,20 +124,26 @@ def test_plans_that_do_not_fit_are_refused(changed, message):
         Plan.from_json(made.to_json().replace('"planes": ', '"planes": -'))
 
 
-@pytest.mark.parametrize(("family", "seed"), [("chain", 0), ("unet", 3), ("strided", 0)])
-def test_columns_of_all_blocks_fit_the_pages_of_the_plan(family, seed):
-    """Also those at the ends, where fewer planes are there."""
+@pytest.mark.parametrize("in_column", [1, 2, 20])
+@pytest.mark.parametrize(
+    ("family", "seed"), [("chain", 0), ("unet", 3), ("valid_unet", 0), ("strided", 0), ("finer", 0)]
+)
+def test_columns_of_all_blocks_fit_the_pages_of_the_plan(family, seed, in_column):
+    """Also those at the ends, where fewer planes are there, and those begun anew at any block."""
     network = graphs.graph(family, seed)
-    layout = Layout(network, (90, 70, 50), "reflect")
+    layout = Layout(network, (250, 70, 50), "reflect")
     schedules = Schedules(layout, choose_primitives(layout))
-    granules, block = granules_of(layout, 8, 4), (32, 24, 24)
-    most = memory_of_all(schedules, block, granules, 2)
+    granules, block = granules_of(layout, 8, 4), (12, 24, 24)
+    most = memory_of_all(schedules, Cut(block, in_column), granules, 2)
+    reads = Reads(layout, block, None, None, in_column)
     for box in tiles(layout.output_size, block):
-        column = Column.of(schedules, box, granules)
+        rest = Box(box.start, reads.column(box).stop)
+        column = Column.of(schedules, rest, granules)
         program, one = Program.of(column), memory_of(column, 2)
         assert one.copies_bytes <= most.copies_bytes
         assert one.workspace_bytes <= most.workspace_bytes
         assert one.slab_bytes <= most.slab_bytes
+        assert one.table_bytes <= most.table_bytes
         which = [most.pages.sizes[array] for array in program.arrays]
         for size, count in enumerate(most.pages.counts):
             assert program.held[:, np.equal(which, size)].sum(axis=1).max() <= count
@@ -180,6 +191,44 @@ def test_a_run_in_slabs_equals_the_oracle_within_its_memory(
         plan=one.plan,
     )
     assert again.plan.granules == one.plan.granules
+
+
+def test_flat_volumes_are_made_along_another_axis(tmp_path):
+    network = graphs.graph("unet", 3)
+    size = (20, 60, 300)
+    layout, resources = asked(simplify(network), size)
+    made = search(layout, resources)
+    assert made.axis == 2
+    assert made.reading.axes[-1] == 2
+    assert made.block[2] * made.blocks_in_column >= 300
+    assert Plan.from_json(made.to_json()) == made
+    assert checked(layout, resources, made) == made
+    values = np.random.default_rng(0).standard_normal((network.in_channels, *size))
+    values = values.astype(np.float32)
+    zarr.create_array(tmp_path / "in.zarr", data=values, chunks=(1, 16, 16, 16))
+    arguments = network, tmp_path / "in.zarr"
+    options = {"memory": "2GiB", "chunks": 16, "plan": replace(made, threads=2)}
+    summary = znni_dask.run(*arguments, tmp_path / "out.zarr", **options)
+    assert summary.plan.axis == 2
+    assert summary.peak_bytes <= summary.plan.predicted_bytes
+    group = zarr.open_group(tmp_path / "out.zarr", mode="r")
+    got = np.asarray(group[sorted(group.array_keys())[0]])
+    assert_same(got.reshape(-1, *size), at_once(network, values, "reflect"))
+    (told,) = forecasts(*arguments, **options)
+    shapes = [step.output[2:] for step in told.steps]
+    assert all(z <= 20 < 60 < y + 64 for z, y, _ in shapes)
+    assert any("along x" in line for line in forecast_lines(told))
+
+
+def test_networks_that_shuffle_pixels_are_made_along_z():
+    b = Builder(1)
+    x = b.add(layers.DepthToSpace((2, 2, 2)), b.conv(b.input, 8, 3, stride=2, padding=1))
+    network = b.network(b.conv(x, 2, 3, padding=1))
+    layout, resources = asked(network, (20, 200, 200))
+    assert search(layout, resources).axis == 0
+    made = replace(search(layout, resources), axis=1)
+    with pytest.raises(OptionError, match="along y"):
+        checked(layout, resources, made)
 
 
 def test_a_halo_of_ones_own_is_left_to_patches():

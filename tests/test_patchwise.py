@@ -13,6 +13,7 @@ import zarr
 import oracle
 import znni_dask
 from znni_dask import window_planner
+from znni_dask.behind import Behind
 from znni_dask.choices import Menu, choose_primitives, chosen_primitives
 from znni_dask.cli import main
 from znni_dask.costs import Costs
@@ -161,10 +162,14 @@ def test_the_answer_does_not_depend_on_blocks_memory_or_threads(tmp_path, client
     grid = WindowGrid(network, values.shape[1:], "constant", Patchwise(WINDOW, 0.5, "gaussian"))
     maker = WindowBlocks(grid, chosen_primitives(grid.layout, summary.plan), 2)
     pieces = np.full(answers[0].shape, np.nan, np.float32)
+    source = open_volume(tmp_path / "out0.npy")
+
+    def read(there):
+        return source.read_extended(there, "constant")
+
     for box in tiles(grid.output_size, (7, 11, 13)):
-        region = grid.region(box)
-        given = open_volume(tmp_path / "out0.npy").read_extended(region, "constant")
-        pieces[(slice(None), *box.slices)] = maker.blended(box, given, region.start)
+        behind = Behind.of(0, grid.region(box), read)
+        pieces[(slice(None), *box.slices)] = maker.blended(box, behind)
     maker.close()
     for other in (*answers[1:], pieces):
         assert np.array_equal(other, answers[0])
@@ -183,6 +188,7 @@ def test_the_answer_does_not_depend_on_how_many_windows_are_computed_at_once(mak
     assert count > 8
     assert count % 8
     given = values[:, :12, :20, :24].astype(np.float32)
+    behind = Behind.of(0, Box((0, 0, 0), (12, 20, 24)), lambda there: given)
     made = []
     for samples in (1, 3, 8):
         plain = Schedules(grid.layout, choose_primitives(grid.layout), samples)
@@ -192,7 +198,7 @@ def test_the_answer_does_not_depend_on_how_many_windows_are_computed_at_once(mak
         )
         assert fastest == (primitives != plain.primitives)
         with WindowBlocks(grid, primitives, 2, samples) as blocks:
-            made.append(blocks.blended(box, given, (0, 0, 0), wanted)[:, wanted])
+            made.append(blocks.blended(box, behind, wanted)[:, wanted])
     if make is normalised:
         want = blended(network, given.astype(np.float64), WINDOW, 0.5, "constant")
     else:

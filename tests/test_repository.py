@@ -51,6 +51,7 @@ STAIRS = [
         "choices",
         "pages",
         "columns",
+        "cut",
         "knapsack",
         "costs",
         "schedule",
@@ -59,6 +60,8 @@ STAIRS = [
         "kernels",
     ),
     *(
+        "turnstile",
+        "behind",
         "selection",
         "options",
         "storage",

@@ -19,6 +19,7 @@ from test_identity import (
 from znni_dask import columns
 from znni_dask.choices import choose_primitives
 from znni_dask.columns import Branches, Column
+from znni_dask.cut import Cut
 from znni_dask.executors import streaming
 from znni_dask.executors.streaming import ColumnExecutor
 from znni_dask.geometry import Box, tiles
@@ -44,7 +45,7 @@ def in_columns(network, volume, boundary, block, granules, primitives=None):
     if not isinstance(granules, dict):
         planes = {node.name: granules for node in network}
     out = np.full((network.out_channels, *layout.output_size), np.nan, np.float32)
-    memory = memory_of_all(schedules, block, planes, 2)
+    memory = memory_of_all(schedules, Cut(block), planes, 2)
     with ColumnExecutor(network, chosen, memory, 2) as executor:
         for box in tiles(layout.output_size, block):
             column = Column.of(schedules, box, planes)

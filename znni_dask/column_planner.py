@@ -9,26 +9,27 @@ and costs only.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from math import inf
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from znni_dask.choices import Menu, choose_primitives, chosen_primitives
-from znni_dask.columns import Branches, Column
+from znni_dask.columns import Branches, Column, thickness_of
+from znni_dask.cut import Cut
 from znni_dask.errors import OptionError
-from znni_dask.geometry import AXES, Size, volume
+from znni_dask.geometry import AXES, ceil_divide
 from znni_dask.network.layers import ONES, Layer
+from znni_dask.network.turned import can_be_turned
 from znni_dask.pages import Program, copied_bytes, memory_of
-from znni_dask.patches import Layout
+from znni_dask.patches import Layout, largest_box
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import ITEM_BYTES, Primitive
 from znni_dask.primitives.forms import FormChange
 from znni_dask.primitives.table import candidates
 from znni_dask.resources import (
-    MOST_BLOCKS_IN_FLIGHT,
     Resources,
     check_given,
     check_room,
@@ -39,12 +40,12 @@ from znni_dask.slabs import (
     Programs,
     Slabs,
     across,
-    beside_bytes,
-    block_bytes,
     computed_voxels,
     granules_of,
+    halo_of,
     times_of,
     typical,
+    wanted_bytes,
 )
 
 _THICKNESSES = (1, 2, 4, 8)  # of slabs, in fragments or alignments
@@ -53,6 +54,9 @@ _THIN = (2, 4, 8, 16, 32)  # voxels of the volume that layers at full resolution
 _SHARES = (1.0, 0.85, 0.7)  # of the memory that pages take at most
 _AGAIN = 3  # times that primitives are chosen for one, within less memory each time
 _LONGEST, _WIDEST = 16, 32  # blocks, in chunks
+_LESS_TWICE = 1.05
+_LONGEST_COLUMN = 4096  # voxels: tables of addresses are as long
+_IN_FLIGHT = 2  # blocks that memory is left for where there is enough
 _NARROWEST = 2  # times as long as wide
 _NEAR = 16  # cross-sections of about one size, of which one computes least
 
@@ -76,13 +80,51 @@ def search(layout: Layout, resources: Resources) -> Plan | None:
     """The fastest plan in slabs that fits; None where none does, or none can be."""
     if not streams(layout):
         return None
+    found = [
+        plan.turned(axis)
+        for axis in _axes(layout)
+        if (plan := _along_z(*_turned(layout, resources, axis)))
+    ]
+    return max(found, key=lambda plan: plan.voxels_per_second, default=None)
+
+
+def _axes(layout: Layout) -> list[int]:
+    """Of columns that are tried: z, and one along which less is made twice at their beginnings."""
+    twice = [1 + halo_of(layout, axis) / layout.output_size[axis] for axis in range(3)]
+    possible = [axis for axis in range(3) if can_be_turned(layout.network, axis)]
+    best = min(possible, key=twice.__getitem__, default=0)
+    return [0, best] if twice[best] * _LESS_TWICE < twice[0] else [0]
+
+
+def _turned(layout: Layout, resources: Resources, axis: int) -> tuple[Layout, Resources]:
+    """Both where axes 0 and ``axis`` are swapped."""
+    if axis == 0:
+        return layout, resources
+    weights_bytes = ITEM_BYTES * layout.network.parameters
+    return layout.turned(axis), resources.turned(axis, weights_bytes)
+
+
+def _along_z(layout: Layout, resources: Resources) -> Plan | None:
+    """The fastest in columns along z."""
+    for in_flight in (_IN_FLIGHT, 1):
+        for slabs in _searched(layout, resources, in_flight):
+            for count in range(in_flight, 0, -1):
+                reading, needed_bytes = slabs.reading(count)
+                if needed_bytes <= resources.allowed_bytes:
+                    return slabs.plan(count, reading, needed_bytes)
+    return None
+
+
+def _searched(layout: Layout, resources: Resources, in_flight: int) -> list[Slabs]:
+    """Those that were tried, and fit as far as a few slabs tell: the fastest first."""
     ways, thicknesses = _ways(layout), _thicknesses(layout)
     found: dict[_Place, _Found | None] = {}
 
     def seconds(place: _Place) -> float:
         if place not in found:
-            granules = granules_of(layout, place.thickness, place.thin)
-            found[place] = _tried(layout, resources, ways[place.way], granules, place.share)
+            programs = Programs(layout, granules_of(layout, place.thickness, place.thin))
+            way = ways[place.way]
+            found[place] = _tried(resources, way, programs, place.share, in_flight)
         one = found[place]
         return inf if one is None else one.seconds
 
@@ -94,14 +136,9 @@ def search(layout: Layout, resources: Resources) -> Plan | None:
     best = min(map(climbed, starts), key=seconds)
     best = min(best, climbed(best._replace(thin=16)), key=seconds)
     best = _climb(seconds, best, [best._replace(thin=n) for n in _THIN])
-    best = _climb(seconds, best, [best._replace(share=share) for share in _SHARES])
+    _climb(seconds, best, [best._replace(share=share) for share in _SHARES])
     fitting = [one for one in found.values() if one is not None]
-    for one in sorted(fitting, key=lambda one: one.seconds):
-        for in_flight in range(MOST_BLOCKS_IN_FLIGHT, 0, -1):
-            reading, needed_bytes = one.slabs.reading(in_flight)
-            if needed_bytes <= resources.allowed_bytes:
-                return one.slabs.plan(in_flight, reading, needed_bytes)
-    return None
+    return [one.slabs for one in sorted(fitting, key=lambda one: one.seconds)]
 
 
 def checked(layout: Layout, resources: Resources, given: Plan) -> Plan:
@@ -111,15 +148,29 @@ def checked(layout: Layout, resources: Resources, given: Plan) -> Plan:
     it needs more than is allowed.
     """
     check_given(resources, given)
+    axis = given.axis
+    if not (streams(layout) and can_be_turned(layout.network, axis)):
+        raise OptionError(
+            f"the plan makes columns along {AXES[axis]} slab by slab, which this run cannot"
+        )
+    layout, resources = _turned(layout, resources, axis)
+    return _checked_along_z(layout, resources, given.turned(axis)).turned(axis)
+
+
+def _checked_along_z(layout: Layout, resources: Resources, given: Plan) -> Plan:
     primitives = chosen_primitives(layout, given)
     schedules = Schedules(layout, primitives)
-    if not streams(layout):
-        raise OptionError("the plan makes blocks slab by slab, which this run cannot")
     if odd := set(primitives) - set(given.granules):
         raise OptionError(f"the plan does not say how many planes of {sorted(odd)[0]!r} are made")
     if any(stage.samples > 1 for stage in given.stages):
         raise OptionError("the plan computes several windows at once, and here are slabs")
-    slabs = Slabs(resources, schedules, given.block, Programs(layout, given.granules))
+    cut = Cut(given.block, given.blocks_in_column)
+    if cut.in_column > 1 and (schedules.repeats > 1 or not resources.in_order):
+        raise OptionError(
+            f"the plan makes columns of {cut.in_column} blocks in one go, which neither goes in "
+            "several passes, nor where blocks are made in any order: blocks_in_column must be 1"
+        )
+    slabs = Slabs(resources, schedules, cut, Programs(layout, given.granules))
     reading, needed_bytes = slabs.reading(given.blocks_in_flight)
     check_room(resources, needed_bytes)
     return slabs.plan(given.blocks_in_flight, reading, needed_bytes)
@@ -168,40 +219,36 @@ def _climb(seconds: Callable[[_Place], float], start: _Place, line: Sequence[_Pl
 
 
 def _tried(
-    layout: Layout,
-    resources: Resources,
-    plain: Schedules,
-    granules: Mapping[str, int],
-    share: float,
+    resources: Resources, plain: Schedules, programs: Programs, share: float, in_flight: int
 ) -> _Found | None:
     """The cross-section whose pages take such a share of the memory, with the primitives that are
     fastest there; None where none fits."""
-    threads, programs = resources.threads, Programs(layout, granules)
+    layout, granules, threads = programs.layout, programs.granules, resources.threads
     room_bytes = (1 - share) * resources.allowed_bytes
 
     @cache
-    def block_of(section: tuple[int, int]) -> Size:
-        return _block(layout, resources, plain, section)
+    def cut_of(section: tuple[int, int]) -> Cut:
+        return _cut(resources, plain, programs, section)
 
     @cache
-    def column_of(block: Size) -> tuple[Column, Program, int]:
-        """The column of a block, what is done in it, and the memory left for what primitives keep
+    def column_of(cut: Cut) -> tuple[Column, Program, int]:
+        """The column of a cut, what is done in it, and the memory left for what primitives keep
         and compute in."""
-        column, program = programs.of(plain, min(block[0], layout.output_size[0]))
-        wide = across(column, block)
+        column, program = programs.of(plain, min(cut.column[0], layout.output_size[0]))
+        wide = across(column, cut)
         memory = memory_of(wide, threads, program)
         pages = memory.pages.all_bytes + memory.slab_bytes + memory.table_bytes
-        beside = beside_bytes(layout, resources, block, granules, 1, by_cells=False)
+        beside = wanted_bytes(layout, resources, cut, granules, in_flight)
         return wide, program, resources.allowed_bytes - beside - pages
 
     sections = _sections(layout, resources)
-    first = bisect_left(sections, True, key=lambda s: column_of(block_of(s))[-1] > room_bytes)
+    first = bisect_left(sections, True, key=lambda s: column_of(cut_of(s))[-1] > room_bytes)
     if first == len(sections):
         return None
-    near = map(block_of, sections[first : first + _NEAR])
-    block = min(near, key=lambda block: computed_voxels(layout, resources, block))
-    wide, program, room = column_of(block)
-    count = times_of(layout, resources, block)
+    near = map(cut_of, sections[first : first + _NEAR])
+    cut = min(near, key=lambda cut: computed_voxels(layout, resources, cut))
+    wide, program, room = column_of(cut)
+    count = times_of(layout, resources, cut)
     problems = {
         step.operation.node.name: (step.problem, count * times)
         for step, times in typical(wide, program)
@@ -212,9 +259,8 @@ def _tried(
         if (found := menu.best_within(room)) is None:
             return None
         seconds, primitives = found
-        schedules = Schedules(layout, primitives)
-        slabs = Slabs(resources, schedules, block, programs)
-        over = slabs.estimated_bytes - resources.allowed_bytes
+        slabs = Slabs(resources, Schedules(layout, primitives), cut, programs)
+        over = slabs.estimated_bytes(in_flight) - resources.allowed_bytes
         if over <= 0:
             turns = count * sum(task.times for task in program.tasks)
             return _Found(slabs, seconds + turns * TURN_SECONDS)
@@ -240,23 +286,37 @@ def _sections(layout: Layout, resources: Resources) -> list[tuple[int, int]]:
     return sorted(found, key=lambda section: -(section[0] + high) * (section[1] + wide))
 
 
-def _block(
-    layout: Layout, resources: Resources, schedules: Schedules, section: tuple[int, int]
-) -> Size:
-    """The block of a cross-section: as long as does not take a quarter of the memory, with its
-    answer where that waits for the last of several passes."""
-    if resources.block is not None:
-        return resources.block
+def _cut(
+    resources: Resources, schedules: Schedules, programs: Programs, section: tuple[int, int]
+) -> Cut:
+    """Blocks of a cross-section, and how many of them are a column."""
+    layout, unit = programs.layout, resources.unit[0]
+    hull, block = resources.hull, resources.block
+    lengths = [unit * m for m in range(1, _LONGEST + 1) if unit * (m - 1) < layout.output_size[0]]
+    if not resources.in_order or schedules.repeats > 1:
+        return Cut(block or (_whole(resources, schedules, lengths, section), *section))
+    if block is None:
+        slab = thickness_of(layout, programs.granules)
+        thick = [length for length in lengths if length >= slab] or lengths[-1:]
+        block = next((length for length in thick if length % slab == 0), thick[0]), *section
+    count = ceil_divide(hull.stop[0], block[0]) - hull.start[0] // block[0]
+    return Cut(block, ceil_divide(count, ceil_divide(count * block[0], _LONGEST_COLUMN)))
+
+
+def _whole(
+    resources: Resources, schedules: Schedules, lengths: list[int], section: tuple[int, int]
+) -> int:
+    """How long blocks are that are made each for itself: as does not take a quarter of the memory,
+    with the answer where that waits for the last of several passes."""
+    layout = cast("Layout", schedules.layout)
     answer_bytes = ITEM_BYTES * layout.network.out_channels if schedules.repeats > 1 else 0
-    along, n = resources.unit[0], layout.output_size[0]
 
     def is_long(z: int) -> bool:
-        block = (z, *section)
-        held = block_bytes(layout, resources, block, False) + answer_bytes * volume(block)
-        return 4 * held > resources.allowed_bytes
+        largest = largest_box(layout, (z, *section))
+        held = resources.block_bytes(largest.size, layout.region(largest).size, False)
+        return 4 * (held + answer_bytes * largest.voxels) > resources.allowed_bytes
 
-    lengths = [along * m for m in range(1, _LONGEST + 1) if along * (m - 1) < n]
-    return (lengths[max(0, bisect_left(lengths, True, key=is_long) - 1)], *section)
+    return lengths[max(0, bisect_left(lengths, True, key=is_long) - 1)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import count, groupby, islice, starmap
+from typing import Any, NamedTuple, TypeVar
 
 import dask
 from distributed import Client, Future, as_completed
+from distributed.comm import CommClosedError
 
 from znni_dask.geometry import Box
 from znni_dask.job import BlockMaker, Job, Made, make_block
@@ -42,31 +47,40 @@ def connected(client: Client | None) -> Iterator[Client]:
 
 
 def feed(
-    waiting: Iterator[T],
-    submit: Callable[[T], Future],
+    lanes: Sequence[Iterator[T]],
     in_flight: int,
-    finished: Callable[[T, Future], bool],
+    submit: Callable[[T], Future],
+    finished: Callable[[T, Any], bool],
 ) -> None:
-    """Keep ``in_flight`` tasks going until none are waiting.
+    """Keep ``in_flight`` tasks of every lane going until none are waiting.
 
-    ``submit`` begins one; ``finished`` takes its result or error, and says whether to begin more.
+    ``submit`` begins one, and again one that was cancelled; ``finished`` takes its result, or the
+    exception that it raised, and says whether to begin more.
     """
     running = as_completed()
-    items: dict[str, T] = {}
+    items: dict[str, tuple[Iterator[T], T]] = {}
 
-    def begin(count: int) -> None:
-        for item in itertools.islice(waiting, count):
+    def begin(lane: Iterator[T], some: Iterable[T]) -> None:
+        for item in some:
             future = submit(item)
-            items[future.key] = item
+            items[future.key] = lane, item
             running.add(future)
 
     going = True
-    begin(in_flight)
+    for lane in lanes:
+        begin(lane, islice(lane, in_flight))
     for future in running:
-        going = finished(items.pop(future.key), future) and going
+        lane, item = items.pop(future.key)
+        try:
+            error = future.exception()
+            outcome = future.result() if error is None else error
+        except CancelledError:
+            begin(lane, [item])
+            continue
+        going = finished(item, outcome) and going
         future.release()
         if going:
-            begin(1)
+            begin(lane, islice(lane, 1))
 
 
 def make_blocks(
@@ -82,26 +96,96 @@ def make_blocks(
     """
     maker = BlockMaker(job)
     client.register_plugin(maker)
-    workers = len(client.scheduler_info()["workers"])
+    numbers = count()  # a task that is begun again is another one
 
-    def submit(place: tuple[int, Box]) -> Future:
-        moment, block = place
-        key = f"{maker.name}-{moment}-{block}"
-        return client.submit(make_block, maker.name, moment, block, key=key, pure=False)
+    def submit(one: _Waiting) -> Future:
+        key = f"{maker.name}-{one.time}-{one.block}-{next(numbers)}"
+        return workers.submit(one.worker, make_block, maker.name, one.time, one.block, key=key)
 
-    def done(place: tuple[int, Box], future: Future) -> bool:
-        error: BaseException | None = future.exception()
-        finished(*place, future.result() if error is None else error)
-        return not is_full(error)
+    def done(one: _Waiting, outcome: Made | BaseException) -> bool:
+        finished(one.time, one.block, outcome)
+        return not is_full(outcome)
 
+    workers = _Workers(client)
+    lanes, in_flight = _lanes(job, waiting, sorted(workers.there))
     try:
-        feed(waiting, submit, job.plan.blocks_in_flight * max(workers, 1), done)
+        with workers.watched():
+            feed(lanes, in_flight, submit, done)
     finally:
-        client.unregister_worker_plugin(maker.name)
+        with suppress(CommClosedError):  # of a worker that is leaving, with all it has
+            client.unregister_worker_plugin(maker.name)
 
 
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is that no space is left."""
+class _Waiting(NamedTuple):
+    """A block that is still to be made; on that worker, as long as it is there."""
+
+    time: int
+    block: Box
+    worker: str | None = None
+
+
+def _lanes(
+    job: Job, waiting: Iterator[tuple[int, Box]], workers: Sequence[str]
+) -> tuple[list[Iterator[_Waiting]], int]:
+    """The blocks, and how many are in flight, of every lane. There is one for all workers; but of a
+    column, of which one block goes on where another ended, all go to one worker."""
+    in_flight = job.plan.blocks_in_flight
+    if job.plan.blocks_in_column == 1 or not workers:
+        return [starmap(_Waiting, waiting)], in_flight * max(len(workers), 1)
+    columns = (list(blocks) for _, blocks in groupby(waiting, key=job.column))
+
+    def lane(worker: str) -> Iterator[_Waiting]:
+        for column in columns:  # whichever no other worker has begun
+            for time, block in column:
+                yield _Waiting(time, block, worker)
+
+    return [lane(worker) for worker in workers], in_flight
+
+
+class _Workers:
+    """The workers of a cluster, as long as they are ``there``. What was begun on one that leaves is
+    cancelled, as nobody else would take it up."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._begun: defaultdict[str, weakref.WeakSet[Future]] = defaultdict(weakref.WeakSet)
+        self.there: set[str] = set(client.scheduler_info()["workers"])
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Hear of workers that leave meanwhile."""
+        workers = set(self.there)
+        for worker in workers:
+            self._client.subscribe_topic(worker, partial(self._heard, worker))
+        self.there &= set(self._client.scheduler_info()["workers"])  # who left before is not heard
+        try:
+            yield
+        finally:
+            for worker in workers:
+                self._client.unsubscribe_topic(worker)
+
+    def submit(self, worker: str | None, task: Callable[..., Any], *given: Any, key: str) -> Future:
+        """Begin a task; on that worker, if it is there."""
+        if worker is None or worker not in self.there:
+            return self._client.submit(task, *given, key=key, pure=False)
+        future = self._client.submit(task, *given, key=key, pure=False, workers=[worker])
+        self._begun[worker].add(future)
+        if worker not in self.there:  # it left meanwhile
+            future.cancel()
+        return future
+
+    async def _heard(self, worker: str, event: tuple[float, Mapping[str, Any]]) -> None:
+        _, told = event
+        if told.get("action") == "remove-worker":
+            self.there.discard(worker)
+            left = list(self._begun.pop(worker, ()))  # what is done, too: its result is lost
+            await self._client.cancel(left, asynchronous=True)
+
+
+def is_full(outcome: object) -> bool:
+    """Whether what came of a task is an error that says, or came of one that says, that no space is
+    left."""
+    error = outcome if isinstance(outcome, BaseException) else None
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True

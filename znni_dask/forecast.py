@@ -10,8 +10,9 @@ from typing import Any, Unpack
 
 from znni_dask.asking import Options, asked
 from znni_dask.choices import chosen_primitives
+from znni_dask.cut import Cut
 from znni_dask.feeding import connected
-from znni_dask.geometry import Size, volume
+from znni_dask.geometry import Size, triple, turned, volume
 from znni_dask.inspection import multiply_adds
 from znni_dask.kernels.warm import compile_kernels
 from znni_dask.network.network import Network
@@ -99,7 +100,7 @@ def forecast(planned: PlannedPass) -> Forecast:
     job, resources = planned.job, planned.resources
     laid, plan = job.laid, job.plan
     samples = max(stage.samples for stage in plan.stages)
-    layout = laid.layout if isinstance(laid, WindowGrid) else laid
+    layout = laid.layout if isinstance(laid, WindowGrid) else laid.turned(plan.axis)
     schedules = Schedules(layout, chosen_primitives(layout, plan), samples)
     steps, made, computing, arena, alive = _computed(planned, schedules)
     network, threads = layout.network, resources.threads
@@ -119,7 +120,7 @@ def forecast(planned: PlannedPass) -> Forecast:
         stored_bytes=values * volume(laid.output_size) * job.volume.times,
         plan=plan,
         steps=tuple(
-            _step(step, times, resources, workspace, base + alive)
+            _step(step, times, resources, workspace, base + alive, plan.axis)
             for (step, times), workspace, alive in told
         ),
         work_ratio=done / float(needed) if needed else 1.0,
@@ -137,10 +138,12 @@ def _computed(
     is done; the size of what is made; memory of computing it, of all arrays together, and of those
     that are needed at every step."""
     laid, plan, resources = planned.job.laid, planned.job.plan, planned.resources
-    if isinstance(laid, Layout) and plan.granules:
-        slabs = Slabs(resources, schedules, plan.block, Programs(laid, plan.granules))
-        steps = slabs.steps()
-        return steps, largest_box(laid, plan.block).size, slabs.computing_bytes, 0, [0] * len(steps)
+    layout = schedules.layout
+    if isinstance(layout, Layout) and plan.granules:
+        cut = Cut(turned(plan.block, plan.axis), plan.blocks_in_column)
+        slabs = Slabs(resources, schedules, cut, Programs(layout, plan.granules))
+        steps, made = slabs.steps(), largest_box(layout, cut.column).size
+        return steps, made, slabs.computing_bytes, 0, [0] * len(steps)
     if isinstance(laid, WindowGrid):
         sizes, made = laid.layout.sizes, laid.layout.output_size
     else:
@@ -153,11 +156,18 @@ def _computed(
 
 
 def _step(
-    step: Step, times: float, resources: Resources, workspace_bytes: int, beside_bytes: int
+    step: Step,
+    times: float,
+    resources: Resources,
+    workspace_bytes: int,
+    beside_bytes: int,
+    axis: int,
 ) -> StepForecast:
-    """A step of a patch; beside its workspace the process needs ``beside_bytes`` meanwhile."""
+    """A step of a patch, or of a column along ``axis``; beside its workspace the process needs
+    ``beside_bytes`` meanwhile."""
     seconds = resources.costs.step_seconds(step.primitive, step.problem, resources.threads)
-    output = step.problem.output
+    batch, channels, *size = step.problem.output
+    output = batch, channels, *turned(triple(size), axis)
     return StepForecast(
         layer=step.operation.node.name,
         kind=step.operation.node.layer.kind,

@@ -60,6 +60,10 @@ class Box:
         """Whether the box lies inside ``[0, size)``."""
         return all(0 <= a <= b <= n for a, b, n in zip(self.start, self.stop, size, strict=True))
 
+    def turned(self, axis: int) -> Box:
+        """The same box where axes 0 and ``axis`` are swapped."""
+        return Box(turned(self.start, axis), turned(self.stop, axis))
+
     @property
     def slices(self) -> tuple[slice, slice, slice]:
         """The box as an index into an array's last three axes."""
@@ -74,6 +78,17 @@ def triple(values: Iterable[int]) -> Size:
     """Exactly three whole numbers as a tuple."""
     z, y, x = values
     return int(z), int(y), int(x)
+
+
+def turned(values: Size, axis: int) -> Size:
+    """The same where axes 0 and ``axis`` are swapped.
+
+    >>> turned((1, 2, 3), 2)
+    (3, 2, 1)
+    """
+    found = list(values)
+    found[0], found[axis] = found[axis], found[0]
+    return triple(found)
 
 
 def add(a: Size, b: Size) -> Size:

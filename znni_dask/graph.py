@@ -109,6 +109,7 @@ class Asked:
             threads=computing_threads(self.threads),
             hull=Box((0, 0, 0), laid.output_size),
             block=chunks,
+            in_order=False,
             costs=Costs(timings.kept()),
         )
 

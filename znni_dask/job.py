@@ -6,9 +6,8 @@ that lie on one grid: their channels stand behind one another.
 
 from __future__ import annotations
 
-import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -17,6 +16,7 @@ import numpy as np
 from distributed import WorkerPlugin, get_worker
 from numpy.typing import NDArray
 
+from znni_dask.behind import Behind
 from znni_dask.choices import chosen_primitives
 from znni_dask.executors.columns import ColumnBlocks
 from znni_dask.executors.patches import PatchBlocks
@@ -30,6 +30,7 @@ from znni_dask.selection import Selection
 from znni_dask.storage.chunk_cache import ChunkCache
 from znni_dask.storage.output import Image, OutputLayout
 from znni_dask.storage.volume import Volume
+from znni_dask.turnstile import Turnstile
 from znni_dask.windows import Laid
 
 
@@ -63,7 +64,9 @@ class Job:
     def reads(self) -> Reads:
         """What the blocks read."""
         hull = self.selection.hull(self.laid)
-        return Reads(self.laid, self.plan.block, self.volume.cells, hull)
+        plan = self.plan
+        column = plan.blocks_in_column, plan.axis
+        return Reads(self.laid, plan.block, self.volume.cells, hull, *column)
 
     @cached_property
     def order(self) -> Order:
@@ -81,6 +84,11 @@ class Job:
         """When a block is made, over all time points."""
         return time * volume(self.order.blocks) + self.order.turn(place)
 
+    def column(self, place: tuple[int, Box]) -> tuple[int, Box]:
+        """The time point and the column of a block: blocks that are made in one go."""
+        time, block = place
+        return time, self.reads.column(block)
+
     def cache(self) -> ChunkCache:
         """A cache for the blocks that one worker makes."""
 
@@ -93,10 +101,11 @@ class Job:
 Blocks: TypeAlias = PatchBlocks | ColumnBlocks | WindowBlocks
 
 
-def blocks_by(laid: Laid, plan: Plan) -> Blocks:
-    """What computes the blocks of an answer; it holds threads and memory until it is closed."""
+def blocks_by(laid: Laid, plan: Plan, column_of: Callable[[Box], Box]) -> Blocks:
+    """What computes the blocks of an answer, of which ``column_of`` are made in one go; it holds
+    threads and memory until it is closed."""
     if isinstance(laid, Layout):
-        return ColumnBlocks(laid, plan) if plan.granules else PatchBlocks(laid, plan)
+        return ColumnBlocks(laid, plan, column_of) if plan.granules else PatchBlocks(laid, plan)
     (stage,) = plan.stages
     primitives = chosen_primitives(laid.layout, plan)
     return WindowBlocks(laid, primitives, plan.threads, stage.samples)
@@ -120,7 +129,8 @@ class Made:
 class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
     """Lives on a worker and makes blocks there.
 
-    Several tasks may read and write at a time; one computes, with all threads of the plan.
+    Several tasks may read and write at a time; one computes, with all threads of the plan: of
+    blocks of which one goes on where another ended, the first to be made.
     """
 
     def __init__(self, job: Job) -> None:
@@ -129,8 +139,8 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
 
     def setup(self, worker: Any) -> None:
         """Prepare what all blocks share."""
-        self._computing = threading.Lock()
-        self._blocks = blocks_by(self.job.laid, self.job.plan)
+        self._computing = Turnstile(in_order=self.job.plan.blocks_in_column > 1)
+        self._blocks = blocks_by(self.job.laid, self.job.plan, self.job.reads.column)
         self._cache = self.job.cache()
 
     def teardown(self, worker: Any) -> None:
@@ -144,8 +154,7 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
         if wanted is not None and not wanted.any():
             return Made(0)
         place, region = job.reads.place(block), self._blocks.region(block, wanted)
-        with self._cache.turn(job.turn(time, place)) as reader:
-            values = job.volume.read_extended(region, job.laid.boundary, job.nan, time, reader.read)
+        turn = job.turn(time, place)
         made = [(target, target.empty(block)) for target in job.targets]
 
         def take(box: Box, answer: Array) -> None:
@@ -159,10 +168,18 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
                 if left_out is not None:
                     np.copyto(here, 0, where=left_out)
 
-        with self._computing:
-            before = self._blocks.layer_seconds
-            self._blocks.make(block, values, region.start, take, wanted)
-            spent = self._blocks.layer_seconds
+        with self._computing.coming(turn), self._cache.turn(turn) as reader:
+
+            def read(box: Box) -> NDArray[np.generic]:
+                volume, boundary = job.volume, job.laid.boundary
+                return volume.read_extended(box, boundary, job.nan, time, reader.read)
+
+            behind = Behind.of(time, self._blocks.ahead(block, region), read)
+            with self._computing.through(turn):
+                before = self._blocks.layer_seconds
+                self._blocks.make(block, behind, take, wanted)
+                spent = self._blocks.layer_seconds
+            del behind  # it makes room for what writing takes
         for target, stored in made:
             target.image.write(block, stored, time)
         return Made(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from znni_dask.behind import Behind
 from znni_dask.errors import RunError
 from znni_dask.geometry import Box
 from znni_dask.job import Blocks, Job, blocks_by
@@ -116,8 +117,11 @@ class LazyJob:
         volume = job.volume
         if pieces is not None:
             volume = replace(volume, array=Stored.of(lambda: pieces, pieces))
-        region = self.region(block)
-        values = volume.read_extended(region, job.laid.boundary, job.nan, time)
+        behind = Behind.of(
+            time,
+            self.region(block),
+            lambda box: volume.read_extended(box, job.laid.boundary, job.nan, time),
+        )
         made = np.empty((job.laid.network.out_channels, *block.size), np.float32)
 
         def take(box: Box, answer: Array) -> None:
@@ -125,7 +129,7 @@ class LazyJob:
             made[:, z, y, x] = answer
 
         with _computing:
-            self._prepared().make(block, values, region.start, take)
+            self._prepared().make(block, behind, take)
         kept = [a for a in "tczyx" if a in self.axes]
         found = made[None][tuple(slice(None) if a in kept else 0 for a in "tczyx")]
         return np.ascontiguousarray(found.transpose([kept.index(a) for a in self.axes]))
@@ -162,7 +166,8 @@ class LazyJob:
             job._release()
         _recent[:] = [weakref.ref(job) for job in [self, *others[: _PREPARED_JOBS - 1]]]
         if self._blocks is None:
-            self._blocks = blocks_by(self.job.laid, replace(self.job.plan, threads=self._threads()))
+            plan = replace(self.job.plan, threads=self._threads())
+            self._blocks = blocks_by(self.job.laid, plan, column_of=lambda block: block)
         return self._blocks
 
     def _release(self) -> None:

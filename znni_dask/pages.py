@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from znni_dask.columns import Column, Turn
+from znni_dask.columns import Column, Turn, period_of
+from znni_dask.cut import Cut
 from znni_dask.geometry import Box, Size, ceil_divide
 from znni_dask.kernels.memory import allocated_bytes, odd_lines
 from znni_dask.network.field_of_view import Interval
@@ -25,6 +27,7 @@ from znni_dask.primitives.planes import takes_planes
 from znni_dask.schedule import Schedules, Step, Stored
 
 STEADY = 4  # periods, of which one in the middle is like all that would follow
+_ADDRESS_BYTES = 8
 _ALIKE = 0.8  # of the largest page that is shared
 
 
@@ -184,12 +187,21 @@ def memory_of(column: Column, threads: int, program: Program | None = None) -> C
     # what the first of several passes make waits for the last
     planes = program.given * spacing if len(column.offsets) == 1 else program.planes
     slab = column.network.out_channels * planes * y * x * ITEM_BYTES
-    tables = sum(
-        8 * len(column.schedules.positions[array.name]) * column.boxes[array.name].size[0]
+    pages = Pages(tuple(largest), tuple(counts), sizes)
+    return ColumnMemory(pages, copies, workspace, slab, _table_bytes(column, program))
+
+
+def _table_bytes(column: Column, program: Program) -> int:
+    """Memory of addresses of all planes of a column as long as the program says."""
+    schedules, spacing = column.schedules, column.network.spacing
+    finest = spacing[column.network.output][0] / schedules.layout.fragments[0]
+    more = (program.planes - column.output.size[0]) * finest  # voxels of the volume
+    return sum(
+        _ADDRESS_BYTES
+        * len(schedules.positions[array.name])
+        * (column.boxes[array.name].size[0] + ceil(more / spacing[array.name][0]))
         for array in program.arrays
     )
-    pages = Pages(tuple(largest), tuple(counts), sizes)
-    return ColumnMemory(pages, copies, workspace, slab, tables)
 
 
 def copied_bytes(
@@ -225,10 +237,14 @@ def _length(planes: Interval) -> int:
 
 
 def memory_of_all(
-    schedules: Schedules, block: Size, granules: Mapping[str, int], threads: int
+    schedules: Schedules, cut: Cut, granules: Mapping[str, int], threads: int
 ) -> ColumnMemory:
-    """What suffices for the columns of all blocks of an answer."""
-    found = [memory_of(column, threads) for column in largest_columns(schedules, block, granules)]
+    """What suffices for all columns of an answer, wherever in them one is begun."""
+    found = []
+    longest = min(cut.column[0], cast("Layout", schedules.layout).output_size[0])
+    for column in largest_columns(schedules, cut, granules):
+        program = Program.of(column).extended(0, longest - column.output.size[0])
+        found.append(memory_of(column, threads, program))
     pages = found[0].pages  # of the same sizes in all of them
     counts = [max(most) for most in zip(*(one.pages.counts for one in found), strict=True)]
     return ColumnMemory(
@@ -241,14 +257,22 @@ def memory_of_all(
 
 
 def largest_columns(
-    schedules: Schedules, block: Size, granules: Mapping[str, int]
+    schedules: Schedules, cut: Cut, granules: Mapping[str, int]
 ) -> Iterator[Column]:
-    """For every stretch of z that may be unlike others the column of the largest cross-section."""
-    layout = cast("Layout", schedules.layout)
-    along_z, *_ = spans(layout, block, block)
+    """For every stretch of z that may be unlike others the column of the largest cross-section.
+    Those that are longer end where they go on as they did."""
+    layout, block = cast("Layout", schedules.layout), cut.block
+    blocks, *_ = spans(layout, block, block)
+    few = min(cut.in_column, 1 + ceil_divide(STEADY * period_of(layout, granules), block[0]))
+    starts = [start for start, _ in blocks]
+    along_z = [(start, start + few * block[0]) for start in starts]
+    middle = starts[len(starts) // 2]  # where a column ends that is begun anew at any block
+    along_z += [(middle, middle + count * block[0]) for count in range(1, few)]
+    n = layout.output_size[0]
+    found = [(start, min(stop, n)) for start, stop in along_z]
     if layout.geometry.dense:  # which has no ends
-        along_z = [(0, stop - start) for start, stop in along_z]
-    for span in dict.fromkeys(along_z):
+        found = [(0, stop - start) for start, stop in found]
+    for span in dict.fromkeys(found):
         yield across_of(schedules, span, block, granules)
 
 

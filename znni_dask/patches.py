@@ -26,6 +26,7 @@ from znni_dask.geometry import (
     subtract,
     tiles,
     triple,
+    turned,
 )
 from znni_dask.network.field_of_view import (
     Extension,
@@ -35,6 +36,7 @@ from znni_dask.network.field_of_view import (
     geometry,
 )
 from znni_dask.network.network import Network
+from znni_dask.network.turned import turned as turned_network
 
 Fragmented: TypeAlias = tuple[frozenset[str], frozenset[str], frozenset[str]]
 """Along every axis the layers that are evaluated at all offsets of their stride."""
@@ -111,6 +113,14 @@ class Layout:
     def output_size(self) -> Size:
         """Size of the answer, (z, y, x)."""
         return triple(e.outputs for e in self.extensions)
+
+    def turned(self, axis: int) -> Layout:
+        """The same where axes 0 and ``axis`` are swapped."""
+        if axis == 0:
+            return self
+        halo = self.halo and turned(self.halo, axis)
+        network = turned_network(self.network, axis)
+        return Layout(network, turned(self.size, axis), self.boundary, halo)
 
     @property
     def output_stride(self) -> tuple[Fraction, Fraction, Fraction]:

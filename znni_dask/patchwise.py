@@ -10,10 +10,11 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from znni_dask.behind import Behind
 from znni_dask.choices import choose_primitives
 from znni_dask.closing import Closing
 from znni_dask.executors.serial import SerialExecutor
-from znni_dask.geometry import Box, Size, hull, triple
+from znni_dask.geometry import Box, hull, triple
 from znni_dask.kernels.memory import allocate
 from znni_dask.network.network import Network
 from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive
@@ -102,36 +103,32 @@ class WindowBlocks(Closing):
             return self._grid.region(block)
         return hull(window for window, _ in self._windows(block, wanted))
 
+    def ahead(self, block: Box, region: Box) -> Box:
+        """What of the region behind a block is read before it is made: all."""
+        return region
+
     def make(
         self,
         block: Box,
-        values: NDArray[np.generic],
-        corner: Size,
+        behind: Behind,
         take: Callable[[Box, Array], None],
         wanted: Wanted | None = None,
     ) -> None:
-        """Compute a block of the extended volume's ``values`` behind it, whose first voxel is the
-        volume's voxel ``corner``, and hand it to ``take`` with its answer, which is right where it
-        is wanted."""
-        take(block, self.blended(block, values, corner, wanted))
+        """Compute a block and hand it to ``take`` with its answer, which is right where it is
+        wanted."""
+        take(block, self.blended(block, behind, wanted))
 
-    def blended(
-        self,
-        block: Box,
-        values: NDArray[np.generic],
-        corner: Size,
-        wanted: Wanted | None = None,
-    ) -> Array:
+    def blended(self, block: Box, behind: Behind, wanted: Wanted | None = None) -> Array:
         """The answer within a block, (channel, z, y, x), made of the windows that touch something
         wanted."""
         grid, channels = self._grid, self._grid.network.out_channels
         total = np.zeros((channels, *block.size), np.float32)
         if grid.classifies:
-            for _, here, answer in self._computed(block, values, corner, wanted):
+            for _, here, answer in self._computed(block, behind, wanted):
                 total[(slice(None), *here.slices)] = answer
             return total
         weight = np.zeros(block.size, np.float32)
-        for window, here, answer in self._computed(block, values, corner, wanted):
+        for window, here, answer in self._computed(block, behind, wanted):
             there = here.shifted(block.start).seen_from(window.start)
             importance = grid.importance[there.slices]
             weight[here.slices] += importance
@@ -143,15 +140,14 @@ class WindowBlocks(Closing):
         return total
 
     def _computed(
-        self, block: Box, values: NDArray[np.generic], corner: Size, wanted: Wanted | None
+        self, block: Box, behind: Behind, wanted: Wanted | None
     ) -> Iterator[tuple[Box, Box, Array]]:
         """The windows of a block in the grid's order, what they cover of it, and their answers,
         which are overwritten by later ones."""
         windows = self._windows(block, wanted)
         while some := list(islice(windows, self._executor.samples)):
-            places = [window.seen_from(corner).slices for window, _ in some]
             answers = list(self._answers[: len(some)])
-            self._executor.run([values[:, z, y, x] for z, y, x in places], answers)
+            self._executor.run([behind.within(window) for window, _ in some], answers)
             for (window, here), answer in zip(some, answers, strict=True):
                 yield window, here, answer
 

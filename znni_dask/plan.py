@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import Any
 
 from znni_dask.errors import OptionError
-from znni_dask.geometry import Size, triple
+from znni_dask.geometry import Size, triple, turned
 from znni_dask.geometry import text as shown
 from znni_dask.machine import show_bytes
 
@@ -57,18 +57,25 @@ class Reading:
     cache_bytes: int
     amplification: float
 
+    def turned(self, axis: int) -> Reading:
+        """The same where axes 0 and ``axis`` are swapped."""
+        numbers = turned((0, 1, 2), axis)
+        axes = triple(numbers[a] for a in self.axes)
+        return replace(self, axes=axes, column=turned(self.column, axis))
+
 
 @dataclass(frozen=True)
 class Plan:
     """How a network is applied to a volume on one worker.
 
     ``patch`` and ``block`` are sizes of the output (z, y, x); a block is a whole number of
-    output chunks or shards. A patch is what is computed at once, or a slab of a block that is made
-    slab by slab. Up to ``blocks_in_flight`` blocks are read, computed and written at
-    the same time, one of them computed, by ``threads`` threads, in the order that ``reading``
-    says. ``predicted_bytes`` is the peak of the whole process, ``allowed_bytes`` the limit it was
-    planned for. ``voxels_per_second`` of the output are expected to be made, reading and writing
-    included.
+    output chunks or shards. A patch is what is computed at once, or a slab of what is made slab by
+    slab: so are columns of ``blocks_in_column`` blocks behind one another along ``axis``, each of
+    which goes on where the one before it ended. Up to ``blocks_in_flight`` blocks are read,
+    computed and written at the same time, one of them computed, by ``threads`` threads, in the
+    order that ``reading`` says. ``predicted_bytes`` is the peak of the whole process,
+    ``allowed_bytes`` the limit it was planned for. ``voxels_per_second`` of the output are expected
+    to be made, reading and writing included.
     """
 
     patch: Size
@@ -81,6 +88,18 @@ class Plan:
     allowed_bytes: int
     flops_per_voxel: float
     voxels_per_second: float
+    blocks_in_column: int = 1
+    axis: int = 0
+
+    def turned(self, axis: int) -> Plan:
+        """The plan for where axes 0 and ``axis`` are swapped."""
+        return replace(
+            self,
+            patch=turned(self.patch, axis),
+            block=turned(self.block, axis),
+            reading=self.reading.turned(axis),
+            axis=axis - self.axis,
+        )
 
     @property
     def primitives(self) -> dict[str, str]:
@@ -144,7 +163,7 @@ class Plan:
             Stage(
                 str(stage["device"]),
                 tuple(_choice(told) for told in stage["choices"]),
-                1 if stage.get("samples") is None else int(stage["samples"]),
+                _at_least_one(stage, "samples"),
             )
             for stage in values["stages"]
         )
@@ -164,6 +183,8 @@ class Plan:
             allowed_bytes=int(values["allowed_bytes"]),
             flops_per_voxel=float(values["flops_per_voxel"]),
             voxels_per_second=float(values["voxels_per_second"]),
+            blocks_in_column=_at_least_one(values, "blocks_in_column"),
+            axis=_axis(values),
         )
 
 
@@ -186,6 +207,22 @@ class Alternative:
         if slower > 1:
             return f"{slower:.2f} times slower"
         return "about as fast, with fewer blocks or more reading"
+
+
+def _at_least_one(told: Mapping[str, Any], name: str) -> int:
+    """A number as JSON tells it, 1 where it does not."""
+    number = 1 if told.get(name) is None else int(told[name])
+    if number < 1:
+        raise ValueError(f"{name} is {number}")
+    return number
+
+
+def _axis(told: Mapping[str, Any]) -> int:
+    """The axis of columns as JSON tells it, 0 where it does not."""
+    axis = int(told.get("axis") or 0)
+    if not 0 <= axis <= 2:
+        raise ValueError(f"axis is {axis}, and not 0, 1 or 2")
+    return axis
 
 
 def _choice(told: Mapping[str, Any]) -> Choice:

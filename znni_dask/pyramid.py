@@ -162,13 +162,12 @@ def _make_level(
         key = f"{maker.name}-{place[0]}-{place[1]}"
         return client.submit(_make_block, maker.name, *place, key=key, pure=False)
 
-    def done(place: tuple[int, Box], future: Future) -> bool:
-        error = future.exception()
+    def done(place: tuple[int, Box], error: BaseException | None) -> bool:
         finished(*place, error)
         return not is_full(error)
 
     try:
-        feed(waiting, submit, in_flight * max(workers, 1), done)
+        feed([waiting], in_flight * max(workers, 1), submit, done)
     finally:
         client.unregister_worker_plugin(maker.name)
 

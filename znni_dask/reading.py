@@ -4,7 +4,8 @@ Arithmetic on whole numbers only. What a block reads is a box whose sides depend
 so everything that counts is a sum along an axis, and totals are products of three. Blocks are made
 column by column; within a column every chunk is decoded once, if there is memory for what later
 blocks of the column read again. Columns across the whole volume decode every chunk once; narrow
-ones decode more and keep less.
+ones decode more and keep less. Where blocks behind one another along an axis are made in one go,
+these are the columns along it.
 """
 
 from __future__ import annotations
@@ -104,12 +105,15 @@ class _Columns:
 @dataclass(frozen=True, eq=False)
 class Reads:
     """What blocks of a size read, along every axis: those of the answer that touch ``within``, all
-    where that is None. ``cells`` as of the volume, None without."""
+    where that is None. ``cells`` as of the volume, None without. Of ``in_column`` blocks behind one
+    another along ``axis`` all but the first read only what comes new."""
 
     laid: Laid
     block: Size
     cells: Cells | None
     within: Box | None = None
+    in_column: int = 1
+    axis: int = 0
 
     @cached_property
     def _numbers(self) -> list[range]:
@@ -136,6 +140,13 @@ class Reads:
         stop = (a + b for a, b in zip(start, self.block, strict=True))
         return Box(start, triple(stop)).clipped(self.laid.output_size)
 
+    def column(self, block: Box) -> Box:
+        """The column of a block: the blocks that are made in one go, as one."""
+        first, last = list(self.place(block)), list(self.place(block))
+        first[self.axis] -= first[self.axis] % self.in_column
+        last[self.axis] = min(first[self.axis] + self.in_column, self.blocks[self.axis]) - 1
+        return Box(self.box(triple(first)).start, self.box(triple(last)).stop)
+
     def place(self, block: Box) -> Size:
         """Which block a box of the answer is."""
         found = zip(block.start, self.block, self._numbers, strict=True)
@@ -151,6 +162,9 @@ class Reads:
 
     def _span(self, axis: int, start: int, stop: int) -> Interval:
         first, last = self.laid.reach(axis, start, stop)
+        number = start // self.block[axis] - self._numbers[axis].start
+        if axis == self.axis and number % self.in_column:
+            first = max(first, self.laid.reach(axis, start - self.block[axis], start)[1])
         n = self.laid.size[axis]
         inside = source_box(Box((first, 0, 0), (last, 1, 1)), (n, 1, 1), self.laid.boundary)
         return (inside.start[0], inside.stop[0]) if inside else (0, 0)
@@ -196,13 +210,13 @@ class Reads:
     def best(self, capacity_bytes: int) -> Reading:
         """The order that decodes least with so much memory for what is kept; of those that are
         alike in that the one that keeps least. Directly, where keeping does not help."""
-        direct = Reading((0, 1, 2), self.blocks, 0, self._amplification(self._directly))
+        column = triple(self._widths(axis)[-1] for axis in range(3))
+        direct = Reading(self._orders[0], column, 0, self._amplification(self._directly))
         if self.cells is None or capacity_bytes < self.cells.bytes:
             return direct
         found = [direct]
-        for axes in permutations(range(3)):
-            slowest = axes[0]
-            choices = list(self._columns)
+        for axes in self._orders:
+            slowest, choices = axes[0], list(self._columns)
             # a column is as long as the volume, or made slab by slab
             choices[slowest] = [choices[slowest][0], choices[slowest][-1]]
             for columns in product(*choices):
@@ -210,8 +224,14 @@ class Reads:
                 if kept <= capacity_bytes:
                     amplification = self._amplification([c.decoded for c in columns])
                     width = triple(c.width for c in columns)
-                    found.append(Reading(triple(axes), width, kept, amplification))
+                    found.append(Reading(axes, width, kept, amplification))
         return min(found, key=lambda r: (round(r.amplification, 2), r.cache_bytes))
+
+    @property
+    def _orders(self) -> list[Size]:
+        """The axes from slowest to fastest, in which blocks may be made."""
+        orders = map(triple, permutations(range(3)))
+        return [axes for axes in orders if self.in_column == 1 or axes[-1] == self.axis]
 
     def _amplification(self, decoded: Sequence[int]) -> float:
         """Voxels decoded over voxels needed."""
@@ -245,13 +265,18 @@ class Reads:
     def _columns(self) -> list[list[_Columns]]:
         """Along every axis the columns there may be, from narrow to wide."""
         assert self.cells is not None
+        axes = enumerate(zip(self.spans, self.cells.size, self.laid.size, strict=True))
         return [
-            [
-                _columns(spans, width, size, n)
-                for width in (*(w for w in _WIDTHS if w < len(spans)), len(spans))
-            ]
-            for spans, size, n in zip(self.spans, self.cells.size, self.laid.size, strict=True)
+            [_columns(spans, width, size, n) for width in self._widths(axis)]
+            for axis, (spans, size, n) in axes
         ]
+
+    def _widths(self, axis: int) -> list[int]:
+        """Of columns along an axis, in blocks."""
+        if axis == self.axis and self.in_column > 1:
+            return [self.in_column]
+        count = self.blocks[axis]
+        return [*(width for width in _WIDTHS if width < count), count]
 
 
 def _columns(spans: Sequence[Interval], width: int, cell: int, n: int) -> _Columns:

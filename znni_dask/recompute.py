@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from znni_dask.application import Application
+from znni_dask.behind import Behind
 from znni_dask.choices import choose_primitives, chosen_primitives
 from znni_dask.errors import MemoryLimitError, RunError, VolumeError
 from znni_dask.executors.serial import SerialExecutor
@@ -41,18 +42,19 @@ def recompute(
 ) -> Array:
     """The answer within ``box`` (channel, z, y, x), in one patch of its own; by the plain
     primitives where no others are given."""
-    region = laid.region(box)
-    values = source.read_extended(region, laid.boundary, nan, time)
+    behind = Behind.of(
+        time, laid.region(box), lambda here: source.read_extended(here, laid.boundary, nan, time)
+    )
     if primitives is None:
         primitives = choose_primitives(_arranged(laid), fragments)
     if not isinstance(laid, Layout):
         with WindowBlocks(laid, primitives, threads) as blocks:
-            return blocks.blended(box, values, region.start)
+            return blocks.blended(box, behind)
     schedules = Schedules(laid, primitives)
     arena = schedules.arena(schedules.sizes(box))
     answer = np.empty((laid.network.out_channels, *box.size), np.float32)
     with SerialExecutor(laid.network, primitives, arena, threads) as executor:
-        executor.run(schedules.schedule(box), [values], [answer])
+        executor.run(schedules.schedule(box), [behind.values], [answer])
     return answer
 
 

@@ -141,7 +141,10 @@ def forecast_table(found: Forecast) -> Table:
     plan = found.plan
     told = f"{what} of {text(plan.patch)}"
     if plan.granules:
-        told = f"a block of {text(plan.block)}, in slabs of {text(plan.patch)}"
+        blocks = f"a block of {text(plan.block)}"
+        if (count := plan.blocks_in_column) > 1:
+            blocks = f"a column of {count} blocks of {text(plan.block)}"
+        told = f"{blocks}, in {_pieces(plan)}"
     if found.passes > 1:
         told += f", in {found.passes} passes"
     table = Table(
@@ -203,8 +206,9 @@ def forecast_lines(found: Forecast) -> list[str]:
 
 def _pieces(plan: Plan) -> str:
     """What blocks are made in."""
-    kind = "slabs" if plan.granules else "patches"
-    return f"{kind} of {text(plan.patch)}"
+    if not plan.granules:
+        return f"patches of {text(plan.patch)}"
+    return f"slabs of {text(plan.patch)} along {AXES[plan.axis]}"
 
 
 def _in_flight(plan: Plan) -> str:

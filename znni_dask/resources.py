@@ -6,13 +6,13 @@ Both planners share it: of patches and of windows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TypeVar
 
 from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError, OptionError
-from znni_dask.geometry import Box, Size, text, volume
+from znni_dask.geometry import Box, Size, text, turned, volume
 from znni_dask.kernels.memory import allocated_bytes
 from znni_dask.machine import show_bytes
 from znni_dask.network.network import Network
@@ -39,9 +39,10 @@ class Resources:
     size takes, directly or (``by_cells=True``) by the volume's ``cells``; ``write_bytes`` the
     memory that writing takes beside the values. A voxel as it is stored, with all outputs, takes
     ``voxel_bytes``, and ``encoding_bytes`` while it is encoded. ``baseline_bytes`` is what the
-    process uses before it computes. ``block`` is that of a run that is resumed. Only the outputs
-    within ``hull`` are made; to tell which of them are selected takes ``selected_bytes`` for each
-    voxel of a block. ``costs`` are what the machine takes.
+    process uses before it computes. ``block`` is that of a run that is resumed; ``in_order``
+    whether who made a block makes the next one, too. Only the outputs within ``hull`` are made; to
+    tell which of them are selected takes ``selected_bytes`` for each voxel of a block. ``costs``
+    are what the machine takes.
     """
 
     unit: Size
@@ -55,8 +56,28 @@ class Resources:
     hull: Box
     cells: Cells | None = None
     block: Size | None = None
+    in_order: bool = True
     selected_bytes: int = 0
     costs: Costs = field(default_factory=Costs)
+
+    def turned(self, axis: int, weights_bytes: int) -> Resources:
+        """The same where axes 0 and ``axis`` are swapped, and so are weights of so many bytes."""
+        if axis == 0:
+            return self
+        read_bytes = self.read_bytes
+
+        def read_turned(size: Size, by_cells: bool = False) -> int:
+            return int(read_bytes(turned(size, axis), by_cells))
+
+        return replace(
+            self,
+            unit=turned(self.unit, axis),
+            read_bytes=read_turned,
+            baseline_bytes=self.baseline_bytes + weights_bytes,
+            hull=self.hull.turned(axis),
+            cells=self.cells and self.cells.turned(axis),
+            block=self.block and turned(self.block, axis),
+        )
 
     def block_bytes(self, size: Size, region: Size, by_cells: bool = False) -> int:
         """Memory that a block of ``size`` takes while it is in flight, its computing not counted;

@@ -14,7 +14,8 @@ from math import prod
 from typing import Any
 
 from znni_dask.columns import Column, period_of, thickness_of
-from znni_dask.geometry import Box, Size
+from znni_dask.cut import Cut
+from znni_dask.geometry import Box, ceil_divide
 from znni_dask.pages import STEADY, Program, across_of, copied_bytes, memory_of, memory_of_all
 from znni_dask.patches import Layout, largest_box
 from znni_dask.plan import Choice, Plan, Reading, Stage
@@ -28,6 +29,7 @@ from znni_dask.resources import (
 )
 from znni_dask.schedule import Arrangement, Schedules, Step, Stored
 
+_LITTLE = 0.05  # of the memory, to decode chunks once along a column
 TURN_SECONDS = 2e-4  # to find planes and take pages, beside calling a primitive
 
 
@@ -69,10 +71,10 @@ class Programs:
         return column, self._found[alike].extended(more / period, more)
 
 
-def across(column: Column, block: Size) -> Column:
+def across(column: Column, cut: Cut) -> Column:
     """A column of the largest cross-section of blocks."""
     start, stop = column.output.start[0], column.output.stop[0]
-    return across_of(column.schedules, (start, stop), block, column.granules)
+    return across_of(column.schedules, (start, stop), cut.block, column.granules)
 
 
 def typical(column: Column, program: Program) -> list[tuple[Step, float]]:
@@ -89,11 +91,12 @@ def typical(column: Column, program: Program) -> list[tuple[Step, float]]:
 
 @dataclass(frozen=True, eq=False)
 class Slabs:
-    """Blocks that are made slab by slab, in the slabs of ``programs``, by chosen primitives."""
+    """An answer, cut into columns, that is made in the slabs of ``programs`` by chosen
+    primitives."""
 
     resources: Resources
     schedules: Schedules
-    block: Size
+    cut: Cut
     programs: Programs
 
     @property
@@ -109,49 +112,47 @@ class Slabs:
     def steps(self) -> list[tuple[Step, float]]:
         """For every operation what it computes at once, mostly, and how often in a block."""
         column, program = self._column
-        return typical(across(column, self.block), program)
+        return typical(across(column, self.cut), program)
 
     @cached_property
     def _column(self) -> tuple[Column, Program]:
-        return self.programs.of(self.schedules, min(self.block[0], self.layout.output_size[0]))
+        long, *_ = self.cut.column
+        return self.programs.of(self.schedules, min(long, self.layout.output_size[0]))
 
-    @property
-    def estimated_bytes(self) -> int:
-        """Memory of the process, one block in flight, as far as a few slabs tell."""
+    def estimated_bytes(self, in_flight: int) -> int:
+        """Memory of the process, as far as a few slabs tell."""
         column, program = self._column
-        wide = across(column, self.block)
+        wide = across(column, self.cut)
         computing = memory_of(wide, self.resources.threads, program).all_bytes
-        return computing + self.schedules.prepared_bytes + self._beside_bytes(1, by_cells=False)
+        where = (self.layout, self.resources, self.cut, self.granules)
+        return computing + self.schedules.prepared_bytes + wanted_bytes(*where, in_flight)
 
     @cached_property
     def computing_bytes(self) -> int:
         """Memory of computing."""
         threads = self.resources.threads
-        memory = memory_of_all(self.schedules, self.block, self.granules, threads)
+        memory = memory_of_all(self.schedules, self.cut, self.granules, threads)
         return memory.all_bytes + self.schedules.prepared_bytes
 
     def reading(self, in_flight: int) -> tuple[Reading, int]:
         """How so many blocks in flight share what is decoded, and the memory of the process."""
 
         def needed(by_cells: bool) -> int:
-            return self.computing_bytes + self._beside_bytes(in_flight, by_cells)
+            where = (self.layout, self.resources, self.cut, self.granules)
+            return self.computing_bytes + beside_bytes(*where, in_flight, by_cells)
 
-        resources = self.resources
-        reads = Reads(self.layout, self.block, resources.cells, resources.hull)
+        resources, cut = self.resources, self.cut
+        reads = Reads(self.layout, cut.block, resources.cells, resources.hull, cut.in_column)
         return shared_reading(resources, reads, needed)
-
-    def _beside_bytes(self, in_flight: int, by_cells: bool) -> int:
-        where = (self.layout, self.resources, self.block, self.granules)
-        return beside_bytes(*where, in_flight, by_cells)
 
     def plan(self, in_flight: int, reading: Reading, needed_bytes: int) -> Plan:
         """The plan as a value."""
         layout, resources, costs = self.layout, self.resources, self.resources.costs
         column, program = self._column
-        share = times_of(layout, resources, self.block) / resources.hull.voxels  # of a voxel
+        share = times_of(layout, resources, self.cut) / resources.hull.voxels  # of a voxel
         seconds: defaultdict[str, float] = defaultdict(float)
         flops = 0.0
-        for task, step in program.steps(across(column, self.block)):
+        for task, step in program.steps(across(column, self.cut)):
             primitive, times = step.primitive, share * task.times
             one = costs.step_seconds(primitive, step.problem, resources.threads)
             copied = copied_bytes(primitive, step.problem)
@@ -163,14 +164,14 @@ class Slabs:
         once += sum(costs.setup_seconds(p, layout.network[n].layer) for n, p in primitives.items())
         moved = moving_seconds(layout, resources, reading.amplification, 1)
         a_voxel = sum(seconds.values()) + moved + once / resources.hull.voxels
-        _, y, x = (min(b, n) for b, n in zip(self.block, layout.output_size, strict=True))
+        long, y, x = (min(b, n) for b, n in zip(self.cut.column, layout.output_size, strict=True))
         choices = tuple(
             Choice(name, primitive.name, seconds[name], self.granules[name])
             for name, primitive in primitives.items()
         )
         return Plan(
-            patch=(min(period_of(layout, self.granules), self.block[0]), y, x),
-            block=self.block,
+            patch=(min(period_of(layout, self.granules), long), y, x),
+            block=self.cut.block,
             stages=(Stage("cpu", choices),),
             threads=resources.threads,
             blocks_in_flight=in_flight,
@@ -179,39 +180,55 @@ class Slabs:
             allowed_bytes=resources.allowed_bytes,
             flops_per_voxel=flops,
             voxels_per_second=1 / a_voxel,
+            blocks_in_column=self.cut.in_column,
         )
 
 
 def beside_bytes(
     layout: Layout,
     resources: Resources,
-    block: Size,
+    cut: Cut,
     granules: Mapping[str, int],
     in_flight: int,
     by_cells: bool,
 ) -> int:
-    """Memory of the process beside what computes: blocks in flight, a slab while it is encoded,
-    the weights."""
-    long, y, x = (min(b, n) for b, n in zip(block, layout.output_size, strict=True))
+    """Memory of the process beside what computes: blocks in flight, what else is read of the volume
+    while a column goes on, a slab while it is encoded, the weights."""
+    long, y, x = (min(b, n) for b, n in zip(cut.column, layout.output_size, strict=True))
     encoded = resources.encoding_bytes * min(thickness_of(layout, granules), long) * y * x
-    blocks = in_flight * block_bytes(layout, resources, block, by_cells)
+    largest = largest_box(layout, cut.block)
+    ahead = cut.ahead(layout, largest, begins=True).size
+    blocks = in_flight * resources.block_bytes(largest.size, ahead, by_cells)
+    more = resources.read_bytes(ahead, by_cells=by_cells) if cut.in_column > 1 else 0
     held = OVERHEAD_BYTES + network_bytes(layout.network) + resources.baseline_bytes
-    return held + encoded + blocks
+    return held + encoded + blocks + more
 
 
-def block_bytes(layout: Layout, resources: Resources, block: Size, by_cells: bool) -> int:
-    """Memory of a block in flight."""
-    largest = largest_box(layout, block)
-    return resources.block_bytes(largest.size, layout.region(largest).size, by_cells)
+def wanted_bytes(
+    layout: Layout, resources: Resources, cut: Cut, granules: Mapping[str, int], in_flight: int
+) -> int:
+    """The same with room for the chunks that two blocks of a column read, where that is little:
+    kept, they are decoded once."""
+    if resources.cells is None or cut.in_column == 1:
+        return beside_bytes(layout, resources, cut, granules, in_flight, by_cells=False)
+    cells, region = resources.cells, layout.region(largest_box(layout, cut.block))
+    _, y, x = (
+        min((ceil_divide(n, cell) + 1) * cell, whole)
+        for n, cell, whole in zip(region.size, cells.size, cells.whole, strict=True)
+    )
+    kept = cells.size[0] * y * x * cells.voxel_bytes
+    little = kept <= _LITTLE * resources.allowed_bytes
+    beside = beside_bytes(layout, resources, cut, granules, in_flight, by_cells=little)
+    return beside + kept * little
 
 
-def times_of(layout: Layout, resources: Resources, block: Size) -> float:
-    """How many blocks touch what is wanted; the last ones, which are smaller, count less."""
+def times_of(layout: Layout, resources: Resources, cut: Cut) -> float:
+    """How many columns touch what is wanted; the last ones, which are smaller, count less."""
     hull, found = resources.hull, 1.0
-    for axis, b in enumerate(block):
+    for axis, (b, long) in enumerate(zip(cut.block, cut.column, strict=True)):
         n, halo = layout.output_size[axis], halo_of(layout, axis)
-        starts = range(hull.start[axis] // b * b, hull.stop[axis], b)
-        found *= sum(min(b, n - start) + halo for start in starts) / (min(b, n) + halo)
+        starts = range(hull.start[axis] // b * b, hull.stop[axis], long)
+        found *= sum(min(long, n - start) + halo for start in starts) / (min(long, n) + halo)
     return found
 
 
@@ -221,8 +238,8 @@ def halo_of(layout: Layout, axis: int) -> float:
     return (geometry.field_of_view - 1) / 2 / float(geometry.output_stride)
 
 
-def computed_voxels(layout: Layout, resources: Resources, block: Size) -> float:
-    """In voxels what all blocks compute: of a typical layer half the field of view is added."""
-    axes = zip(block, layout.output_size, strict=True)
+def computed_voxels(layout: Layout, resources: Resources, cut: Cut) -> float:
+    """In voxels what all columns compute: of a typical layer half the field of view is added."""
+    axes = zip(cut.column, layout.output_size, strict=True)
     sides = (min(b, n) + halo_of(layout, axis) for axis, (b, n) in enumerate(axes))
-    return times_of(layout, resources, block) * prod(sides)
+    return times_of(layout, resources, cut) * prod(sides)

@@ -164,17 +164,17 @@ class _Survey:
         def submit(box: Box) -> Future:
             return self._client.submit(_look, self.surveyor.name, question, time, box, pure=False)
 
-        def finished(box: Box, future: Future) -> bool:
-            error = future.exception()
-            if error is not None:
-                failures.append((box.start, error))
+        def finished(box: Box, outcome: Any) -> bool:
+            if isinstance(outcome, BaseException):
+                failures.append((box.start, outcome))
                 return False
-            answers.append(future.result())
+            answers.append(outcome)
             if len(answers) == 2:
                 answers[:] = [[a + b for a, b in zip(*answers, strict=True)]]
             return True
 
-        feed(tiles(self.source.size, boxes(self.source)), submit, self._in_flight, finished)
+        pieces = tiles(self.source.size, boxes(self.source))
+        feed([pieces], self._in_flight, submit, finished)
         if failures:
             _, error = min(failures, key=lambda failure: failure[0])
             if isinstance(error, RunError):

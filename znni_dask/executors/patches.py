@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
+from znni_dask.behind import Behind
 from znni_dask.choices import chosen_primitives
 from znni_dask.closing import Closing
 from znni_dask.executors.serial import SerialExecutor
-from znni_dask.geometry import Box, Size, hull, volume
+from znni_dask.geometry import Box, hull, volume
 from znni_dask.kernels.memory import allocate
 from znni_dask.patches import Layout, patches_of, region_of, spans
 from znni_dask.plan import Plan
@@ -38,23 +38,24 @@ class PatchBlocks(Closing):
             return region_of(self._layout, block, self._plan.patch)
         return hull(self._layout.region(box) for box in self._patches(block, wanted))
 
+    def ahead(self, block: Box, region: Box) -> Box:
+        """What of the region behind a block is read before it is made: all."""
+        return region
+
     def make(
         self,
         block: Box,
-        values: NDArray[np.generic],
-        corner: Size,
+        behind: Behind,
         take: Callable[[Box, Array], None],
         wanted: Wanted | None = None,
     ) -> None:
-        """Compute a block of the extended volume's ``values`` behind it, whose first voxel is the
-        volume's voxel ``corner``. ``take`` is handed each part of the block that holds something
-        wanted with its answer (channel, z, y, x), which it may overwrite and must not keep."""
+        """Compute a block. ``take`` is handed each part of it that holds something wanted with its
+        answer (channel, z, y, x), which it may overwrite and must not keep."""
         channels = self._layout.network.out_channels
         for box in self._patches(block, wanted):
             todo = self._schedules.schedule(box)
-            z, y, x = todo.input.seen_from(corner).slices
             answer = self._answer[: channels * volume(box.size)].reshape(channels, *box.size)
-            self._executor.run(todo, [values[:, z, y, x]], [answer])
+            self._executor.run(todo, [behind.within(todo.input)], [answer])
             take(box, answer)
 
     def _patches(self, block: Box, wanted: Wanted | None) -> Iterator[Box]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import lt
 
-from znni_dask.geometry import Box, Size, ceil_divide, multiply, tiles, triple, volume
+from znni_dask.geometry import Box, Size, ceil_divide, multiply, tiles, triple, turned, volume
 
 _CELL_BYTES = 1 << 20
 _FETCHED_BYTES = 16 << 20  # read at once, where cells are not large
@@ -41,6 +41,11 @@ class Cells:
             size = (n * 2 if axis == short else n for axis, n in enumerate(cells.size))
             cells = cls(chunk, triple(size), whole, voxel_bytes)
         return cells
+
+    def turned(self, axis: int) -> Cells:
+        """The same where axes 0 and ``axis`` are swapped."""
+        chunk, size, whole = (turned(n, axis) for n in (self.chunk, self.size, self.whole))
+        return Cells(chunk, size, whole, self.voxel_bytes)
 
     @property
     def bytes(self) -> int:
