@@ -161,6 +161,17 @@ def streaming(result: Row) -> Iterator[Line]:
         yield [row["network"], row["limit"], *told[0], *told[1][:-1], times]
 
 
+def study(result: Row) -> Iterator[Line]:
+    """Patches of the paper's networks by every algorithm; of what was not run the smallest."""
+    yield ["network", "algorithm", "patch", "memory", "voxels/s", "predicted voxels/s"]
+    for name, told in result["networks"].items():
+        for algorithm, found in told["measured"].items():
+            predicted = found["predicted_voxels_per_second"] * found.get("rate", 1)
+            shown = f"{predicted:,.0f}" if predicted >= 1 else f"{predicted:.1g}"
+            size = "·".join(map(str, found["patch"]))
+            yield [name, algorithm, size, *_plan(found)[1:3], shown]
+
+
 def _plan(found: Row) -> Line:
     """What it makes at once, the memory that it took, its rate (about, where the machine gave more
     or less meanwhile), and that over the one predicted for what the machine gave."""
@@ -182,6 +193,7 @@ TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
     "throughput": throughput,
     "complete": complete,
     "streaming": streaming,
+    "study": study,
 }
 
 

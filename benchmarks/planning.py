@@ -180,9 +180,9 @@ def rate(team: Team) -> float:
     return median([flops_per_second(team) for _ in range(2 * PROBES)][PROBES:])
 
 
-def steady(command: list[str], team: Team, reference: float) -> dict[str, Any]:
+def steady(command: list[str], team: Team, reference: float, tries: int = TRIES) -> dict[str, Any]:
     """What a command tells that runs between probes that agree, and the machine's rate then."""
-    for _ in range(TRIES):
+    for _ in range(tries):
         before = rate(team)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         after = rate(team)

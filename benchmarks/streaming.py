@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from math import prod
 from statistics import median
@@ -26,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from machine import keep, kept
-from planning import NETWORKS, rate, steady
+from planning import rate, steady, unet
 from znni_dask import column_planner, planner, timings
 from znni_dask.calibration import calibrate
 from znni_dask.choices import chosen_primitives
@@ -50,7 +51,7 @@ from znni_dask.schedule import Schedules
 
 LIMITS = ("2GB", "4GB", "12GB")
 SIZE, SIZE_OF_OTHERS = (1024, 1024, 1024), (512, 512, 512)
-NAMES = (*PAPER_NETWORKS, "U-Net 4, 32")
+NETWORKS = {**PAPER_NETWORKS, "U-Net 4, 32": partial(unet, 4, 32)}
 BEFORE, SLABS = 1, 3  # thick slabs that do not count, and those that do
 REPEATS = 2  # of a patch, of which the last counts
 
@@ -59,7 +60,8 @@ def one(name: str, limit: str, threads: int, way: str) -> dict[str, Any]:
     """A network within a limit, in slabs or in patches."""
     size = SIZE if name in PAPER_NETWORKS else SIZE_OF_OTHERS
     layout = Layout(simplify(NETWORKS[name]()), size, "reflect")
-    resources = unhindered(layout, parse_bytes(limit), threads, Costs(timings.kept()))
+    baseline = anonymous_bytes()
+    resources = unhindered(layout, parse_bytes(limit), threads, Costs(timings.kept()), baseline)
     plan: Plan | None = None
     if way == "slabs":
         plan = column_planner.search(layout, resources)
@@ -87,7 +89,9 @@ def one(name: str, limit: str, threads: int, way: str) -> dict[str, Any]:
     }
 
 
-def unhindered(layout: Layout, allowed_bytes: int, threads: int, costs: Costs) -> Resources:
+def unhindered(
+    layout: Layout, allowed_bytes: int, threads: int, costs: Costs, baseline_bytes: int
+) -> Resources:
     """What there is for a run of which reading and writing take nothing."""
     return Resources(
         unit=(32, 32, 32),
@@ -95,7 +99,7 @@ def unhindered(layout: Layout, allowed_bytes: int, threads: int, costs: Costs) -
         encoding_bytes=0,
         read_bytes=lambda size, by_cells=False: 0,
         write_bytes=0,
-        baseline_bytes=anonymous_bytes(),
+        baseline_bytes=baseline_bytes,
         allowed_bytes=allowed_bytes,
         threads=threads,
         hull=Box((0, 0, 0), layout.output_size),
@@ -151,7 +155,7 @@ def in_patches(layout: Layout, plan: Plan) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", choices=NAMES, action="append")
+    parser.add_argument("--only", choices=[*NETWORKS], action="append")
     parser.add_argument("--limit", choices=LIMITS, action="append")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
@@ -167,7 +171,7 @@ def main() -> None:
         before = rate(team)
         timings.keep_timings(calibrate(given.threads))
         reference = (before + rate(team)) / 2
-        for name in given.only or NAMES:
+        for name in given.only or NETWORKS:
             for limit in given.limit or LIMITS:
                 row: dict[str, Any] = {"network": name, "limit": limit}
                 for way in ("slabs", "patches"):

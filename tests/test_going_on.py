@@ -231,6 +231,20 @@ def test_a_run_makes_every_column_once(small, narrow, client, monkeypatch):
     assert amplification <= plan.reading.amplification * 1.01
 
 
+def test_of_a_region_columns_are_as_long_as_it_is(small, narrow, client, monkeypatch):
+    arguments, want = small
+    begun, _ = loaded_planes(monkeypatch)
+    summary = znni_dask.run(**arguments, client=client, roi="20:70,5:30,:", pyramid=False)
+    assert summary.plan.blocks_in_column == 64 // 16
+    assert {box.start[0] for box in begun} == {16}
+    assert {box.stop[0] for box in begun} == {80}
+    got = stored(arguments["output"])
+    wanted = (slice(None), slice(20, 70), slice(5, 30))
+    assert_same(got[wanted], want[wanted])
+    assert not got[:, :20].any()
+    assert not got[:, 70:].any()
+
+
 def test_a_resumed_run_computes_again_only_what_its_first_blocks_read(
     small, narrow, client, monkeypatch
 ):
