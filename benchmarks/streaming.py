@@ -117,8 +117,7 @@ def in_slabs(layout: Layout, plan: Plan) -> float:
     column = Column.of(schedules, output, plan.granules)
     passes = len(column.offsets)
     column = replace(column, offsets=column.offsets[:1])
-    cut = Cut(plan.block, plan.blocks_in_column)
-    memory = memory_of_all(schedules, cut, plan.granules, plan.threads)
+    memory = memory_of_all(schedules, Cut.of(plan), plan.granules, plan.threads)
     values = np.random.default_rng(0).standard_normal((1, 1, *column.input.size[1:]))
     plane = values.astype(np.float32)
 

@@ -238,7 +238,9 @@ def study(name: str, found: _Found, team: Team, reference: float) -> dict[str, A
         "measured": {},
     }
     for algorithm in ALGORITHMS:
-        rows = within_memory(name, algorithm, found)
+        rows = told["by_patch"][algorithm]
+        if ALGORITHMS[algorithm].family is None:  # which chooses by memory, too
+            rows = within_memory(name, algorithm, found)
         row, one = worth_running(rows), {}
         if row is not None:
             asked = (name, algorithm, str(row["edge"]), str(found.threads))

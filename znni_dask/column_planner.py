@@ -54,7 +54,7 @@ _THIN = (2, 4, 8, 16, 32)  # voxels of the volume that layers at full resolution
 _SHARES = (1.0, 0.85, 0.7)  # of the memory that pages take at most
 _AGAIN = 3  # times that primitives are chosen for one, within less memory each time
 _LONGEST, _WIDEST = 16, 32  # blocks, in chunks
-_LESS_TWICE = 1.05
+_LESS_TWICE = 1.05  # times, along another axis, for which that is tried, too
 _LONGEST_COLUMN = 4096  # voxels: tables of addresses are as long
 _IN_FLIGHT = 2  # blocks that memory is left for where there is enough
 _NARROWEST = 2  # times as long as wide
@@ -92,14 +92,12 @@ def _axes(layout: Layout) -> list[int]:
     """Of columns that are tried: z, and one along which less is made twice at their beginnings."""
     twice = [1 + halo_of(layout, axis) / layout.output_size[axis] for axis in range(3)]
     possible = [axis for axis in range(3) if can_be_turned(layout.network, axis)]
-    best = min(possible, key=twice.__getitem__, default=0)
+    best = min(possible, key=twice.__getitem__)
     return [0, best] if twice[best] * _LESS_TWICE < twice[0] else [0]
 
 
 def _turned(layout: Layout, resources: Resources, axis: int) -> tuple[Layout, Resources]:
     """Both where axes 0 and ``axis`` are swapped."""
-    if axis == 0:
-        return layout, resources
     weights_bytes = ITEM_BYTES * layout.network.parameters
     return layout.turned(axis), resources.turned(axis, weights_bytes)
 
@@ -164,7 +162,7 @@ def _checked_along_z(layout: Layout, resources: Resources, given: Plan) -> Plan:
         raise OptionError(f"the plan does not say how many planes of {sorted(odd)[0]!r} are made")
     if any(stage.samples > 1 for stage in given.stages):
         raise OptionError("the plan computes several windows at once, and here are slabs")
-    cut = Cut(given.block, given.blocks_in_column)
+    cut = Cut.of(given)
     if cut.in_column > 1 and (schedules.repeats > 1 or not resources.in_order):
         raise OptionError(
             f"the plan makes columns of {cut.in_column} blocks in one go, which neither goes in "
@@ -223,7 +221,7 @@ def _tried(
 ) -> _Found | None:
     """The cross-section whose pages take such a share of the memory, with the primitives that are
     fastest there; None where none fits."""
-    layout, granules, threads = programs.layout, programs.granules, resources.threads
+    layout, threads = programs.layout, resources.threads
     room_bytes = (1 - share) * resources.allowed_bytes
 
     @cache
@@ -238,7 +236,7 @@ def _tried(
         wide = across(column, cut)
         memory = memory_of(wide, threads, program)
         pages = memory.pages.all_bytes + memory.slab_bytes + memory.table_bytes
-        beside = wanted_bytes(layout, resources, cut, granules, in_flight)
+        beside = wanted_bytes(programs, resources, cut, in_flight)
         return wide, program, resources.allowed_bytes - beside - pages
 
     sections = _sections(layout, resources)

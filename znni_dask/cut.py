@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from znni_dask.geometry import Box, Size
+from znni_dask.geometry import Box, Size, turned
 from znni_dask.patches import Layout
+from znni_dask.plan import Plan
 from znni_dask.schedule import Arrangement
 
 
@@ -17,6 +18,11 @@ class Cut:
 
     block: Size
     in_column: int = 1
+
+    @classmethod
+    def of(cls, plan: Plan) -> Cut:
+        """That of a plan, turned so that columns run along z."""
+        return cls(turned(plan.block, plan.axis), plan.blocks_in_column)
 
     @property
     def column(self) -> Size:

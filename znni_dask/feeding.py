@@ -46,6 +46,17 @@ def connected(client: Client | None) -> Iterator[Client]:
         yield local
 
 
+@contextmanager
+def on_workers(client: Client, plugin: Any) -> Iterator[None]:
+    """The plugin lives on all workers, also on those that come later, until this is left."""
+    client.register_plugin(plugin)
+    try:
+        yield
+    finally:
+        with suppress(CommClosedError):  # of a worker that is leaving, with all it has
+            client.unregister_worker_plugin(plugin.name)
+
+
 def feed(
     lanes: Sequence[Iterator[T]],
     in_flight: int,
@@ -95,7 +106,6 @@ def make_blocks(
     full no more blocks are begun.
     """
     maker = BlockMaker(job)
-    client.register_plugin(maker)
     numbers = count()  # a task that is begun again is another one
 
     def submit(one: _Waiting) -> Future:
@@ -108,12 +118,8 @@ def make_blocks(
 
     workers = _Workers(client)
     lanes, in_flight = _lanes(job, waiting, sorted(workers.there))
-    try:
-        with workers.watched():
-            feed(lanes, in_flight, submit, done)
-    finally:
-        with suppress(CommClosedError):  # of a worker that is leaving, with all it has
-            client.unregister_worker_plugin(maker.name)
+    with on_workers(client, maker), workers.watched():
+        feed(lanes, in_flight, submit, done)
 
 
 class _Waiting(NamedTuple):

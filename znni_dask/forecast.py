@@ -140,7 +140,7 @@ def _computed(
     laid, plan, resources = planned.job.laid, planned.job.plan, planned.resources
     layout = schedules.layout
     if isinstance(layout, Layout) and plan.granules:
-        cut = Cut(turned(plan.block, plan.axis), plan.blocks_in_column)
+        cut = Cut.of(plan)
         slabs = Slabs(resources, schedules, cut, Programs(layout, plan.granules))
         steps, made = slabs.steps(), largest_box(layout, cut.column).size
         return steps, made, slabs.computing_bytes, 0, [0] * len(steps)

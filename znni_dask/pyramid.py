@@ -15,7 +15,7 @@ import numpy as np
 from distributed import Client, Future, WorkerPlugin, get_worker
 
 from znni_dask.errors import MemoryLimitError, RunError
-from znni_dask.feeding import feed, is_full
+from znni_dask.feeding import feed, is_full, on_workers
 from znni_dask.geometry import (
     Box,
     Size,
@@ -155,7 +155,6 @@ def _make_level(
 ) -> None:
     """Feed the blocks (time point, box) of a level to the workers. Where the disk is full no more
     are begun."""
-    client.register_plugin(maker)
     workers = len(client.scheduler_info()["workers"])
 
     def submit(place: tuple[int, Box]) -> Future:
@@ -166,10 +165,8 @@ def _make_level(
         finished(*place, error)
         return not is_full(error)
 
-    try:
+    with on_workers(client, maker):
         feed([waiting], in_flight * max(workers, 1), submit, done)
-    finally:
-        client.unregister_worker_plugin(maker.name)
 
 
 def _make_block(name: str, time: int, block: Box) -> None:

@@ -124,8 +124,8 @@ class Slabs:
         column, program = self._column
         wide = across(column, self.cut)
         computing = memory_of(wide, self.resources.threads, program).all_bytes
-        where = (self.layout, self.resources, self.cut, self.granules)
-        return computing + self.schedules.prepared_bytes + wanted_bytes(*where, in_flight)
+        beside = wanted_bytes(self.programs, self.resources, self.cut, in_flight)
+        return computing + self.schedules.prepared_bytes + beside
 
     @cached_property
     def computing_bytes(self) -> int:
@@ -138,8 +138,8 @@ class Slabs:
         """How so many blocks in flight share what is decoded, and the memory of the process."""
 
         def needed(by_cells: bool) -> int:
-            where = (self.layout, self.resources, self.cut, self.granules)
-            return self.computing_bytes + beside_bytes(*where, in_flight, by_cells)
+            beside = beside_bytes(self.programs, self.resources, self.cut, in_flight, by_cells)
+            return self.computing_bytes + beside
 
         resources, cut = self.resources, self.cut
         reads = Reads(self.layout, cut.block, resources.cells, resources.hull, cut.in_column)
@@ -185,17 +185,14 @@ class Slabs:
 
 
 def beside_bytes(
-    layout: Layout,
-    resources: Resources,
-    cut: Cut,
-    granules: Mapping[str, int],
-    in_flight: int,
-    by_cells: bool,
+    programs: Programs, resources: Resources, cut: Cut, in_flight: int, by_cells: bool
 ) -> int:
     """Memory of the process beside what computes: blocks in flight, what else is read of the volume
     while a column goes on, a slab while it is encoded, the weights."""
+    layout = programs.layout
     long, y, x = (min(b, n) for b, n in zip(cut.column, layout.output_size, strict=True))
-    encoded = resources.encoding_bytes * min(thickness_of(layout, granules), long) * y * x
+    slab = min(thickness_of(layout, programs.granules), long)
+    encoded = resources.encoding_bytes * slab * y * x
     largest = largest_box(layout, cut.block)
     ahead = cut.ahead(layout, largest, begins=True).size
     blocks = in_flight * resources.block_bytes(largest.size, ahead, by_cells)
@@ -204,21 +201,20 @@ def beside_bytes(
     return held + encoded + blocks + more
 
 
-def wanted_bytes(
-    layout: Layout, resources: Resources, cut: Cut, granules: Mapping[str, int], in_flight: int
-) -> int:
+def wanted_bytes(programs: Programs, resources: Resources, cut: Cut, in_flight: int) -> int:
     """The same with room for the chunks that two blocks of a column read, where that is little:
     kept, they are decoded once."""
     if resources.cells is None or cut.in_column == 1:
-        return beside_bytes(layout, resources, cut, granules, in_flight, by_cells=False)
-    cells, region = resources.cells, layout.region(largest_box(layout, cut.block))
+        return beside_bytes(programs, resources, cut, in_flight, by_cells=False)
+    cells, layout = resources.cells, programs.layout
+    region = layout.region(largest_box(layout, cut.block))
     _, y, x = (
         min((ceil_divide(n, cell) + 1) * cell, whole)
         for n, cell, whole in zip(region.size, cells.size, cells.whole, strict=True)
     )
     kept = cells.size[0] * y * x * cells.voxel_bytes
     little = kept <= _LITTLE * resources.allowed_bytes
-    beside = beside_bytes(layout, resources, cut, granules, in_flight, by_cells=little)
+    beside = beside_bytes(programs, resources, cut, in_flight, by_cells=little)
     return beside + kept * little
 
 

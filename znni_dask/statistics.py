@@ -25,7 +25,7 @@ from distributed import Client, Future, WorkerPlugin, get_worker
 from numpy.typing import NDArray
 
 from znni_dask.errors import MemoryLimitError, RunError, VolumeError
-from znni_dask.feeding import feed
+from znni_dask.feeding import feed, on_workers
 from znni_dask.geometry import Box, Size, text, tiles, triple, volume
 from znni_dask.machine import anonymous_bytes, show_bytes
 from znni_dask.normalization import Normalization, Statistics
@@ -61,11 +61,8 @@ def measure(
     in_flight, predicted = _in_flight(source, allowed_bytes)
     survey = _Survey(client, source, nan is not None, in_flight)
     find = {"zscore": _deviations, "range": _extremes, "percentile": _percentiles}[wanted.method]
-    client.register_plugin(survey.surveyor)
-    try:
+    with on_workers(client, survey.surveyor):
         found = [_checked(find(survey, time, wanted), survey, time) for time in range(source.times)]
-    finally:
-        client.unregister_worker_plugin(survey.surveyor.name)
     offset = tuple(tuple(offset for offset, _ in channels) for channels in found)
     scale = tuple(tuple(scale for _, scale in channels) for channels in found)
     return Measured(Statistics(offset, scale), predicted)

@@ -37,7 +37,7 @@ class ColumnBlocks(Closing):
         self._axis, self._column_of = plan.axis, column_of
         self._layout = layout = layout.turned(plan.axis)
         primitives = chosen_primitives(layout, plan)
-        self._cut = Cut(plan.turned(plan.axis).block, plan.blocks_in_column)
+        self._cut = Cut.of(plan)
         self._schedules, self._granules = Schedules(layout, primitives), plan.granules
         memory = memory_of_all(self._schedules, self._cut, self._granules, plan.threads)
         self._executor = ColumnExecutor(layout.network, primitives, memory, plan.threads)
