@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from llvmlite import binding as llvm
@@ -152,14 +155,19 @@ def test_code_is_compiled_once_and_kept(tmp_path, monkeypatch, caplog):
         exposed(made, complex_line(made, 2, 2, 2), "line")
         return made
 
+    def begun_anew():
+        monkeypatch.setattr(compiled, "_LIBRARIES", {})
+
     monkeypatch.setenv("ZNNI_CACHE", str(tmp_path / "kept"))
     caplog.set_level("INFO")
+    begun_anew()
     compiled.compiled_library(module())
     assert "once" in caplog.text
     assert str(tmp_path / "kept") in caplog.text
     caplog.clear()
     (kept,) = (tmp_path / "kept").iterdir()
     written = kept.stat().st_mtime_ns
+    begun_anew()
     with monkeypatch.context() as patch:
         patch.setattr(compiled, "object_code", None)  # would be called, and fail
         compiled.compiled_library(module())
@@ -167,7 +175,31 @@ def test_code_is_compiled_once_and_kept(tmp_path, monkeypatch, caplog):
     assert not caplog.text
     (tmp_path / "file").touch()
     monkeypatch.setenv("ZNNI_CACHE", str(tmp_path / "file"))  # nothing can be kept there
+    begun_anew()
     assert compiled.compiled_library(module())["line"]
+
+
+def test_all_who_ask_at_once_have_the_same_code(monkeypatch):
+    """Of code that only some had, others would be told where it no longer is."""
+    monkeypatch.setattr(compiled, "_LIBRARIES", {})
+    honest, begin = compiled._loaded, threading.Barrier(4)
+
+    def loaded(*asked):
+        begin.wait(10)  # all find that nobody has it
+        return honest(*asked)
+
+    monkeypatch.setattr(compiled, "_loaded", loaded)
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(compiled.library_of_text, *_text()) for _ in range(4)]
+        libraries = {one.result(30) for one in found}
+    assert len(libraries) == 1
+    assert compiled.library_of_text(*_text()) in libraries
+
+
+def _text():
+    module = ir.Module()
+    exposed(module, complex_line(module, 2, 2, 2), "line")
+    return compiled._told(module)
 
 
 def test_lengths_that_cannot_be_transformed_are_refused():

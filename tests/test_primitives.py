@@ -369,6 +369,7 @@ def test_processors_with_short_vectors_make_the_same(label, name, monkeypatch, t
     other = compiled.Target(triple, cpu)
     assert not other.wide
     monkeypatch.setenv("ZNNI_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiled, "_LIBRARIES", {})
     for module in (compiled, from_few, planes_kernel, rows_kernel, tiles_kernel):
         monkeypatch.setattr(module, "host", lambda: other)
     libraries = ((rows_kernel, "rows_library"), (tiles_kernel, "stages"))

@@ -74,10 +74,10 @@ class Compiled:
 
 
 class Library:
-    """Functions by their names."""
+    """Functions by their names; their code lives as long as it."""
 
     def __init__(self, code: bytes, parameters: Parameters) -> None:
-        owner = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host().machine)
+        self._owner = owner = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host().machine)
         owner.add_object_file(llvm.ObjectFileRef.from_data(code))
         owner.finalize_object()
         self._functions: dict[str, Compiled] = {}
@@ -85,11 +85,13 @@ class Library:
             kinds = [ctypes.c_void_p] * len(addresses) + [ctypes.c_int64] * len(numbers)
             address = owner.get_function_address(name)
             call = ctypes.CFUNCTYPE(None, *kinds)(address)
-            call.owner = owner  # type: ignore[attr-defined]  # its code lives as long as it
             self._functions[name] = Compiled(address, call)
 
     def __getitem__(self, name: str) -> Compiled:
         return self._functions[name]
+
+
+_LIBRARIES: dict[str, Library] = {}
 
 
 def kept_library(write: Callable[..., ir.Module], *arguments: Hashable) -> Library:
@@ -132,10 +134,17 @@ def _sources(file: str) -> str:
 
 
 def _library(about: str, write: Callable[[], tuple[str, Parameters]]) -> Library:
+    """The one of this process: all who ask have the same, also those who do at once, and its code
+    stays where they were told that it is."""
+    key = hashlib.sha256(repr((about, host(), llvm.llvm_version_info)).encode()).hexdigest()
+    if key not in _LIBRARIES:
+        _LIBRARIES.setdefault(key, _loaded(key, write))
+    return _LIBRARIES[key]
+
+
+def _loaded(key: str, write: Callable[[], tuple[str, Parameters]]) -> Library:
     """From the cache on disk, or else written and compiled. A file holds what the functions take
     in its first line, and then their code."""
-    target = host()
-    key = hashlib.sha256(repr((about, target, llvm.llvm_version_info)).encode()).hexdigest()
     place = cache_folder() / f"{key}.kernels"
     try:
         told, code = place.read_bytes().split(b"\n", 1)
@@ -143,7 +152,7 @@ def _library(about: str, write: Callable[[], tuple[str, Parameters]]) -> Library
     except OSError:  # not there yet, or not for us to read
         LOG.info("compiling kernels for this machine: once, they are kept in %s", cache_folder())
     text, parameters = write()
-    code = object_code(text, target)
+    code = object_code(text, host())
     with contextlib.suppress(OSError):  # where nothing can be kept, every process compiles
         keep(place, json.dumps(parameters).encode() + b"\n" + code)
     return Library(code, parameters)
