@@ -12,6 +12,15 @@ def pytest_addoption(parser):
     parser.addoption(
         "--kills", type=int, metavar="N", help="how often runs are killed at random (default: few)"
     )
+    parser.addoption("--thorough", action="store_true", help="what repeats much of others, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is ``thorough``, unless it is asked for."""
+    if not config.getoption("--thorough"):
+        repeating = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=repeating)
+        items[:] = [item for item in items if item not in set(repeating)]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,7 +2,8 @@
 
 Every entry comes from both of PyTorch's exporters: from the TorchScript one with sizes fixed and
 left open, from the other, which takes a second or two for each, in one of the two ways, those
-whose graphs reckon with sizes with sizes left open. `zoo.Entry.ways` leaves out what PyTorch
+whose graphs reckon with sizes with sizes left open (of entries that both can export only some,
+unless all are asked for, by ``--thorough``). `zoo.Entry.ways` leaves out what PyTorch
 itself cannot export. Some come in older and newer versions of ONNX too.
 
 Local networks are compared in patches with PyTorch on a whole volume of another size than the
@@ -51,7 +52,9 @@ def cases(entries):
             ways.append((DYNAMO, wanted and (DYNAMO, True) in entry.ways))
         for exporter, dynamic in ways:
             label = f"{entry.name}-{exporter}-{'dynamic' if dynamic else 'fixed'}"
-            yield pytest.param(entry, exporter, dynamic, id=label)
+            also = exporter == TORCHSCRIPT or entry.exporters == (DYNAMO,) or index % 3 == 0
+            marks = [] if also else [pytest.mark.thorough]
+            yield pytest.param(entry, exporter, dynamic, id=label, marks=marks)
 
 
 LOCAL = [entry for entry in ENTRIES if entry.local]
