@@ -150,15 +150,23 @@ def complete(result: Row) -> Iterator[Line]:
 def streaming(result: Row) -> Iterator[Line]:
     """Slabs beside patches within some limits; compared where the machine was steady for both."""
     yield [
-        *("network", "within", "slabs", "memory", "voxels/s", "of predicted"),
-        *("patches", "memory", "voxels/s", "times"),
+        *("network", "within", "slabs", "memory", "voxels/s", "of predicted", "products"),
+        *("patches", "memory", "voxels/s", "times", "times PyTorch"),
     ]
     for row in result["rows"]:
-        told = [_plan(row[way]) for way in ("slabs", "patches")]
-        found = [row[way] for way in ("slabs", "patches") if "unsteady" not in row[way]]
-        rates = [one["voxels_per_second"] for one in found if "voxels_per_second" in one]
-        times = _number(rates[0] / rates[1]) if len(rates) == 2 else "–"
-        yield [row["network"], row["limit"], *told[0], *told[1][:-1], times]
+        told = [_plan(row.get(way, {})) for way in ("slabs", "patches")]
+        products = _number(row["slabs"].get("products_over_least"))
+        times = [_number(_times(row, other)) for other in ("patches", "torch")]
+        yield [row["network"], row["limit"], *told[0], products, *told[1][:-1], *times]
+
+
+def _times(row: Row, other: str) -> float | None:
+    """Rate of slabs over another one; None where the machine was not steady for both."""
+    found = [row.get(way, {}) for way in ("slabs", other)]
+    if not all("voxels_per_second" in one and "unsteady" not in one for one in found):
+        return None
+    own, peer = (one["voxels_per_second"] for one in found)
+    return float(own / peer)
 
 
 def study(result: Row) -> Iterator[Line]:

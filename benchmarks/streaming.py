@@ -2,10 +2,15 @@
 
     python benchmarks/streaming.py [--only n537] [--limit 4GB] [--threads 2]
 
-Within some limits the fastest plan in slabs and the fastest in patches are searched for a large
-volume and run, each in a process of its own: slabs in the middle of a column, and a patch after the
-first. Reading and writing do not count. Runs count only between two probes of the machine's rate
-that agree within 10 %. The result is kept under `benchmarks/results/`.
+Within some limits the fastest plan in slabs is searched for a large volume and run in the middle of
+a column; within the largest the fastest in patches, too, of which one after the first counts, and
+PyTorch is timed on patches of the papers' networks, as `benchmarks/networks.py` does: each in a
+process of its own. Reading and writing do not count. Runs count only between two probes of the
+machine's rate that agree within 10 %; the machine is measured anew for every network, so that what
+is predicted is of the same hour. The result is kept under `benchmarks/results/`.
+
+``products_over_least`` are the products of spectra of a column over those of the best cubic tiles,
+if nothing were computed but the answer.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from networks import OUTPUTS, layers_by_torch
 from numpy.typing import NDArray
 
 from machine import keep, kept
@@ -38,6 +44,7 @@ from znni_dask.errors import MemoryLimitError
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.executors.streaming import ColumnExecutor
 from znni_dask.geometry import Box
+from znni_dask.kernels.codelets import LONGEST
 from znni_dask.kernels.team import Team
 from znni_dask.machine import MemoryMeter, anonymous_bytes, cores, parse_bytes
 from znni_dask.network.chains import PAPER_NETWORKS
@@ -46,8 +53,11 @@ from znni_dask.network.rewrites import simplify
 from znni_dask.pages import memory_of_all
 from znni_dask.patches import Layout, largest_box
 from znni_dask.plan import Plan
+from znni_dask.primitives.base import Problem
+from znni_dask.primitives.conv_fft_tiles import PRODUCTS, ConvTiledFFT
 from znni_dask.resources import Resources
 from znni_dask.schedule import Schedules
+from znni_dask.slabs import Programs, Slabs
 
 LIMITS = ("2GB", "4GB", "12GB")
 SIZE, SIZE_OF_OTHERS = (1024, 1024, 1024), (512, 512, 512)
@@ -59,6 +69,8 @@ REPEATS = 2  # of a patch, of which the last counts
 def one(name: str, limit: str, threads: int, way: str) -> dict[str, Any]:
     """A network within a limit, in slabs or in patches."""
     size = SIZE if name in PAPER_NETWORKS else SIZE_OF_OTHERS
+    if way == "torch":
+        return by_torch(name, threads)
     layout = Layout(simplify(NETWORKS[name]()), size, "reflect")
     baseline = anonymous_bytes()
     resources = unhindered(layout, parse_bytes(limit), threads, Costs(timings.kept()), baseline)
@@ -84,6 +96,7 @@ def one(name: str, limit: str, threads: int, way: str) -> dict[str, Any]:
         "voxels_per_second": 1 / seconds,
         "predicted_voxels_per_second": 1 / computing,
         "flops_per_voxel": plan.flops_per_voxel,
+        "products_over_least": products_over_least(layout, resources, plan),
         "peak_bytes": meter.peak_bytes,
         "predicted_bytes": plan.predicted_bytes,
     }
@@ -136,6 +149,48 @@ def in_slabs(layout: Layout, plan: Plan) -> float:
     return passes * median(b - a for a, b in pairwise(ends[BEFORE:])) / voxels
 
 
+def products_over_least(layout: Layout, resources: Resources, plan: Plan) -> float | None:
+    """Of a plan in slabs; None of others, and where nothing is computed in tiles."""
+    if not plan.granules:
+        return None
+    schedules = Schedules(layout, chosen_primitives(layout, plan))
+    cut = Cut.of(plan)
+    slabs = Slabs(resources, schedules, cut, Programs(layout, plan.granules))
+    made = prod(largest_box(layout, cut.column).size)
+    done = least = 0.0
+    for step, times in slabs.steps():
+        if isinstance(step.primitive, ConvTiledFFT):
+            done += times * step.primitive.work(step.problem, 1).amount(PRODUCTS) / made
+            spacing = prod(layout.network.spacing[step.operation.node.name])
+            voxels = (
+                1.0 if layout.geometry.dense else 1 / float(spacing)
+            )  # behind one of the answer
+            least += voxels * least_products(step.problem)
+    return done / least if least else None
+
+
+def least_products(problem: Problem) -> float:
+    """Of a voxel of a convolution's output, by the best cubic tile."""
+    found = []
+    for edge in range(2, LONGEST + 1, 2):
+        primitive = ConvTiledFFT((edge, edge, edge))
+        if primitive.refusal(problem.layer) is None:
+            made = [edge - k + 1 for k in problem.layer.kernel]
+            shape = (1, problem.inputs[0][1], edge, edge, edge)
+            output = (1, problem.output[1], *made)
+            one = Problem(problem.layer, (shape,), output, ((0, 0, 0),), (0, 0, 0), shape[2:])
+            found.append(primitive.work(one, 1).amount(PRODUCTS) / prod(made))
+    return min(found)
+
+
+def by_torch(name: str, threads: int) -> dict[str, Any]:
+    """Patches of the answer behind 212 to 226³ voxels, by PyTorch."""
+    with Team(threads) as team:
+        layers = dict(layers_by_torch(simplify(PAPER_NETWORKS[name]()), OUTPUTS[name], team))
+    seconds = sum(layers.values()) / OUTPUTS[name] ** 3
+    return {"seconds": seconds, "voxels_per_second": 1 / seconds}
+
+
 def in_patches(layout: Layout, plan: Plan) -> float:
     """Seconds for a voxel of a patch."""
     schedules = Schedules(layout, chosen_primitives(layout, plan))
@@ -161,19 +216,20 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         name, limit, threads, way = given.one
-        print(json.dumps(one(name, limit, int(threads), way)))
+        told = one(name, limit, int(threads), way)
+        print()  # after what was told meanwhile
+        print(json.dumps(told))
         return
     kept_as = f"streaming-{given.threads}-threads"
     rows = {(r["network"], r["limit"]): r for r in kept(kept_as).get("rows", ())}
     with tempfile.TemporaryDirectory() as place, Team(given.threads) as team:
         os.environ["ZNNI_TIMINGS"] = f"{place}/timings.json"
-        before = rate(team)
-        timings.keep_timings(calibrate(given.threads))
-        reference = (before + rate(team)) / 2
         for name in given.only or NETWORKS:
+            reference = measured(team)
             for limit in given.limit or LIMITS:
                 row: dict[str, Any] = {"network": name, "limit": limit}
-                for way in ("slabs", "patches"):
+                others = ["patches", *(["torch"] if name in PAPER_NETWORKS else [])]
+                for way in ("slabs", *(others if limit == LIMITS[-1] else [])):
                     asked = (name, limit, str(given.threads), way)
                     row[way] = steady([sys.executable, __file__, "--one", *asked], team, reference)
                 rows[name, limit] = row
@@ -181,16 +237,26 @@ def main() -> None:
                 keep(kept_as, {"rows": list(rows.values())})
 
 
+def measured(team: Team) -> float:
+    """Measure the machine, for plans to be made by; the rate that it gives meanwhile."""
+    before = rate(team)
+    timings.keep_timings(calibrate(team.threads))
+    return (before + rate(team)) / 2
+
+
 def line(row: dict[str, Any]) -> str:
     """A row as it is told."""
     told = f"{row['network']} {row['limit']:>5}"
-    for way in ("slabs", "patches"):
-        found = row[way]
+    for way in ("slabs", "patches", "torch"):
+        found = row.get(way, {"refused": "not run"})
         if "voxels_per_second" not in found:
             told += f"; {way}: {found.get('refused', 'none fits')}"
             continue
-        size = "·".join(map(str, found["patch"]))
         speed = found["voxels_per_second"]
+        if way == "torch":
+            told += f"; torch: {speed:,.0f} voxels/s"
+            continue
+        size = "·".join(map(str, found["patch"]))
         ratio = speed / found["predicted_voxels_per_second"] / found["rate"]
         unsteady = ", unsteady" if "unsteady" in found else ""
         told += f"; {way} {size}: {speed:,.0f} voxels/s, {ratio:.2f} of predicted{unsteady}"
