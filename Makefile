@@ -33,6 +33,7 @@ bench-full: bench
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/streaming.py
+	$(BIN)/python benchmarks/feeding.py
 	$(BIN)/python pipelines/study.py
 	$(BIN)/python benchmarks/chart.py
 

@@ -109,7 +109,7 @@ def planned(volume: Volume, laid: Layout, unit: int, allowed_bytes: int) -> Job:
 
 def read_all(job: Job) -> tuple[int, int]:
     """Read all blocks as a run does; the voxels decoded, and those needed."""
-    cache = job.cache()
+    cache = job.cache(job.plan)
 
     def read(place: tuple[int, Box]) -> tuple[int, int]:
         moment, block = place

@@ -19,10 +19,10 @@ from znni_dask import cli, job, pyramid
 LOG, PAUSE, MOST = sys.argv.pop(1), float(sys.argv.pop(1)), int(sys.argv.pop(1))
 maker, turns = {maker}, itertools.count()
 honest = maker.make
-def slow(self, moment, block):
+def slow(self, moment, block, *kind):
     if next(turns) >= MOST:
         time.sleep(3600)
-    made = honest(self, moment, block)
+    made = honest(self, moment, block, *kind)
     with open(LOG, "a") as log:
         log.write(f"{{getattr(self, 'level', 0)}} {{moment}} {{block.start}}\\n")
     time.sleep(PAUSE)
@@ -37,13 +37,13 @@ def failing_after(count, monkeypatch, message):
     """Blocks beyond the first ``count`` fail; returns the blocks begun."""
     honest, seen, lock = BlockMaker.make, [], threading.Lock()
 
-    def make(self, moment, block):
+    def make(self, moment, block, *kind):
         with lock:
             seen.append(block.start)
             beyond = len(seen) > count
         if beyond:
             raise RuntimeError(message)
-        return honest(self, moment, block)
+        return honest(self, moment, block, *kind)
 
     monkeypatch.setattr(BlockMaker, "make", make)
     return seen

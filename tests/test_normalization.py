@@ -17,9 +17,11 @@ import znni_dask
 from peaks import peak_while_running
 from znni_dask import statistics
 from znni_dask.cli import main
+from znni_dask.cluster import Cluster, Crew, Means
 from znni_dask.errors import MemoryLimitError, OptionError, OutputError, VolumeError
 from znni_dask.importers.to_onnx import save
 from znni_dask.journal import Journal, journal_of
+from znni_dask.machine import anonymous_bytes
 from znni_dask.network.build import Builder
 from znni_dask.normalization import Normalization, Statistics
 from znni_dask.statistics import measure
@@ -35,6 +37,14 @@ WAYS = [
     Normalization("percentile", (99.9, 100)),
 ]
 DTYPES = ["?", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8"]
+
+
+def taken(client, source, nan, way, allowed_bytes=8 << 30):
+    """Statistics, by workers that may take so much."""
+    means = Means(1, allowed_bytes, anonymous_bytes())
+    cluster = Cluster(client)
+    crew = Crew((means,), dict.fromkeys(cluster.workers(), 0))
+    return measure(cluster, crew, source, nan, way).statistics
 
 
 @pytest.fixture
@@ -90,7 +100,7 @@ def test_statistics_are_those_of_numpy(dtype, small_boxes, tmp_path, client):
     assert np.prod(statistics.boxes(source)) < np.prod(SIZE) / 8
     ways = WAYS if dtype != "?" else WAYS[:2]  # percentiles of two values are mostly the same
     for way in ways:
-        found = measure(client, source, None, way, 8 << 30).statistics
+        found = taken(client, source, None, way)
         assert_statistics(found, values, way)
 
 
@@ -98,7 +108,7 @@ def test_small_deviations_of_large_values_are_not_lost(small_boxes, tmp_path, cl
     values = np.random.default_rng(0).normal(1e4, 1e-2, (1, 1, *SIZE)).astype(np.float32)
     np.save(tmp_path / "in.npy", values)
     way = Normalization("zscore")
-    found = measure(client, open_volume(tmp_path / "in.npy"), None, way, 8 << 30).statistics
+    found = taken(client, open_volume(tmp_path / "in.npy"), None, way)
     assert_statistics(found, values, way)
 
 
@@ -109,7 +119,7 @@ def test_what_nan_replaces_does_not_count(way, small_boxes, tmp_path, client):
     values[0, 1, :, 4] = np.inf
     values[0, 1, 2, 3, 4] = 1e300  # no finite float32
     np.save(tmp_path / "in.npy", values[0])
-    found = measure(client, open_volume(tmp_path / "in.npy"), 5.0, way, 8 << 30).statistics
+    found = taken(client, open_volume(tmp_path / "in.npy"), 5.0, way)
     assert_statistics(found, values, way)
 
 
@@ -127,10 +137,10 @@ def test_statistics_do_not_depend_on_workers_or_order(
     """To the last bit."""
     zarr.create_array(str(tmp_path / "in.zarr"), data=values_of(dtype)[0, 0], chunks=(5, 6, 7))
     source = open_volume(tmp_path / "in.zarr")
-    right = [measure(client, source, None, way, 8 << 30).statistics for way in WAYS]
+    right = [taken(client, source, None, way) for way in WAYS]
     with monkeypatch.context() as patched:
         patched.setattr(statistics, "tiles", reversed_tiles)
-        assert [measure(client, source, None, w, 8 << 30).statistics for w in WAYS] == right
+        assert [taken(client, source, None, w) for w in WAYS] == right
     monkeypatch.setattr(statistics, "MOST_BLOCKS_IN_FLIGHT", 1)
     loopback = "127.0.0.1:0"
     with Client(
@@ -140,7 +150,7 @@ def test_statistics_do_not_depend_on_workers_or_order(
         dashboard_address=loopback,
         worker_dashboard_address=loopback,
     ) as two:
-        assert [measure(two, source, None, way, 8 << 30).statistics for way in WAYS] == right
+        assert [taken(two, source, None, way) for way in WAYS] == right
     assert not [n for n in next(iter(client.cluster.workers.values())).plugins if "znni" in str(n)]
 
 
@@ -308,7 +318,7 @@ def test_boxes_that_do_not_fit_are_refused_with_what_they_need(tmp_path, client)
     np.save(tmp_path / "in.npy", np.ones(SIZE, np.float32))
     source = open_volume(tmp_path / "in.npy")
     with pytest.raises(MemoryLimitError, match=r"taken in boxes of .* allow at least"):
-        measure(client, source, None, Normalization("range"), 1 << 20)
+        taken(client, source, None, Normalization("range"), 1 << 20)
 
 
 RUN = """

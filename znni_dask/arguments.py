@@ -44,6 +44,11 @@ def parser() -> argparse.ArgumentParser:
         "measure", help="measure once how fast this machine is, for better plans"
     )
     study.add_argument("--threads", type=int, metavar="N")
+    _add_worker(
+        commands.add_parser(
+            "worker", help="work for a dask cluster: a worker for every NUMA node of this machine"
+        )
+    )
     return found
 
 
@@ -57,6 +62,21 @@ def _add_infer(infer: argparse.ArgumentParser) -> None:
         help="replace an existing output, or start an unfinished one anew",
     )
     _add_options(infer)
+    where = infer.add_argument_group("where it is computed (default: in this process)")
+    either = where.add_mutually_exclusive_group()
+    either.add_argument(
+        "--workers", type=int, metavar="N", help="processes on this machine, which share it"
+    )
+    either.add_argument(
+        "--scheduler", metavar="ADDRESS", help="of a dask cluster, like tcp://host:8786"
+    )
+
+
+def _add_worker(worker: argparse.ArgumentParser) -> None:
+    worker.add_argument("scheduler", metavar="ADDRESS", help="of a scheduler, like tcp://host:8786")
+    worker.add_argument("--memory", metavar="SIZE", help="bound for all workers here, like 12GiB")
+    worker.add_argument("--threads", type=int, metavar="N", help="one worker with so many")
+    worker.add_argument("--name", help="of the worker, as dask shows it")
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:

@@ -100,6 +100,7 @@ def asked(
 ) -> Asked:
     """What is asked for; raises `InputError` where it cannot be."""
     options.check_replacement(nan)
+    options.check_means(memory, threads)
     window = options.size("patchwise", patchwise)
     source = open_volume(input, axes, channels, level)
     normalization = options.normalization(normalize, percentiles, stats_level)
@@ -123,8 +124,8 @@ def asked(
         patch=options.size("patch", patch),
         chunks=options.size("chunks", chunks),
         shards=options.size("shards", shards),
-        allowed_bytes=options.allowed_bytes(memory),
-        threads=options.computing_threads(threads),
+        memory=memory,
+        threads=threads,
         version=ome,
         pyramid=pyramid,
         plans=plans,

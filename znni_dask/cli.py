@@ -1,4 +1,4 @@
-"""The command ``znni``: info, plan, infer, verify, measure.
+"""The command ``znni``: info, plan, infer, verify, measure, worker.
 
 Exit codes: 0 done; 1 blocks failed, or a verification does not hold; 2 the input cannot be used
 (nothing was written); 130 interrupted.
@@ -38,6 +38,7 @@ from znni_dask.options import computing_threads
 from znni_dask.page import page
 from znni_dask.running import run
 from znni_dask.verify import verify
+from znni_dask.worker import serve
 
 _PLAIN_SECONDS = 5.0
 _FILE_WIDTH = 160
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"znni: {error}")
         return 1
     except KeyboardInterrupt:
-        errors.print("znni: interrupted; the same command goes on with the blocks that are missing")
+        goes_on = "; the same command goes on with the blocks that are missing"
+        errors.print("znni: interrupted" + (goes_on if options.command == "infer" else ""))
         return 130
 
 
@@ -90,6 +92,8 @@ def _infer(options: argparse.Namespace) -> int:
             options.input,
             options.output,
             overwrite=options.overwrite,
+            client=options.scheduler,
+            workers=options.workers,
             progress=progress,
             **asked(options),
         )
@@ -151,6 +155,11 @@ def _measure(options: argparse.Namespace) -> int:
     place = timings.keep_timings(found)
     console.print(report.timings_table(found))
     console.print(f"kept in {place}; plans are made by it from now on", soft_wrap=True)
+    return 0
+
+
+def _worker(options: argparse.Namespace) -> int:
+    serve(options.scheduler, options.memory, options.threads, options.name)
     return 0
 
 
@@ -219,6 +228,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "infer": _infer,
     "verify": _verify,
     "measure": _measure,
+    "worker": _worker,
 }
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@
 A message says what was asked, what was found and what to do.
 """
 
+from __future__ import annotations
+
+import errno
+
 
 class ZnniError(Exception):
     """Base of all errors raised on purpose."""
@@ -43,3 +47,14 @@ class MemoryLimitError(InputError):
 
 class RunError(ZnniError):
     """Blocks failed while running; what finished before is kept."""
+
+
+def is_full(outcome: object) -> bool:
+    """Whether what came of a task is an error that says, or came of one that says, that no space is
+    left."""
+    error = outcome if isinstance(outcome, BaseException) else None
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False

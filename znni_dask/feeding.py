@@ -1,199 +1,367 @@
-"""Feeding blocks to a cluster: a bounded number in flight, nothing that grows with the volume."""
+"""Feeding work to a cluster: a bounded number of tasks on every worker, nothing that grows with the
+volume.
+
+Work comes in *runs*, items that belong on one worker: neighbours, which share what is read, or
+blocks that go on where the one before them ended. A worker takes a run, and the next one when it is
+through; when there are no more, half of what the busiest has left, if it will be done with that
+sooner. So fast and slow workers end together. Workers may come and go: one that comes takes its
+share at once, and what one that leaves had in hand goes to others.
+"""
 
 from __future__ import annotations
 
-import errno
+import asyncio
 import logging
+import time
 import weakref
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, groupby, islice, starmap
-from typing import Any, NamedTuple, TypeVar
+from itertools import groupby
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
 
-import dask
-from distributed import Client, Future, as_completed
-from distributed.comm import CommClosedError
+from distributed import Future, KilledWorker
+from distributed.client import ClosedClientError, FutureCancelledError
 
+from znni_dask.cluster import Cluster, Crew, Means, on_workers
+from znni_dask.errors import RunError, ZnniError, is_full
 from znni_dask.geometry import Box
 from znni_dask.job import BlockMaker, Job, Made, make_block
-from znni_dask.resources import MOST_BLOCKS_IN_FLIGHT
 
+LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-_LOOPBACK = "127.0.0.1:0"  # distributed's web servers listen to all the world unless told
-
-
-@contextmanager
-def connected(client: Client | None) -> Iterator[Client]:
-    """The client given, else one of a scheduler and a worker within this process."""
-    if client is not None:
-        yield client
-        return
-    with (
-        dask.config.set({"distributed.worker.profile.enabled": False}),
-        Client(
-            processes=False,
-            n_workers=1,
-            threads_per_worker=MOST_BLOCKS_IN_FLIGHT,
-            memory_limit=0,
-            dashboard_address=_LOOPBACK,
-            worker_dashboard_address=_LOOPBACK,
-            silence_logs=logging.CRITICAL,  # failures are collected and reported at the end
-        ) as local,
-    ):
-        yield local
-
-
-@contextmanager
-def on_workers(client: Client, plugin: Any) -> Iterator[None]:
-    """The plugin lives on all workers, also on those that come later, until this is left."""
-    client.register_plugin(plugin)
-    try:
-        yield
-    finally:
-        with suppress(CommClosedError):  # of a worker that is leaving, with all it has
-            client.unregister_worker_plugin(plugin.name)
-
-
-def feed(
-    lanes: Sequence[Iterator[T]],
-    in_flight: int,
-    submit: Callable[[T], Future],
-    finished: Callable[[T, Any], bool],
-) -> None:
-    """Keep ``in_flight`` tasks of every lane going until none are waiting.
-
-    ``submit`` begins one, and again one that was cancelled; ``finished`` takes its result, or the
-    exception that it raised, and says whether to begin more.
-    """
-    running = as_completed()
-    items: dict[str, tuple[Iterator[T], T]] = {}
-
-    def begin(lane: Iterator[T], some: Iterable[T]) -> None:
-        for item in some:
-            future = submit(item)
-            items[future.key] = lane, item
-            running.add(future)
-
-    going = True
-    for lane in lanes:
-        begin(lane, islice(lane, in_flight))
-    for future in running:
-        lane, item = items.pop(future.key)
-        try:
-            error = future.exception()
-            outcome = future.result() if error is None else error
-        except CancelledError:
-            begin(lane, [item])
-            continue
-        going = finished(item, outcome) and going
-        future.release()
-        if going:
-            begin(lane, islice(lane, 1))
+_LOOK_SECONDS = 5.0  # without news, after which it is seen who is there
+_TASK_SECONDS = 0.03  # that items sent together take: to send a task takes some 10 ms
+_MOST_ITEMS = 64  # sent together
+_TRIES = 3  # of an item whose task fails, or whose worker dies
+_LOST = "scheduler-connection-lost"  # why distributed cancels tasks then
+_TOPIC = "all"  # of the scheduler's events: among others workers that come and go
 
 
 def make_blocks(
-    client: Client,
+    cluster: Cluster,
+    crew: Crew,
     job: Job,
     waiting: Iterator[tuple[int, Box]],
     finished: Callable[[int, Box, Made | BaseException], None],
 ) -> None:
-    """Feed blocks (time point, box) to the workers, a bounded number in flight.
+    """Make blocks (time point, box) on the workers, a bounded number in flight on each.
 
     ``finished`` is told of every block, and what came of it or why it failed. Where the disk is
-    full no more blocks are begun.
+    full no more blocks are begun. Workers that come later must have what one of the plans needs.
     """
     maker = BlockMaker(job)
-    numbers = count()  # a task that is begun again is another one
+    kinds = {w: kind for w, kind in crew.kind.items() if kind < len(job.plans)}
+    in_flight = min(plan.blocks_in_flight for plan in job.plans)
 
-    def submit(one: _Waiting) -> Future:
-        key = f"{maker.name}-{one.time}-{one.block}-{next(numbers)}"
-        return workers.submit(one.worker, make_block, maker.name, one.time, one.block, key=key)
+    def make(worker: str, place: tuple[int, Box]) -> Callable[[], Made]:
+        return partial(make_block, maker.name, *place, kinds.get(worker, 0))
 
-    def done(one: _Waiting, outcome: Made | BaseException) -> bool:
-        finished(one.time, one.block, outcome)
+    def takes(worker: str, means: Means) -> bool:
+        pairs = enumerate(zip(job.plans, crew.kinds, strict=False))
+        fitting = [
+            number
+            for number, (plan, planned) in pairs
+            if means.threads >= plan.threads
+            and means.room_bytes >= plan.predicted_bytes - planned.baseline_bytes
+        ]
+        kinds[worker] = max(fitting, key=lambda n: job.plans[n].voxels_per_second, default=0)
+        return bool(fitting)
+
+    def done(place: tuple[int, Box], outcome: Made | BaseException) -> bool:
+        finished(*place, outcome)
         return not is_full(outcome)
 
-    workers = _Workers(client)
-    lanes, in_flight = _lanes(job, waiting, sorted(workers.there))
-    with on_workers(client, maker), workers.watched():
-        feed(lanes, in_flight, submit, done)
+    runs = (run for _, run in groupby(waiting, key=job.run))
+    with on_workers(cluster.client, maker):
+        feed(cluster, crew, runs, in_flight, make, done, takes, job.plan.blocks_in_column > 1)
 
 
-class _Waiting(NamedTuple):
-    """A block that is still to be made; on that worker, as long as it is there."""
+def feed(
+    cluster: Cluster,
+    crew: Crew,
+    runs: Iterator[Iterable[T]],
+    in_flight: int,
+    task: Callable[[str, T], Callable[[], Any]],
+    finished: Callable[[T, Any], bool],
+    takes: Callable[[str, Means], bool] | None = None,
+    in_order: bool = False,
+) -> None:
+    """Do all items of ``runs``, ``in_flight`` of them on every worker at a time.
 
-    time: int
-    block: Box
-    worker: str | None = None
+    ``task`` gives what a worker (by its address) is to call for an item. ``finished`` takes its
+    result, or the exception that it raised, and says whether to begin more. An item that failed is
+    tried again, but where the error is a `ZnniError` or says that the disk is full: those would
+    come again. ``takes`` says whether a worker that is not of the crew, with such means, is to have
+    any (by default those that have what the weakest has). Items that take no
+    time are sent several at once, unless those of a run must be done ``in_order``.
+    """
+    takes = takes or (lambda _, means: means.suffice_for(crew.kinds[0]))
+    feeding = _Feeding(cluster, crew, runs, in_flight, task, finished, takes, in_order)
+    with feeding.listening():
+        feeding.run()
 
 
-def _lanes(
-    job: Job, waiting: Iterator[tuple[int, Box]], workers: Sequence[str]
-) -> tuple[list[Iterator[_Waiting]], int]:
-    """The blocks, and how many are in flight, of every lane. There is one for all workers; but of a
-    column, of which one block goes on where another ended, all go to one worker."""
-    in_flight = job.plan.blocks_in_flight
-    if job.plan.blocks_in_column == 1 or not workers:
-        return [starmap(_Waiting, waiting)], in_flight * max(len(workers), 1)
-    columns = (list(blocks) for _, blocks in groupby(waiting, key=job.column))
-
-    def lane(worker: str) -> Iterator[_Waiting]:
-        for column in columns:  # whichever no other worker has begun
-            for time, block in column:
-                yield _Waiting(time, block, worker)
-
-    return [lane(worker) for worker in workers], in_flight
+@dataclass(eq=False)
+class _Item(Generic[T]):
+    value: T
+    failures: int = 0
 
 
-class _Workers:
-    """The workers of a cluster, as long as they are ``there``. What was begun on one that leaves is
-    cancelled, as nobody else would take it up."""
+@dataclass(eq=False)
+class _Hand(Generic[T]):
+    """What a worker has: the rest of its run, and the tasks that it was sent."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._begun: defaultdict[str, weakref.WeakSet[Future]] = defaultdict(weakref.WeakSet)
-        self.there: set[str] = set(client.scheduler_info()["workers"])
+    run: deque[_Item[T]] = field(default_factory=deque)
+    sent: dict[Future, list[_Item[T]]] = field(default_factory=dict)
+    done: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def item_seconds(self) -> float:
+        """What an item takes, as far as is known."""
+        return (time.monotonic() - self.began) / max(self.done, 1)
+
+    @property
+    def seconds_left(self) -> float:
+        """What is left of its run takes."""
+        return self.item_seconds * len(self.run)
+
+    @property
+    def in_flight(self) -> list[_Item[T]]:
+        """All items that were sent."""
+        return [item for items in self.sent.values() for item in items]
+
+    def next(self, most: int) -> list[_Item[T]]:
+        """The next of its run: so many that they take some time together. What failed before goes
+        alone, and so that nothing else is blamed if its worker dies; nothing, while it may not."""
+        suspect = bool(self.run[0].failures)
+        if self.sent and (suspect or any(item.failures for item in self.in_flight)):
+            return []
+        count = int(_TASK_SECONDS / self.item_seconds) if self.done and not suspect else 1
+        found = [self.run.popleft()]
+        while self.run and len(found) < min(count, most) and not self.run[0].failures:
+            found.append(self.run.popleft())
+        return found
+
+
+class _Feeding(Generic[T]):
+    """All of it happens in one thread, by one queue of news."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        crew: Crew,
+        runs: Iterator[Iterable[T]],
+        in_flight: int,
+        task: Callable[[str, T], Callable[[], Any]],
+        finished: Callable[[T, Any], bool],
+        takes: Callable[[str, Means], bool],
+        in_order: bool,
+    ) -> None:
+        self._cluster, self._client, self._address = cluster, cluster.client, cluster.address
+        self._crew, self._asked = crew, set[str]()
+        self._runs, self._in_flight = runs, in_flight
+        self._task, self._finished, self._takes = task, finished, takes
+        self._most = 1 if in_order else _MOST_ITEMS
+        self._again: deque[deque[_Item[T]]] = deque()  # what was begun, and must be done elsewhere
+        self._hands: dict[str, _Hand[T]] = {}
+        self._going, self._waited = True, False
+        self._news: SimpleQueue[Callable[[], None]] = SimpleQueue()
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Hear of workers that leave meanwhile."""
-        workers = set(self.there)
-        for worker in workers:
-            self._client.subscribe_topic(worker, partial(self._heard, worker))
-        self.there &= set(self._client.scheduler_info()["workers"])  # who left before is not heard
+    def listening(self) -> Iterator[None]:
+        """Hear of workers that come and go; at the end nothing is left on any."""
+        heard = weakref.WeakMethod(self._heard)  # the client keeps what is subscribed
+
+        def told(event: tuple[float, Mapping[str, Any]]) -> None:
+            if hears := heard():
+                hears(event)
+
+        self._client.subscribe_topic(_TOPIC, told)
         try:
             yield
         finally:
-            for worker in workers:
-                self._client.unsubscribe_topic(worker)
+            if self._client.status == "running":  # else the scheduler has gone
+                self._client.unsubscribe_topic(_TOPIC)
+                left = [future for hand in self._hands.values() for future in hand.sent]
+                self._client.cancel(left)
 
-    def submit(self, worker: str | None, task: Callable[..., Any], *given: Any, key: str) -> Future:
-        """Begin a task; on that worker, if it is there."""
-        if worker is None or worker not in self.there:
-            return self._client.submit(task, *given, key=key, pure=False)
-        future = self._client.submit(task, *given, key=key, pure=False, workers=[worker])
-        self._begun[worker].add(future)
-        if worker not in self.there:  # it left meanwhile
-            future.cancel()
-        return future
-
-    async def _heard(self, worker: str, event: tuple[float, Mapping[str, Any]]) -> None:
+    def _heard(self, event: tuple[float, Mapping[str, Any]]) -> None:
         _, told = event
-        if told.get("action") == "remove-worker":
-            self.there.discard(worker)
-            left = list(self._begun.pop(worker, ()))  # what is done, too: its result is lost
-            await self._client.cancel(left, asynchronous=True)
+        if told.get("action") == "add-worker":
+            self._news.put(partial(self._came, told["worker"]))
+        elif told.get("action") == "remove-worker":
+            self._news.put(partial(self._left, told["worker"], bool(told.get("expected"))))
 
+    def run(self) -> None:
+        """Until all is done, or nothing more is to be begun."""
+        try:
+            self._look_around()
+            while self._is_left():
+                try:
+                    self._news.get(timeout=_LOOK_SECONDS)()
+                except Empty:
+                    self._look_around()
+        except (ClosedClientError, OSError):
+            if self._client.status == "running":
+                raise
+            raise self._lost() from None
 
-def is_full(outcome: object) -> bool:
-    """Whether what came of a task is an error that says, or came of one that says, that no space is
-    left."""
-    error = outcome if isinstance(outcome, BaseException) else None
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    def _look_around(self) -> None:
+        """Who is there? News of it may be missed: of a client only the last who asked hears any."""
+        if self._client.status not in ("running", "connecting"):
+            raise self._lost()
+        if self._client.status == "running":
+            there = self._cluster.workers()
+            for worker in [*(self._hands.keys() - there)]:
+                self._left(worker)
+            for worker in sorted(there - self._hands.keys() - self._asked):
+                self._came(worker)
+        if not self._hands and not self._waited:
+            self._waited = True
+            LOG.warning("no workers at %s: waiting for some", self._address)
+
+    def _lost(self) -> RunError:
+        return RunError(
+            f"the connection to the scheduler {self._address} was lost; what was made until then "
+            "is written: the same command goes on, once there is a scheduler"
+        )
+
+    def _is_left(self) -> bool:
+        if any(hand.sent for hand in self._hands.values()):
             return True
-        error = error.__cause__
-    return False
+        if not self._going:
+            return False
+        if not self._again and (run := self._next_run()):
+            self._again.append(run)  # of which no worker is there to take any
+        return bool(self._again)
+
+    def _came(self, worker: str) -> None:
+        """One of the crew is handed work at once, another is asked what it has."""
+        if worker in self._hands or worker in self._asked:
+            return
+        if worker in self._crew.kind:
+            self._take_on(worker)
+            return
+        self._asked.add(worker)
+        asyncio.run_coroutine_threadsafe(self._ask(worker), self._client.loop.asyncio_loop)
+
+    async def _ask(self, worker: str) -> None:
+        """In the client's own thread: it may take long where the worker has left already."""
+        found = self._cluster.means_of(worker)
+        means: Any = (await asyncio.gather(found, return_exceptions=True))[0]
+        self._news.put(partial(self._answered, worker, means))
+
+    def _answered(self, worker: str, means: Means | BaseException | None) -> None:
+        if isinstance(means, BaseException):
+            LOG.warning("%s", means)
+        elif means is not None and worker in self._asked and self._takes(worker, means):
+            self._take_on(worker)
+
+    def _take_on(self, worker: str) -> None:
+        self._hands[worker] = _Hand()
+        self._fill(worker)
+
+    def _left(self, worker: str, expected: bool = False) -> None:
+        """What was done is taken up again, too: if it was not told of, it is lost. Nothing is
+        blamed for a worker that was to go."""
+        self._asked.discard(worker)
+        hand = self._hands.pop(worker, None)
+        if hand is None:
+            return
+        self._client.cancel([*hand.sent])
+        error = _left_alone(worker)
+        lost = [item for item in hand.in_flight if expected or self._may_again(item, error)]
+        if rest := deque([*lost, *hand.run]):
+            self._again.append(rest)
+        self._fill_all()
+
+    def _fill_all(self) -> None:
+        for worker in self._hands:
+            self._fill(worker)
+
+    def _fill(self, worker: str) -> None:
+        """Send a worker what it may have in flight."""
+        hand = self._hands[worker]
+        while self._going and len(hand.sent) < self._in_flight and self._supply(hand):
+            if not (items := hand.next(self._most)):
+                break
+            calls = [self._task(worker, item.value) for item in items]
+            future = self._client.submit(_called, calls, workers=[worker], pure=False)
+            hand.sent[future] = items
+            asyncio.run_coroutine_threadsafe(
+                self._watched(worker, future), self._client.loop.asyncio_loop
+            )
+
+    def _supply(self, hand: _Hand[T]) -> bool:
+        """Let a hand have something to send, if there is anything for it."""
+        if not hand.run:
+            hand.run = self._next_run() or self._half(hand)
+        return bool(hand.run)
+
+    def _next_run(self) -> deque[_Item[T]] | None:
+        if self._again:
+            return self._again.popleft()
+        run = next(self._runs, None)
+        return None if run is None else deque(map(_Item, run))
+
+    def _half(self, hand: _Hand[T]) -> deque[_Item[T]]:
+        """The latter half of what the busiest worker has left, or as much of it as this one does
+        meanwhile."""
+        busiest = max(self._hands.values(), key=lambda one: one.seconds_left)
+        ours, theirs = hand.item_seconds, busiest.item_seconds
+        share = theirs / (ours + theirs) if hand.done and busiest.done else 0.5
+        count = min(round(share * (len(busiest.run) + len(busiest.sent))), len(busiest.run))
+        return deque(reversed([busiest.run.pop() for _ in range(count)]))
+
+    async def _watched(self, worker: str, future: Future) -> None:
+        """Tell what comes of a task. Asked for at once in the client's own thread, where it ends
+        also when its worker has left with the result."""
+        found = self._client.gather(future, asynchronous=True)
+        outcome: Any = (await asyncio.gather(found, return_exceptions=True))[0]
+        self._news.put(partial(self._ended, worker, future, outcome))
+
+    def _ended(self, worker: str, future: Future, outcome: Any) -> None:
+        hand = self._hands.get(worker)
+        if hand is None or future not in hand.sent:
+            return  # of a worker that has left
+        if isinstance(outcome, FutureCancelledError) and outcome.reason == _LOST:
+            raise self._lost()
+        items = hand.sent.pop(future)
+        future.release()
+        hand.done += len(items)
+        if not isinstance(outcome, BaseException):
+            for item, found in zip(items, outcome, strict=True):
+                self._going = self._finished(item.value, found) and self._going
+        elif again := deque(item for item in items if self._may_again(item, outcome, items)):
+            self._again.append(again)
+        self._fill_all() if self._again else self._fill(worker)
+
+    def _may_again(
+        self, item: _Item[T], error: BaseException, together: Sequence[_Item[T]] = ()
+    ) -> bool:
+        """Whether an item that failed, perhaps not itself but one of several ``together``, is tried
+        once more; else it is told of."""
+        item.failures += 1
+        final = isinstance(error, ZnniError) and len(together) <= 1
+        passing = not final and not is_full(error)
+        if self._going and passing and item.failures < _TRIES:
+            return True
+        if isinstance(error, KilledWorker | CancelledError):
+            error = _left_alone(str(error))
+        self._going = self._finished(item.value, error) and self._going
+        return False
+
+
+def _called(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The task: runs on a worker."""
+    return [call() for call in calls]
+
+
+def _left_alone(worker: str) -> Exception:
+    return ConnectionError(f"the worker {worker} left or died while it was made")

@@ -10,8 +10,8 @@ from typing import Any, Unpack
 
 from znni_dask.asking import Options, asked
 from znni_dask.choices import chosen_primitives
+from znni_dask.cluster import connected
 from znni_dask.cut import Cut
-from znni_dask.feeding import connected
 from znni_dask.geometry import Size, triple, turned, volume
 from znni_dask.inspection import multiply_adds
 from znni_dask.kernels.warm import compile_kernels
@@ -87,9 +87,10 @@ def forecasts(
     """
     found = asked(network, input, **options)
     compile_kernels()  # which a run does too, before its process is measured
-    with connected(None):
+    with connected(None, None, found.request.memory, found.request.threads) as cluster:
+        crew = cluster.crew()
         planned = [
-            plan_pass(found.application, names, found.request, None, given)
+            plan_pass(found.application, names, found.request, crew, None, given)
             for names, given in found.request.planned(found.groups)
         ]
     return tuple(map(forecast, planned))

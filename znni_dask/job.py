@@ -6,8 +6,10 @@ that lie on one grid: their channels stand behind one another.
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+import asyncio
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -21,6 +23,7 @@ from znni_dask.choices import chosen_primitives
 from znni_dask.executors.columns import ColumnBlocks
 from znni_dask.executors.patches import PatchBlocks
 from znni_dask.geometry import Box, Size, volume
+from znni_dask.machine import MemoryMeter, own_bytes
 from znni_dask.patches import Layout
 from znni_dask.patchwise import WindowBlocks
 from znni_dask.plan import Plan
@@ -32,6 +35,9 @@ from znni_dask.storage.output import Image, OutputLayout
 from znni_dask.storage.volume import Volume
 from znni_dask.turnstile import Turnstile
 from znni_dask.windows import Laid
+
+PLUGIN = "znni blocks of "  # and where they go: what a plugin that makes blocks is called
+_LONGEST_RUN = 64  # blocks: a worker that takes them holds as many boxes
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +57,16 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Everything a worker needs to make any block; it travels to the workers once."""
+    """Everything a worker needs to make any block; it travels to the workers once. The ``plan`` is
+    that of the weakest workers; ``others`` of kinds of workers that have more make the same blocks
+    in the same order."""
 
     laid: Laid
     volume: Volume
     selection: Selection
     nan: float | None
     plan: Plan
+    others: tuple[Plan, ...] = ()
     targets: tuple[Target, ...] = ()
 
     @cached_property
@@ -84,18 +93,26 @@ class Job:
         """When a block is made, over all time points."""
         return time * volume(self.order.blocks) + self.order.turn(place)
 
-    def column(self, place: tuple[int, Box]) -> tuple[int, Box]:
-        """The time point and the column of a block: blocks that are made in one go."""
-        time, block = place
-        return time, self.reads.column(block)
+    def run(self, at: tuple[int, Box]) -> Hashable:
+        """What blocks (time point, box) have in common that one worker is to make: those of a
+        column, of which one goes on where another ended; else neighbours, which share chunks."""
+        time, block = at
+        if self.plan.blocks_in_column > 1:
+            return time, self.reads.column(block)
+        return self.turn(time, self.reads.place(block)) // _LONGEST_RUN
 
-    def cache(self) -> ChunkCache:
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Of all kinds of workers, the weakest first."""
+        return self.plan, *self.others
+
+    def cache(self, plan: Plan) -> ChunkCache:
         """A cache for the blocks that one worker makes."""
 
         def users(time: int, cell: Size) -> set[int]:
             return {self.turn(time, place) for place in self.reads.users(cell)}
 
-        return ChunkCache(self.volume, self.plan.reading.cache_bytes, users)
+        return ChunkCache(self.volume, plan.reading.cache_bytes, users)
 
 
 Blocks: TypeAlias = PatchBlocks | ColumnBlocks | WindowBlocks
@@ -117,43 +134,60 @@ class Made:
 
     ``decoded_voxels`` of the volume's chunks were decoded for it; ``needed_voxels`` are those that
     it reads and no block before it, which over all blocks are those needed. Every layer took so
-    many ``layer_seconds`` to compute, all threads working.
+    many ``layer_seconds`` to compute, all threads working. ``peak_bytes`` is the anonymous memory
+    that the worker's process took at most, so far.
     """
 
     voxels: int
     decoded_voxels: int = 0
     needed_voxels: int = 0
     layer_seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
 
 
 class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
-    """Lives on a worker and makes blocks there.
+    """Lives on a worker and makes blocks there; one of a run that goes on takes the place of the
+    one that its client left there when it was killed.
 
     Several tasks may read and write at a time; one computes, with all threads of the plan: of
     blocks of which one goes on where another ended, the first to be made.
     """
 
     def __init__(self, job: Job) -> None:
-        self.name = f"znni-{uuid.uuid4().hex}"
+        places = [str(target.image.arrays[0].store_path) for target in job.targets]
+        self.name = PLUGIN + " ".join(places)
         self.job = job
 
     def setup(self, worker: Any) -> None:
-        """Prepare what all blocks share."""
+        """Prepare what needs no plan."""
         self._computing = Turnstile(in_order=self.job.plan.blocks_in_column > 1)
-        self._blocks = blocks_by(self.job.laid, self.job.plan, self.job.reads.column)
-        self._cache = self.job.cache()
+        self._open, self._lock = ExitStack(), threading.Lock()
+        self._meter = self._open.enter_context(MemoryMeter(measure=own_bytes))
+        self._shared: tuple[Blocks, ChunkCache] | None = None
 
-    def teardown(self, worker: Any) -> None:
-        """End the executor's threads."""
-        self._blocks.close()
+    def _prepared(self, kind: int) -> tuple[Blocks, ChunkCache]:
+        """What all blocks share on a worker of this kind."""
+        with self._lock:
+            if self._shared is None:
+                job, plan = self.job, self.job.plans[kind]
+                blocks = blocks_by(job.laid, plan, job.reads.column)
+                self._open.callback(blocks.close)
+                self._shared = blocks, job.cache(plan)
+            return self._shared
 
-    def make(self, time: int, block: Box) -> Made:
-        """Read, compute and write one block, as far as it is selected."""
+    async def teardown(self, worker: Any) -> None:
+        """End the executor's threads, once the blocks that are under way are made or given up."""
+        await asyncio.to_thread(self._computing.shut)
+        self._open.close()
+
+    def make(self, time: int, block: Box, kind: int = 0) -> Made:
+        """Read, compute and write one block, as far as it is selected, on a worker of this kind."""
         job = self.job
         wanted = job.selection.wanted(job.laid, block, time)
         if wanted is not None and not wanted.any():
             return Made(0)
-        place, region = job.reads.place(block), self._blocks.region(block, wanted)
+        blocks, cache = self._prepared(kind)
+        place, region = job.reads.place(block), blocks.region(block, wanted)
         turn = job.turn(time, place)
         made = [(target, target.empty(block)) for target in job.targets]
 
@@ -168,29 +202,32 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
                 if left_out is not None:
                     np.copyto(here, 0, where=left_out)
 
-        with self._computing.coming(turn), self._cache.turn(turn) as reader:
+        with self._computing.coming(turn):
+            with cache.turn(turn) as reader:
 
-            def read(box: Box) -> NDArray[np.generic]:
-                volume, boundary = job.volume, job.laid.boundary
-                return volume.read_extended(box, boundary, job.nan, time, reader.read)
+                def read(box: Box) -> NDArray[np.generic]:
+                    volume, boundary = job.volume, job.laid.boundary
+                    return volume.read_extended(box, boundary, job.nan, time, reader.read)
 
-            behind = Behind.of(time, self._blocks.ahead(block, region), read)
-            with self._computing.through(turn):
-                before = self._blocks.layer_seconds
-                self._blocks.make(block, behind, take, wanted)
-                spent = self._blocks.layer_seconds
-            del behind  # it makes room for what writing takes
-        for target, stored in made:
-            target.image.write(block, stored, time)
+                behind = Behind.of(time, blocks.ahead(block, region), read)
+                with self._computing.through(turn):
+                    before = blocks.layer_seconds
+                    blocks.make(block, behind, take, wanted)
+                    spent = blocks.layer_seconds
+                del behind  # it makes room for what writing takes
+            for target, stored in made:
+                self._computing.check()  # another run may have taken its place
+                target.image.write(block, stored, time)
         return Made(
             block.voxels if wanted is None else int(wanted.sum()),
             reader.decoded_voxels,
             job.reads.needed_voxels(place, region),
             {layer: seconds - before.get(layer, 0.0) for layer, seconds in spent.items()},
+            self._meter.peak_bytes,
         )
 
 
-def make_block(name: str, time: int, block: Box) -> Made:
+def make_block(name: str, time: int, block: Box, kind: int) -> Made:
     """The task: runs on a worker, where the plugin lives."""
     maker: BlockMaker = get_worker().plugins[name]
-    return maker.make(time, block)
+    return maker.make(time, block, kind)

@@ -101,6 +101,11 @@ def anonymous_bytes(pid: int | None = None) -> int:
     return total
 
 
+def own_bytes() -> int:
+    """Anonymous memory of this process alone, in bytes."""
+    return _anonymous_bytes_of(psutil.Process())
+
+
 def _anonymous_bytes_of(process: psutil.Process) -> int:
     status = Path(f"/proc/{process.pid}/status")
     try:

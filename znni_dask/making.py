@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
-from distributed import Client
-
-from znni_dask.errors import RunError
-from znni_dask.feeding import is_full, make_blocks
+from znni_dask.cluster import Cluster, Crew
+from znni_dask.errors import RunError, is_full
+from znni_dask.feeding import make_blocks
 from znni_dask.geometry import Box, Size
 from znni_dask.job import Job, Made
 from znni_dask.journal import Journal
@@ -30,7 +30,8 @@ class Pass:
     ``voxels`` and ``blocks`` were made by this run; of ``unselected`` blocks it found that they
     hold nothing that the mask selects. ``decoded_voxels`` of the volume's chunks were decoded;
     ``needed_voxels`` lie behind the blocks that were made, each counted once. Computing took so
-    many ``layer_seconds``. ``levels`` are the sizes of the coarser levels, ``level_blocks`` the
+    many ``layer_seconds``. No worker's process took more than ``peak_bytes`` of anonymous memory
+    while it made blocks. ``levels`` are the sizes of the coarser levels, ``level_blocks`` the
     blocks made of them.
     """
 
@@ -43,6 +44,7 @@ class Pass:
     decoded_voxels: int
     needed_voxels: int
     layer_seconds: Mapping[str, float]
+    peak_bytes: int
     plan: Plan
     measured_error: MeasuredError | None = None
     levels: tuple[Size, ...] = ()
@@ -52,6 +54,32 @@ class Pass:
     def read_amplification(self) -> float:
         """How often a voxel that is needed was decoded on average; 0 where nothing was made."""
         return self.decoded_voxels / self.needed_voxels if self.needed_voxels else 0.0
+
+    @property
+    def predicted_seconds(self) -> dict[str, float]:
+        """What computing was expected to take, layer by layer."""
+        choices = (choice for stage in self.plan.stages for choice in stage.choices)
+        return {choice.layer: choice.voxel_seconds * self.voxels for choice in choices}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The plan beside what came of it, as JSON takes it: of what this run made."""
+        plan = self.plan
+        return {
+            "voxels": self.voxels,
+            "blocks": self.blocks,
+            "threads": plan.threads,
+            "patch": plan.patch,
+            "block": plan.block,
+            "primitives": plan.primitives,
+            "layer_seconds": dict(self.layer_seconds),
+            "predicted_layer_seconds": self.predicted_seconds,
+            "peak_bytes": self.peak_bytes,
+            "predicted_bytes": plan.predicted_bytes,
+            "allowed_bytes": plan.allowed_bytes,
+            "read_amplification": self.read_amplification,
+            "predicted_read_amplification": plan.reading.amplification,
+        }
 
 
 @dataclass
@@ -64,6 +92,7 @@ class _Tally:
     decoded_voxels: int = 0
     needed_voxels: int = 0
     layer_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    peak_bytes: int = 0
 
     def add(self, made: Made) -> None:
         """Count one block."""
@@ -72,12 +101,17 @@ class _Tally:
         self.unselected += made.voxels == 0
         self.decoded_voxels += made.decoded_voxels
         self.needed_voxels += made.needed_voxels
+        self.peak_bytes = max(self.peak_bytes, made.peak_bytes)
         for layer, seconds in made.layer_seconds.items():
             self.layer_seconds[layer] += seconds
 
 
 def make_all(
-    client: Client, passes: list[PlannedPass], journal: Journal, progress: Progress | None
+    cluster: Cluster,
+    crew: Crew,
+    passes: list[PlannedPass],
+    journal: Journal,
+    progress: Progress | None,
 ) -> tuple[Pass, ...]:
     """Make the blocks of all passes that are missing, one pass after another."""
     total = sum(_hull(one.job).voxels * one.job.volume.times for one in passes)
@@ -115,11 +149,12 @@ def make_all(
                 failures.append((block, outcome))
             told(block.shared_voxels(within))
 
-        make_blocks(client, one.job, missing, finished)
+        make_blocks(cluster, crew, one.job, missing, finished)
         level_blocks = 0
         if not failures:  # what is missing now would be missing in all levels
             level_blocks, failed = make_levels(
-                client,
+                cluster,
+                crew,
                 one.job.targets,
                 within,
                 one.pyramid.blocks_in_flight,

@@ -85,6 +85,13 @@ def plans(
         raise OptionError(f"the plan {plan} cannot be read: {error}") from None
 
 
+def check_means(memory: str | float | None, threads: int | None) -> None:
+    """Raise `OptionError` where there can be no such memory or threads."""
+    if memory is not None:
+        parse_bytes(memory)
+    computing_threads(threads)
+
+
 def allowed_bytes(memory: str | float | None) -> int:
     """The memory asked for, 80 % of what is free where none is; raises `OptionError`."""
     return parse_bytes(memory) if memory is not None else int(_SHARE_OF_FREE * available_bytes())

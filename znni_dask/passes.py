@@ -9,12 +9,12 @@ from typing import Any
 
 from znni_dask import column_planner, planner, pyramid, timings, window_planner
 from znni_dask.application import Application
+from znni_dask.cluster import Crew, Means
 from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError, OptionError, OutputError
 from znni_dask.geometry import Size
 from znni_dask.job import Job, Target
 from znni_dask.journal import in_json, journal_of
-from znni_dask.machine import anonymous_bytes
 from znni_dask.plan import Alternative, Plan
 from znni_dask.pyramid import Pyramid
 from znni_dask.recompute import MeasuredError, measured_error
@@ -34,14 +34,15 @@ _WANTED_BYTES = 2  # of a voxel: whether it is wanted, kept, and once more where
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
-    """What a run was asked for beside the answer; ``plans`` that were given back for its passes."""
+    """What a run was asked for beside the answer: ``memory`` and ``threads`` if they were said;
+    ``plans`` that were given back for its passes."""
 
     encoding: Encoding
     patch: Size | None
     chunks: Size | None
     shards: Size | None
-    allowed_bytes: int
-    threads: int
+    memory: str | float | None
+    threads: int | None
     version: str
     pyramid: bool
     plans: tuple[Plan, ...] = ()
@@ -71,11 +72,13 @@ def plan_pass(
     application: Application,
     names: tuple[str, ...],
     request: Request,
+    crew: Crew,
     block: Size | None,
     given: Plan | None = None,
 ) -> PlannedPass:
-    """Plan one pass, or check the plan that was ``given`` for it; ``block`` is that of a run that
-    is resumed."""
+    """Plan one pass for every kind of worker of a crew, or check the plan that was ``given`` for
+    it; ``block`` is that of a run that is resumed."""
+    means, *stronger = crew.kinds
     laid, source, encoding = application.laid(*names), application.volume, request.encoding
     selection = application.selection
     stored = tuple(layout_of(application, name, request) for name in names)
@@ -90,9 +93,9 @@ def plan_pass(
         encoding_bytes=sum(map(encoding.encoding_bytes, channels)),
         read_bytes=read_bytes,
         write_bytes=max(s.write_bytes for s in stored),
-        baseline_bytes=anonymous_bytes(),
-        allowed_bytes=request.allowed_bytes,
-        threads=given.threads if given else request.threads,
+        baseline_bytes=means.baseline_bytes,
+        allowed_bytes=means.allowed_bytes,
+        threads=given.threads if given else means.threads,
         cells=source.cells,
         block=block,
         hull=selection.hull(laid),
@@ -102,10 +105,33 @@ def plan_pass(
     whole_blocks = selection.mask is None  # of which slabs leave nothing out
     plan, others = plan_for(laid, resources, request.patch, given, slabs=whole_blocks)
     held = OVERHEAD_BYTES + network_bytes(laid.network)
-    coarser = pyramid.plan(stored, resources.baseline_bytes + held, request.allowed_bytes)
+    coarser = pyramid.plan(stored, resources.baseline_bytes + held, means.allowed_bytes)
     needed = max(plan.predicted_bytes, coarser.predicted_bytes)
-    job = Job(laid, source, selection, application.nan, replace(plan, predicted_bytes=needed))
+    plan = replace(plan, predicted_bytes=needed)
+    more = [] if given else [_for_others(laid, resources, plan, kind, request) for kind in stronger]
+    job = Job(laid, source, selection, application.nan, plan, tuple(more))
     return PlannedPass(names, stored, job, coarser, resources, others)
+
+
+def _for_others(
+    laid: Laid, resources: Resources, plan: Plan, means: Means, request: Request
+) -> Plan:
+    """The plan of workers that have more than those of a ``plan``, for the same blocks in the same
+    order."""
+    others = replace(
+        resources,
+        threads=means.threads,
+        allowed_bytes=means.allowed_bytes,
+        baseline_bytes=means.baseline_bytes,
+        block=plan.block,
+        in_order=plan.blocks_in_column > 1,
+    )
+    try:
+        found, _ = plan_for(laid, others, request.patch, slabs=bool(plan.granules))
+    except MemoryLimitError:  # more threads need more of it
+        return plan
+    columns = found.blocks_in_column, found.axis
+    return found if columns in ((1, 0), (plan.blocks_in_column, plan.axis)) else plan
 
 
 def read_by(application: Application, planned: list[PlannedPass]) -> list[PlannedPass]:
@@ -155,6 +181,12 @@ def places(names: Iterable[str], root: Path) -> dict[str, Path]:
     if len(outputs) == 1:
         return {outputs[0]: root}
     return {name: root / group for name, group in store.group_names(outputs).items()}
+
+
+def places_of(groups: Sequence[tuple[str, ...]], root: Path) -> list[list[Path]]:
+    """Where the images of every pass lie."""
+    found = places((name for group in groups for name in group), root)
+    return [[found[name] for name in group] for group in groups]
 
 
 def plan_for(

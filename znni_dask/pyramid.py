@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from distributed import Client, Future, WorkerPlugin, get_worker
+from distributed import WorkerPlugin, get_worker
 
-from znni_dask.errors import MemoryLimitError, RunError
-from znni_dask.feeding import feed, is_full, on_workers
+from znni_dask.cluster import Cluster, Crew, on_workers
+from znni_dask.errors import MemoryLimitError, RunError, is_full
+from znni_dask.feeding import feed
 from znni_dask.geometry import (
     Box,
     Size,
@@ -96,7 +97,8 @@ class LevelMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
 
 
 def make_levels(
-    client: Client,
+    cluster: Cluster,
+    crew: Crew,
     targets: Sequence[Target],
     hull: Box,
     in_flight: int,
@@ -135,7 +137,7 @@ def make_levels(
                 failures.append((block, failed))
             told(block.shared_voxels(over))
 
-        _make_level(client, LevelMaker(targets, level), in_flight, missing, finished)
+        _make_level(cluster, crew, LevelMaker(targets, level), in_flight, missing, finished)
         if failures:
             break
     return count, failures
@@ -147,7 +149,8 @@ def voxels(layout: OutputLayout, hull: Box) -> int:
 
 
 def _make_level(
-    client: Client,
+    cluster: Cluster,
+    crew: Crew,
     maker: LevelMaker,
     in_flight: int,
     waiting: Iterator[tuple[int, Box]],
@@ -155,18 +158,16 @@ def _make_level(
 ) -> None:
     """Feed the blocks (time point, box) of a level to the workers. Where the disk is full no more
     are begun."""
-    workers = len(client.scheduler_info()["workers"])
 
-    def submit(place: tuple[int, Box]) -> Future:
-        key = f"{maker.name}-{place[0]}-{place[1]}"
-        return client.submit(_make_block, maker.name, *place, key=key, pure=False)
+    def make(_: str, place: tuple[int, Box]) -> Callable[[], None]:
+        return partial(_make_block, maker.name, *place)
 
     def done(place: tuple[int, Box], error: BaseException | None) -> bool:
         finished(*place, error)
         return not is_full(error)
 
-    with on_workers(client, maker):
-        feed([waiting], in_flight * max(workers, 1), submit, done)
+    with on_workers(cluster.client, maker):
+        feed(cluster, crew, ([place] for place in waiting), in_flight, make, done)
 
 
 def _make_block(name: str, time: int, block: Box) -> None:

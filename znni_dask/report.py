@@ -252,10 +252,17 @@ def run_lines(summary: Summary) -> list[str]:
     predicted = max(summary.measured_bytes, *(p.plan.predicted_bytes for p in summary.passes))
     return [
         *lines,
-        f"{show_seconds(summary.seconds)}, {summary.voxels_per_second:,.0f} voxels/s; memory: "
+        f"{show_seconds(summary.seconds)}, {summary.voxels_per_second:,.0f} voxels/s"
+        f"{_by(summary)}: "
         f"{show_bytes(summary.peak_bytes)} measured, {show_bytes(predicted)} predicted, "
         f"{show_bytes(summary.plan.allowed_bytes)} allowed",
     ]
+
+
+def _by(summary: Summary) -> str:
+    """Whose memory is told."""
+    count = summary.workers
+    return f" by {count} workers; memory of each" if count > 1 else "; memory"
 
 
 def verification_lines(found: Verification) -> list[str]:
@@ -276,15 +283,14 @@ def _computing_lines(one: Pass) -> list[str]:
     spent = sum(one.layer_seconds.values())
     if not spent:
         return []
-    choices = {c.layer: c for stage in one.plan.stages for c in stage.choices}
-    expected = one.voxels * sum(choice.voxel_seconds for choice in choices.values())
-    lines = [f"computing: {show_seconds(spent)}, {show_seconds(expected)} predicted"]
+    primitives, expected = one.plan.primitives, one.predicted_seconds
+    predicted = show_seconds(sum(expected.values()))
+    lines = [f"computing: {show_seconds(spent)}, {predicted} predicted"]
     longest = sorted(one.layer_seconds.items(), key=lambda item: -item[1])[:_LAYERS_SHOWN]
     for layer, seconds in longest:
-        if (choice := choices.get(layer)) is not None:
-            predicted = show_seconds(choice.voxel_seconds * one.voxels)
-            told = f"{show_seconds(seconds)} ({predicted} predicted)"
-            lines.append(f"  {layer} by {choice.primitive}: {told}")
+        if layer in primitives:
+            told = f"{show_seconds(seconds)} ({show_seconds(expected[layer])} predicted)"
+            lines.append(f"  {layer} by {primitives[layer]}: {told}")
     return lines
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,24 +18,35 @@ from distributed import Client
 
 from znni_dask.application import Application
 from znni_dask.asking import Options, asked
-from znni_dask.feeding import connected
+from znni_dask.cluster import Cluster, Crew, connected
 from znni_dask.geometry import Size
 from znni_dask.journal import Journal, journal_of
 from znni_dask.kernels.warm import compile_kernels
 from znni_dask.machine import MemoryMeter
 from znni_dask.making import Pass, Progress, make_all
 from znni_dask.network.network import Network
-from znni_dask.passes import PlannedPass, Request, create_outputs, is_complete, plan_pass, read_by
+from znni_dask.passes import (
+    PlannedPass,
+    Request,
+    create_outputs,
+    is_complete,
+    places_of,
+    plan_pass,
+    read_by,
+)
 from znni_dask.plan import Plan
 from znni_dask.statistics import measure
 from znni_dask.storage import output as store
 from znni_dask.storage.volume import Volume
 
+_RECORD = "znni_run"  # of an image's metadata: what its last run took, beside what was predicted
+
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did. ``peak_bytes`` is the anonymous memory of this process and its children,
-    measured while it ran; the plan says what was promised and allowed, ``measured_bytes`` what
+    """What a run did, on so many ``workers`` as there were when it began. ``peak_bytes`` is the
+    anonymous memory that a worker took at most; of one in this process, all that this process and
+    its children took. The plan says what was promised and allowed, ``measured_bytes`` what
     was predicted while statistics were taken (0 where they were not). There are no passes where
     the output was complete before."""
 
@@ -44,6 +56,7 @@ class Summary:
     seconds: float
     peak_bytes: int
     measured_bytes: int = 0
+    workers: int = 1
 
     @property
     def plan(self) -> Plan:
@@ -79,7 +92,8 @@ def run(
     output: str | Path,
     *,
     overwrite: bool = False,
-    client: Client | None = None,
+    client: Client | str | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> Summary:
@@ -132,7 +146,10 @@ def run(
         edited; by default the fastest is searched. It says what ``patch`` and ``threads`` are.
     overwrite : replace an existing Zarr store at ``output``, or start an unfinished run anew;
         otherwise the same command finishes what an interrupted run left.
-    client : a dask client; by default an in-process one, closed afterwards.
+    client : a dask client, or the address of a scheduler: what ``memory`` and ``threads`` say is
+        then said of each of its workers; by default they have what dask gave them, the memory 60 %
+        of their limit. Without a client one worker lives in this process.
+    workers : that many processes on this machine instead, which share memory and threads.
     progress : called with the voxels done and the voxels in all, after every block.
 
     Raises
@@ -147,30 +164,43 @@ def run(
         return Summary(Path(output), (), application.volume.times, 0.0, 0)
     place, journal = _begun(output, found.sources, described, overwrite)
     compile_kernels()
-    with MemoryMeter() as meter, connected(client) as workers:
+    with (
+        MemoryMeter() as meter,
+        connected(client, workers, request.memory, request.threads) as cluster,
+    ):
+        cluster.forget(place)
+        crew = cluster.crew()
+        begun = journal.blocks if journal else repeat(None, len(groups))
         planned = [
-            plan_pass(application, names, request, journal.blocks[i] if journal else None, given)
-            for i, (names, given) in enumerate(request.planned(groups))
+            plan_pass(application, names, request, crew, block, given)
+            for (names, given), block in zip(request.planned(groups), begun, strict=True)
         ]
         application, measured_bytes = _normalized(
-            workers, application, found.surveyed, journal, request
+            cluster, crew, application, found.surveyed, journal
         )
         planned = read_by(application, planned)
         if journal is None:
-            store.clear(place)
+            store.clear(place)  # before its journal: what is half made never looks complete
+            journal_of(place).unlink(missing_ok=True)
             journal = _new_journal(place, described, planned)
         with journal:
             ready = create_outputs(application, planned, request, place, journal.resumed)
             begin = time.perf_counter()
-            passes = make_all(workers, ready, journal, progress)
+            count = len(cluster.workers())
+            passes = make_all(cluster, crew, ready, journal, progress)
+            seconds = time.perf_counter() - begin
+            for one, group in zip(passes, places_of(groups, place), strict=True):
+                for image in group:
+                    store.note(image, {_RECORD: {**one.record, "seconds": seconds}})
             journal.end()
     return Summary(
         output=Path(output),
         passes=passes,
         times=application.volume.times,
-        seconds=time.perf_counter() - begin,
-        peak_bytes=meter.peak_bytes,
+        seconds=seconds,
+        peak_bytes=meter.peak_bytes if cluster.alone else max(p.peak_bytes for p in passes),
         measured_bytes=measured_bytes,
+        workers=count,
     )
 
 
@@ -195,11 +225,11 @@ def _described(
 
 
 def _normalized(
-    client: Client,
+    cluster: Cluster,
+    crew: Crew,
     application: Application,
     surveyed: Volume,
     journal: Journal | None,
-    request: Request,
 ) -> tuple[Application, int]:
     """The application on the normalised volume, if it is to be one, and the memory predicted for
     its statistics; those that a journal tells are not taken again."""
@@ -208,7 +238,7 @@ def _normalized(
         return application, 0
     if journal is not None:
         return application.normalized(journal.known_statistics()), 0
-    found = measure(client, surveyed, application.nan, wanted, request.allowed_bytes)
+    found = measure(cluster, crew, surveyed, application.nan, wanted)
     return application.normalized(found.statistics), found.predicted_bytes
 
 
@@ -224,9 +254,7 @@ def _begun(
     """Where the output goes, and the journal of a run that was begun there and can be finished."""
     path = journal_of(Path(output).resolve())
     if overwrite:
-        place = store.check_place(output, sources, overwrite)
-        path.unlink(missing_ok=True)
-        return place, None
+        return store.check_place(output, sources, overwrite), None
     journal = Journal.begun(path)
     place = store.check_place(output, sources, overwrite, begun=journal is not None)
     if journal is not None:

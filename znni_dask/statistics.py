@@ -21,13 +21,14 @@ from operator import add
 from typing import Any
 
 import numpy as np
-from distributed import Client, Future, WorkerPlugin, get_worker
+from distributed import WorkerPlugin, get_worker
 from numpy.typing import NDArray
 
+from znni_dask.cluster import Cluster, Crew, Means, on_workers
 from znni_dask.errors import MemoryLimitError, RunError, VolumeError
-from znni_dask.feeding import feed, on_workers
+from znni_dask.feeding import feed
 from znni_dask.geometry import Box, Size, text, tiles, triple, volume
-from znni_dask.machine import anonymous_bytes, show_bytes
+from znni_dask.machine import show_bytes
 from znni_dask.normalization import Normalization, Statistics
 from znni_dask.resources import MOST_BLOCKS_IN_FLIGHT, OVERHEAD_BYTES
 from znni_dask.storage.volume import Volume
@@ -51,17 +52,17 @@ class Measured:
 
 
 def measure(
-    client: Client, source: Volume, nan: float | None, wanted: Normalization, allowed_bytes: int
+    cluster: Cluster, crew: Crew, source: Volume, nan: float | None, wanted: Normalization
 ) -> Measured:
-    """The statistics by which a volume is normalised.
+    """The statistics by which a volume is normalised, taken by the workers of a crew.
 
     Raises `MemoryLimitError` where not even one box can be read, and `VolumeError` where values
     cannot be read, are not finite (and ``nan`` does not replace them), or are all the same.
     """
-    in_flight, predicted = _in_flight(source, allowed_bytes)
-    survey = _Survey(client, source, nan is not None, in_flight)
+    in_flight, predicted = _in_flight(source, crew.kinds[0])
+    survey = _Survey(cluster, crew, source, nan is not None, in_flight)
     find = {"zscore": _deviations, "range": _extremes, "percentile": _percentiles}[wanted.method]
-    with on_workers(client, survey.surveyor):
+    with on_workers(cluster.client, survey.surveyor):
         found = [_checked(find(survey, time, wanted), survey, time) for time in range(source.times)]
     offset = tuple(tuple(offset for offset, _ in channels) for channels in found)
     scale = tuple(tuple(scale for _, scale in channels) for channels in found)
@@ -87,12 +88,13 @@ def boxes(source: Volume) -> Size:
     return triple(edges)
 
 
-def _in_flight(source: Volume, allowed_bytes: int) -> tuple[int, int]:
+def _in_flight(source: Volume, means: Means) -> tuple[int, int]:
     """How many boxes may be looked at at a time, and the memory that this takes."""
     box = boxes(source)
     tables = 8 * _BINS * _MOST_RANKS * source.channels  # as added up, and for each box
     each = source.read_bytes(box) + _PIECE * _PIECE_BYTES + 2 * tables
-    base = anonymous_bytes() + OVERHEAD_BYTES + 2 * tables
+    base, allowed_bytes = means.baseline_bytes, means.allowed_bytes
+    base += OVERHEAD_BYTES + 2 * tables
     fitting = min((allowed_bytes - base) // each, MOST_BLOCKS_IN_FLIGHT)
     if fitting < 1:
         raise MemoryLimitError(
@@ -147,19 +149,21 @@ def _small(dtype: np.dtype[Any]) -> bool:
 class _Survey:
     """Questions put to all values of a volume."""
 
-    def __init__(self, client: Client, source: Volume, replaced: bool, in_flight: int) -> None:
+    def __init__(
+        self, cluster: Cluster, crew: Crew, source: Volume, replaced: bool, in_flight: int
+    ) -> None:
         self.source = source
         self.surveyor = _Surveyor(source, replaced)
-        self._client = client
-        self._in_flight = in_flight * max(len(client.scheduler_info()["workers"]), 1)
+        self._cluster, self._crew = cluster, crew
+        self._in_flight = in_flight
 
     def ask(self, question: Question, time: int) -> list[Any]:
         """What the values of every channel at a time point answer together."""
         answers: list[list[Any]] = []
         failures: list[tuple[Size, BaseException]] = []
 
-        def submit(box: Box) -> Future:
-            return self._client.submit(_look, self.surveyor.name, question, time, box, pure=False)
+        def look(_: str, box: Box) -> Callable[[], list[Any]]:
+            return partial(_look, self.surveyor.name, question, time, box)
 
         def finished(box: Box, outcome: Any) -> bool:
             if isinstance(outcome, BaseException):
@@ -171,7 +175,8 @@ class _Survey:
             return True
 
         pieces = tiles(self.source.size, boxes(self.source))
-        feed([pieces], self._in_flight, submit, finished)
+        runs = ([piece] for piece in pieces)
+        feed(self._cluster, self._crew, runs, self._in_flight, look, finished)
         if failures:
             _, error = min(failures, key=lambda failure: failure[0])
             if isinstance(error, RunError):

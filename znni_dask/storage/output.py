@@ -13,16 +13,19 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from znni_dask.errors import OptionError, OutputError
+from znni_dask.errors import OptionError, OutputError, RunError, is_full
 from znni_dask.geometry import Box, Size, round_up, text, triple, volume
 from znni_dask.storage import ngff
 from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.levels import Level, levels
+from znni_dask.storage.patience import Patience
 from znni_dask.storage.stored import Three, Units
 
 ENCODED_AT_ONCE = 10  # zarr's default `async.concurrency`
 _MOST_OF_LAST_LEVEL = 256**3
 _BLOSC = {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 1}  # every reader of Zarr 2 has it
+
+_PATIENCE = Patience()  # of this process, whichever store it is that refuses
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ class Image:
         channel: int | None = None,
     ) -> None:
         """Write ``values`` (channel, z, y, x), or (z, y, x) of one channel, to ``box``, which must
-        be whole chunks or shards."""
+        be whole chunks or shards. Raises `RunError` where the store refuses them for a minute, and
+        what it says where it is full."""
         array = self.arrays[level]
         unit = (array.shards or array.chunks)[-3:]
         size = array.shape[-3:]
@@ -176,7 +180,13 @@ class Image:
                 raise ValueError(f"box {box} is not a whole number of chunks or shards {unit}")
         if channel is None and "c" not in self.axes:
             values = values[0]
-        array[self._index(box, time, channel)] = values
+        place = self._index(box, time, channel)
+        try:
+            _PATIENCE(lambda: array.__setitem__(place, values))
+        except OSError as error:
+            if is_full(error):
+                raise
+            raise RunError(f"it cannot be written: {error}") from error
 
     def _index(self, box: Box, time: int, channel: int | None) -> tuple[slice | int, ...]:
         places: dict[str, slice | int] = dict(zip("zyx", box.slices, strict=True))
@@ -261,6 +271,11 @@ def description(place: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError):
         return None
     return dict(told) if isinstance(told, Mapping) else None
+
+
+def note(place: Path, found: Mapping[str, Any]) -> None:
+    """Add to an image's metadata; what was there by these names is replaced."""
+    zarr.open_group(str(place), mode="r+").attrs.update(found)
 
 
 def group_names(outputs: Sequence[str]) -> dict[str, str]:

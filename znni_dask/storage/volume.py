@@ -21,9 +21,11 @@ from znni_dask.normalization import Statistics
 from znni_dask.patches import source_box, source_index
 from znni_dask.storage import opening
 from znni_dask.storage.cells import Cells
+from znni_dask.storage.patience import Patience, is_passing
 from znni_dask.storage.stored import Stored, Three, Units, reason, unreadable
 
 Values = NDArray[np.generic]
+_PATIENCE = Patience(is_passing)  # of this process, whichever volume it is
 _PROBED = 10_000  # chunks tried to find the one that is damaged
 
 
@@ -137,7 +139,7 @@ class Volume:
 
     def _read(self, box: Box, time: int, channels: slice) -> Values:
         try:
-            values = self._taken(box, time, channels)
+            values = _PATIENCE(lambda: self._taken(box, time, channels))
         except unreadable() as error:
             where, cause = self._damaged(box, time, channels, error)
             notes = "".join(f" ({note})" for note in getattr(cause, "__notes__", ()))
