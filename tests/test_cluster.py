@@ -558,6 +558,11 @@ def test_a_run_on_workers_that_were_started_by_hand(files):
     assert_same(stored(places[2]), want)
 
 
+def test_a_worker_without_a_scheduler_says_so(capsys):
+    assert main(["worker", "nonsense", "--threads", "1"]) == 2
+    assert "no worker could begin for nonsense" in capsys.readouterr().err
+
+
 def test_there_is_a_worker_for_every_node(monkeypatch):
     halves = [frozenset({0, 1}), frozenset({2, 3})]
     monkeypatch.setattr(worker_module, "nodes", lambda: halves)

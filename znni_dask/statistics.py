@@ -181,6 +181,8 @@ class _Survey:
             _, error = min(failures, key=lambda failure: failure[0])
             if isinstance(error, RunError):
                 raise VolumeError(f"while its statistics were taken: {error}") from error
+            if isinstance(error, OSError):
+                raise RunError(f"while its statistics were taken: {error}") from error
             raise error
         return answers[0]
 

@@ -71,16 +71,16 @@ async def _serve(address: str, wanted: list[Place], name: str | None) -> None:
     async with AsyncExitStack() as stack:
         nannies = []
         for number, place in enumerate(wanted):
-            nanny = Nanny(
-                address,
-                nthreads=MOST_BLOCKS_IN_FLIGHT,
-                memory_limit=0,  # what is planned is what is used: dask has nothing to bound
-                resources={DEVICE: 1},
-                name=f"{name}-{number}" if name and len(wanted) > 1 else name,
-                env=place.environment,
-                preload=[__name__],
-            )
             try:
+                nanny = Nanny(
+                    address,
+                    nthreads=MOST_BLOCKS_IN_FLIGHT,
+                    memory_limit=0,  # what is planned is what is used: dask has nothing to bound
+                    resources={DEVICE: 1},
+                    name=f"{name}-{number}" if name and len(wanted) > 1 else name,
+                    env=place.environment,
+                    preload=[__name__],
+                )
                 nannies.append(await stack.enter_async_context(nanny))
             except (OSError, RuntimeError, ValueError) as error:
                 why = error.__cause__ or error
