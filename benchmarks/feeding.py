@@ -15,7 +15,7 @@ from functools import partial
 
 from machine import keep
 from znni_dask.cluster import connected
-from znni_dask.feeding import feed
+from znni_dask.feeding import Work, feed
 from znni_dask.machine import own_bytes
 
 IN_FLIGHT = 3
@@ -50,14 +50,7 @@ def main() -> None:
     with connected(workers=given.workers) as cluster:
         before, begin = own_bytes(), time.perf_counter()
         runs = (range(n, min(n + RUN, given.tasks)) for n in range(0, given.tasks, RUN))
-        feed(
-            cluster,
-            cluster.crew(),
-            runs,
-            IN_FLIGHT,
-            lambda _, number: partial(nothing, number),
-            finished,
-        )
+        feed(cluster, cluster.crew(), Work(runs, IN_FLIGHT, task, finished))
         seconds = time.perf_counter() - begin
     keep(
         "feeding",

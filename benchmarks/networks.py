@@ -166,12 +166,12 @@ def timed(own: Dense, team: Team) -> float:
     return timings["own"].seconds
 
 
-def layers_by_torch(network: Network, edge: int, team: Team) -> Iterator[tuple[str, float]]:
-    """Seconds of every layer of a patch of the answer by PyTorch, scaled from a part of its
-    fragments."""
+def layers_by_torch(network: Network, made: int, team: Team) -> Iterator[tuple[str, float]]:
+    """Seconds by PyTorch of every layer behind a patch of the answer, ``made`` voxels long along
+    every axis, scaled from a part of its fragments."""
     torch.set_num_threads(team.threads)
     layout = Layout(network, (1024,) * 3, "valid")
-    patch = Box((0, 0, 0), (edge,) * 3)
+    patch = Box((0, 0, 0), (made,) * 3)
     for step in Schedules(layout, choose_primitives(layout)).schedule(patch).steps:
         problem, node = step.problem, step.operation.node
         layer = node.layer

@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -180,6 +180,17 @@ def rate(team: Team) -> float:
     return median([flops_per_second(team) for _ in range(2 * PROBES)][PROBES:])
 
 
+def calibrated(team: Team, also: Sequence[int] = ()) -> float:
+    """Measure the machine, for plans to be made by, with other numbers of threads ``also``; the
+    rate that it gives meanwhile."""
+    before = rate(team)
+    found = calibrate(team.threads)
+    for threads in also:
+        found = found.joined(calibrate(threads).found)
+    timings.keep_timings(found)
+    return (before + rate(team)) / 2
+
+
 def steady(command: list[str], team: Team, reference: float, tries: int = TRIES) -> dict[str, Any]:
     """What a command tells that runs between probes that agree, and the machine's rate then."""
     for _ in range(tries):
@@ -211,10 +222,7 @@ def main() -> None:
     rows = {(r["network"], r["limit"]): r for r in kept(kept_as).get("rows", ())}
     with tempfile.TemporaryDirectory() as place, Team(given.threads) as team:
         os.environ["ZNNI_TIMINGS"] = f"{place}/timings.json"
-        before = rate(team)
-        found = calibrate(given.threads)
-        timings.keep_timings(found if given.threads == 1 else found.joined(calibrate(1).found))
-        reference = (before + rate(team)) / 2
+        reference = calibrated(team, also=[1] if given.threads > 1 else [])
         for name in given.only or NETWORKS:
             with tempfile.TemporaryDirectory() as folder:
                 network = to_onnx(NETWORKS[name]()).SerializeToString()

@@ -33,9 +33,8 @@ from networks import OUTPUTS, layers_by_torch
 from numpy.typing import NDArray
 
 from machine import keep, kept
-from planning import rate, steady, unet
+from planning import calibrated, steady, unet
 from znni_dask import column_planner, planner, timings
-from znni_dask.calibration import calibrate
 from znni_dask.choices import chosen_primitives
 from znni_dask.columns import Column, period_of
 from znni_dask.costs import Costs
@@ -162,9 +161,8 @@ def products_over_least(layout: Layout, resources: Resources, plan: Plan) -> flo
         if isinstance(step.primitive, ConvTiledFFT):
             done += times * step.primitive.work(step.problem, 1).amount(PRODUCTS) / made
             spacing = prod(layout.network.spacing[step.operation.node.name])
-            voxels = (
-                1.0 if layout.geometry.dense else 1 / float(spacing)
-            )  # behind one of the answer
+            # of this layer behind a voxel of the answer
+            voxels = 1.0 if layout.geometry.dense else 1 / float(spacing)
             least += voxels * least_products(step.problem)
     return done / least if least else None
 
@@ -225,7 +223,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place, Team(given.threads) as team:
         os.environ["ZNNI_TIMINGS"] = f"{place}/timings.json"
         for name in given.only or NETWORKS:
-            reference = measured(team)
+            reference = calibrated(team)
             for limit in given.limit or LIMITS:
                 row: dict[str, Any] = {"network": name, "limit": limit}
                 others = ["patches", *(["torch"] if name in PAPER_NETWORKS else [])]
@@ -235,13 +233,6 @@ def main() -> None:
                 rows[name, limit] = row
                 print(line(row), flush=True)
                 keep(kept_as, {"rows": list(rows.values())})
-
-
-def measured(team: Team) -> float:
-    """Measure the machine, for plans to be made by; the rate that it gives meanwhile."""
-    before = rate(team)
-    timings.keep_timings(calibrate(team.threads))
-    return (before + rate(team)) / 2
 
 
 def line(row: dict[str, Any]) -> str:

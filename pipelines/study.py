@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 
 from znni_dask import column_planner, planner, timings
-from znni_dask.calibration import calibrate
 from znni_dask.choices import Menu, choose_primitives, planned
 from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError
@@ -49,7 +48,7 @@ from znni_dask.schedule import Schedules
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from machine import keep, kept
-from planning import rate, steady
+from planning import calibrated, steady
 from streaming import unhindered
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -307,9 +306,7 @@ def main() -> None:
     if not given.draw:
         with tempfile.TemporaryDirectory() as place, Team(given.threads) as team:
             os.environ["ZNNI_TIMINGS"] = f"{place}/timings.json"
-            before = rate(team)
-            timings.keep_timings(calibrate(given.threads))
-            reference = (before + rate(team)) / 2
+            reference = calibrated(team)
             found = _Found(given.threads, Costs(timings.kept()))
             for name in given.only or PAPER_NETWORKS:
                 networks[name] = study(name, found, team, reference)

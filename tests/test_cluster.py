@@ -27,7 +27,7 @@ from znni_dask import worker as worker_module
 from znni_dask.cli import main
 from znni_dask.cluster import Cluster, Crew, Means, connected, share
 from znni_dask.errors import MemoryLimitError, OptionError, RunError
-from znni_dask.feeding import feed
+from znni_dask.feeding import Work, feed
 from znni_dask.importers.to_onnx import to_onnx
 from znni_dask.job import BlockMaker
 from znni_dask.machine import anonymous_bytes
@@ -117,10 +117,10 @@ def test_workers_that_have_more_are_planned_for_apart():
     assert len(Crew.of(many).kinds) <= 4
 
 
-def test_a_mixed_cluster_makes_one_answer_by_several_plans(files, two, monkeypatch):
-    places, want = files
-    strong, plans = min(two.workers()), {}
-    honest, begun = Cluster.means, BlockMaker._prepared
+@pytest.fixture
+def strong(two, monkeypatch):
+    """One of the two has twice the threads of the other."""
+    strong, honest = min(two.workers()), Cluster.means
 
     def means(self, workers=None):
         found = honest(self, workers)
@@ -129,11 +129,18 @@ def test_a_mixed_cluster_makes_one_answer_by_several_plans(files, two, monkeypat
             for w, one in found.items()
         }
 
+    monkeypatch.setattr(Cluster, "means", means)
+    return strong
+
+
+def test_a_mixed_cluster_makes_one_answer_by_several_plans(files, two, strong, monkeypatch):
+    places, want = files
+    plans, begun = {}, BlockMaker._prepared
+
     def prepared(self, kind):
         plans[get_worker().address] = self.job.plans[kind]
         return begun(self, kind)
 
-    monkeypatch.setattr(Cluster, "means", means)
     monkeypatch.setattr(BlockMaker, "_prepared", prepared)
     how = {"client": two.client, "chunks": 16, "patch": 16, "memory": "8GiB"}
     summary = znni_dask.run(*places, **how)
@@ -144,21 +151,10 @@ def test_a_mixed_cluster_makes_one_answer_by_several_plans(files, two, monkeypat
     assert_same(stored(places[2]), want)
 
 
-def test_a_plan_that_was_given_is_that_of_all_workers(files, two, monkeypatch):
+def test_a_plan_that_was_given_is_that_of_all_workers(files, two, strong):
     places, want = files
-    strong = min(two.workers())
-    honest = Cluster.means
-
-    def means(self, workers=None):
-        found = honest(self, workers)
-        return {
-            w: Means(2 if w == strong else 1, one.allowed_bytes, one.baseline_bytes)
-            for w, one in found.items()
-        }
-
     how = {"client": two.client, "chunks": 16, "memory": "8GiB"}
     plan = znni_dask.run(*places, patch=16, **how).plan
-    monkeypatch.setattr(Cluster, "means", means)
     summary = znni_dask.run(*places, plan=plan, overwrite=True, **how)
     assert summary.blocks > 4
     assert_same(stored(places[2]), want)
@@ -231,15 +227,10 @@ def fed(cluster, runs, task, in_flight=2):
         found[item] = outcome
         return True
 
-    feed(
-        cluster,
-        cluster.crew(),
-        iter(runs),
-        in_flight,
-        lambda _, item: partial(call, "task", item),
-        finished,
-        in_order=True,
-    )
+    def send(_, item):
+        return partial(call, "task", item)
+
+    feed(cluster, cluster.crew(), Work(iter(runs), in_flight, send, finished, in_order=True))
     return found
 
 
@@ -299,15 +290,9 @@ def test_no_worker_has_more_in_flight_than_it_may(two, monkeypatch):
         return True
 
     asked = iter(range(100))
-    feed(
-        two,
-        two.crew(),
-        ([n] for n in asked),
-        3,
-        lambda _, n: partial(where, n),
-        finished,
-        in_order=True,
-    )
+    runs = ([n] for n in asked)
+    work = Work(runs, 3, lambda _, n: partial(where, n), finished, in_order=True)
+    feed(two, two.crew(), work)
     assert max(most.values()) == 3
 
 
@@ -335,7 +320,8 @@ def test_what_takes_no_time_is_sent_together_and_blamed_alone(two):
         patch.setattr(two.client, "submit", submit)
         patch.setattr(feeding, "_TASK_SECONDS", 10)  # also where others use the machine
         runs = (range(n, n + 100) for n in range(0, 1000, 100))
-        feed(two, two.crew(), runs, 2, lambda _, n: partial(call, "together", n), finished)
+        work = Work(runs, 2, lambda _, n: partial(call, "together", n), finished)
+        feed(two, two.crew(), work)
     assert isinstance(found.pop(750), RunError)
     assert found == {n: n for n in range(1000) if n != 750}
     assert max(sent) > 1
@@ -349,7 +335,8 @@ def test_nothing_more_is_begun_once_that_is_said(two):
         begun.append(item)
         return partial(where, item)
 
-    feed(two, two.crew(), ([n] for n in range(100)), 1, tasks, lambda item, outcome: False)
+    runs = ([n] for n in range(100))
+    feed(two, two.crew(), Work(runs, 1, tasks, lambda item, outcome: False))
     assert len(begun) <= 2
 
 
@@ -423,7 +410,7 @@ def test_workers_that_come_later_take_part_if_they_can():
 
             runs, task = ([n] for n in range(60)), lambda _, n: partial(slowly, n)
             cluster = Cluster(client)
-            feed(cluster, cluster.crew(), runs, 1, task, finished, takes, True)
+            feed(cluster, cluster.crew(), Work(runs, 1, task, finished, takes, True))
             assert len(grown) == 60
             assert len(set(grown)) == count
 
@@ -448,7 +435,7 @@ def test_workers_that_go_as_they_are_told_to_are_blamed_for_nothing(hears, monke
 
         cluster = Cluster(client)
         runs, task = ([n] for n in range(40)), lambda _, n: partial(slowly, n)
-        feed(cluster, cluster.crew(), runs, 2, task, finished, in_order=True)
+        feed(cluster, cluster.crew(), Work(runs, 2, task, finished, in_order=True))
     assert len(found) == 40
     assert not [one for one in found.values() if isinstance(one, BaseException)]
 
@@ -469,9 +456,8 @@ def test_what_kills_its_workers_is_given_up_and_all_else_is_done():
 
     with local(2, processes=True) as mortal, Client(mortal, set_as_default=False) as client:
         cluster = Cluster(client)
-        feed(
-            cluster, cluster.crew(), iter([range(12)]), 2, lambda _, n: partial(dying, n), finished
-        )
+        work = Work(iter([range(12)]), 2, lambda _, n: partial(dying, n), finished)
+        feed(cluster, cluster.crew(), work)
     assert isinstance(found.pop(3), ConnectionError)
     assert found == {n: n for n in range(12) if n != 3}
 
@@ -516,8 +502,9 @@ def test_what_a_killed_client_left_on_workers_goes(files):
         (worker,) = cluster.workers.values()
         (left,) = (p for p in worker.plugins.values() if isinstance(p, BlockMaker))
         with Client(address, set_as_default=False) as client:
-            Cluster(client).forget(Path(places[0]))
-            assert left in worker.plugins.values()  # of another output
+            for other in (places[0], places[2].removesuffix("arr")):
+                Cluster(client).forget(Path(other))
+                assert left in worker.plugins.values()  # of another output
             Cluster(client).forget(Path(places[2]))
             assert left not in worker.plugins.values()
         znni_dask.run(*places, client=address, chunks=16, patch=16)

@@ -23,12 +23,20 @@ from distributed import Client, LocalCluster
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.job import PLUGIN
 from znni_dask.machine import anonymous_bytes, available_bytes, parse_bytes, show_bytes
-from znni_dask.options import allowed_bytes, computing_threads
+from znni_dask.options import SHARE_OF_FREE, allowed_bytes, computing_threads
 from znni_dask.resources import MOST_BLOCKS_IN_FLIGHT
 
-LOOPBACK = "127.0.0.1:0"  # distributed's web servers listen to all the world unless told
+_LOOPBACK = "127.0.0.1:0"  # distributed's web servers listen to all the world unless told
+_UNWATCHED = {"distributed.worker.profile.enabled": False}
+_HERE: dict[str, Any] = {  # of workers on this machine
+    "threads_per_worker": MOST_BLOCKS_IN_FLIGHT,
+    "memory_limit": 0,  # what is planned is what is used: dask has nothing to bound
+    "dashboard_address": _LOOPBACK,
+    "worker_dashboard_address": _LOOPBACK,
+    "silence_logs": logging.CRITICAL,  # failures are collected and reported at the end
+}
 _SHARE_OF_LIMIT = 0.6  # of a worker's memory limit: from there on dask spills, and then pauses it
-_SHARE_OF_FREE, _SHARE_OF_FREE_LATER = 0.8, 0.9  # of who comes later, as it changes
+_SHARE_OF_FREE_LATER = 0.9  # of a worker that comes later: what is free changes
 _MORE, _MOST_KINDS = 1.5, 3  # times as much memory; kinds of workers planned for, and the weakest
 _FIRST_WORKER_SECONDS = 60
 _SCHEDULER_BYTES = 256 << 20  # that this process comes to hold beside its workers
@@ -141,7 +149,7 @@ class Cluster:
         """Those of all workers, or of some, that answer. Raises `OptionError` where one runs
         another version."""
         told = self.client.run(_told, workers=workers, on_error="return")
-        return self._understood(told, _SHARE_OF_FREE)
+        return self._understood(told, SHARE_OF_FREE)
 
     async def means_of(self, worker: str) -> Means | None:
         """Those of one worker, asked in the client's own thread; None where it has left."""
@@ -220,7 +228,8 @@ def _told(dask_worker: Any) -> _Told:
 
 async def _forget(place: str, dask_worker: Any) -> None:
     """Runs on the worker."""
-    for name in [name for name in dask_worker.plugins if name.startswith(PLUGIN) and place in name]:
+    left = [name for name in dask_worker.plugins if name.startswith(PLUGIN)]
+    for name in [name for name in left if f"//{place}/" in name]:  # as in the URL of its store
         await dask_worker.plugin_remove(name=name)
 
 
@@ -262,16 +271,8 @@ def _client_of(address: str) -> Client:
 @contextmanager
 def _in_process() -> Iterator[Client]:
     with (
-        dask.config.set({"distributed.worker.profile.enabled": False}),
-        Client(
-            processes=False,
-            n_workers=1,
-            threads_per_worker=MOST_BLOCKS_IN_FLIGHT,
-            memory_limit=0,
-            dashboard_address=LOOPBACK,
-            worker_dashboard_address=LOOPBACK,
-            silence_logs=logging.CRITICAL,  # failures are collected and reported at the end
-        ) as local,
+        dask.config.set(_UNWATCHED),
+        Client(processes=False, n_workers=1, **_HERE) as local,
     ):
         yield local
 
@@ -283,17 +284,8 @@ def _on_this_machine(
     """Processes of their own, which share what there is."""
     each = share(workers, memory, threads)
     with (
-        dask.config.set({"distributed.worker.profile.enabled": False}),
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=MOST_BLOCKS_IN_FLIGHT,
-            processes=True,
-            memory_limit=0,
-            dashboard_address=LOOPBACK,
-            worker_dashboard_address=LOOPBACK,
-            silence_logs=logging.CRITICAL,
-            env=each.environment,
-        ) as cluster,
+        dask.config.set(_UNWATCHED),
+        LocalCluster(processes=True, n_workers=workers, env=each.environment, **_HERE) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         yield client

@@ -15,7 +15,7 @@ import logging
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,13 +62,11 @@ def make_blocks(
         return partial(make_block, maker.name, *place, kinds.get(worker, 0))
 
     def takes(worker: str, means: Means) -> bool:
-        pairs = enumerate(zip(job.plans, crew.kinds, strict=False))
-        fitting = [
-            number
-            for number, (plan, planned) in pairs
-            if means.threads >= plan.threads
-            and means.room_bytes >= plan.predicted_bytes - planned.baseline_bytes
-        ]
+        needed = (
+            Means(plan.threads, plan.predicted_bytes, planned.baseline_bytes)
+            for plan, planned in zip(job.plans, crew.kinds, strict=False)
+        )
+        fitting = [number for number, one in enumerate(needed) if means.suffice_for(one)]
         kinds[worker] = max(fitting, key=lambda n: job.plans[n].voxels_per_second, default=0)
         return bool(fitting)
 
@@ -78,30 +76,33 @@ def make_blocks(
 
     runs = (run for _, run in groupby(waiting, key=job.run))
     with on_workers(cluster.client, maker):
-        feed(cluster, crew, runs, in_flight, make, done, takes, job.plan.blocks_in_column > 1)
+        in_order = job.plan.blocks_in_column > 1
+        feed(cluster, crew, Work(runs, in_flight, make, done, takes, in_order))
 
 
-def feed(
-    cluster: Cluster,
-    crew: Crew,
-    runs: Iterator[Iterable[T]],
-    in_flight: int,
-    task: Callable[[str, T], Callable[[], Any]],
-    finished: Callable[[T, Any], bool],
-    takes: Callable[[str, Means], bool] | None = None,
-    in_order: bool = False,
-) -> None:
-    """Do all items of ``runs``, ``in_flight`` of them on every worker at a time.
+@dataclass(frozen=True, eq=False)
+class Work(Generic[T]):
+    """Items of ``runs``, ``in_flight`` of them to be done on every worker at a time.
 
     ``task`` gives what a worker (by its address) is to call for an item. ``finished`` takes its
-    result, or the exception that it raised, and says whether to begin more. An item that failed is
-    tried again, but where the error is a `ZnniError` or says that the disk is full: those would
-    come again. ``takes`` says whether a worker that is not of the crew, with such means, is to have
-    any (by default those that have what the weakest has). Items that take no
-    time are sent several at once, unless those of a run must be done ``in_order``.
+    result, or the exception that it raised, and says whether to begin more. ``takes`` says whether
+    a worker that is not of the crew, with such means, is to have any: None, if it has what the
+    weakest has. Items that take no time are sent several at once, unless those of a run must be
+    done ``in_order``.
     """
-    takes = takes or (lambda _, means: means.suffice_for(crew.kinds[0]))
-    feeding = _Feeding(cluster, crew, runs, in_flight, task, finished, takes, in_order)
+
+    runs: Iterator[Iterable[T]]
+    in_flight: int
+    task: Callable[[str, T], Callable[[], Any]]
+    finished: Callable[[T, Any], bool]
+    takes: Callable[[str, Means], bool] | None = None
+    in_order: bool = False
+
+
+def feed(cluster: Cluster, crew: Crew, work: Work[Any]) -> None:
+    """Do all items of some work. One that failed is tried again, but where the error is a
+    `ZnniError` or says that the disk is full: those would come again."""
+    feeding = _Feeding(cluster, crew, work)
     with feeding.listening():
         feeding.run()
 
@@ -152,22 +153,10 @@ class _Hand(Generic[T]):
 class _Feeding(Generic[T]):
     """All of it happens in one thread, by one queue of news."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        crew: Crew,
-        runs: Iterator[Iterable[T]],
-        in_flight: int,
-        task: Callable[[str, T], Callable[[], Any]],
-        finished: Callable[[T, Any], bool],
-        takes: Callable[[str, Means], bool],
-        in_order: bool,
-    ) -> None:
+    def __init__(self, cluster: Cluster, crew: Crew, work: Work[T]) -> None:
         self._cluster, self._client, self._address = cluster, cluster.client, cluster.address
-        self._crew, self._asked = crew, set[str]()
-        self._runs, self._in_flight = runs, in_flight
-        self._task, self._finished, self._takes = task, finished, takes
-        self._most = 1 if in_order else _MOST_ITEMS
+        self._crew, self._work = crew, work
+        self._asked: set[str] = set()  # what they have: workers that are not of the crew
         self._again: deque[deque[_Item[T]]] = deque()  # what was begun, and must be done elsewhere
         self._hands: dict[str, _Hand[T]] = {}
         self._going, self._waited = True, False
@@ -249,19 +238,28 @@ class _Feeding(Generic[T]):
             self._take_on(worker)
             return
         self._asked.add(worker)
-        asyncio.run_coroutine_threadsafe(self._ask(worker), self._client.loop.asyncio_loop)
+        self._await(self._cluster.means_of(worker), partial(self._answered, worker))
 
-    async def _ask(self, worker: str) -> None:
-        """In the client's own thread: it may take long where the worker has left already."""
-        found = self._cluster.means_of(worker)
-        means: Any = (await asyncio.gather(found, return_exceptions=True))[0]
-        self._news.put(partial(self._answered, worker, means))
+    def _await(self, asked: Awaitable[Any], then: Callable[[Any], None]) -> None:
+        """Wait for something in the client's own thread, as it may take long where a worker has
+        left; what comes of it, or the error that does, is news for ``then``."""
+
+        async def told() -> None:
+            outcome: Any = (await asyncio.gather(asked, return_exceptions=True))[0]
+            self._news.put(partial(then, outcome))
+
+        asyncio.run_coroutine_threadsafe(told(), self._client.loop.asyncio_loop)
 
     def _answered(self, worker: str, means: Means | BaseException | None) -> None:
         if isinstance(means, BaseException):
             LOG.warning("%s", means)
         elif means is not None and worker in self._asked and self._takes(worker, means):
             self._take_on(worker)
+
+    def _takes(self, worker: str, means: Means) -> bool:
+        if self._work.takes is None:
+            return means.suffice_for(self._crew.kinds[0])
+        return self._work.takes(worker, means)
 
     def _take_on(self, worker: str) -> None:
         self._hands[worker] = _Hand()
@@ -287,16 +285,16 @@ class _Feeding(Generic[T]):
 
     def _fill(self, worker: str) -> None:
         """Send a worker what it may have in flight."""
-        hand = self._hands[worker]
-        while self._going and len(hand.sent) < self._in_flight and self._supply(hand):
-            if not (items := hand.next(self._most)):
+        hand, work = self._hands[worker], self._work
+        most = 1 if work.in_order else _MOST_ITEMS
+        while self._going and len(hand.sent) < work.in_flight and self._supply(hand):
+            if not (items := hand.next(most)):
                 break
-            calls = [self._task(worker, item.value) for item in items]
+            calls = [work.task(worker, item.value) for item in items]
             future = self._client.submit(_called, calls, workers=[worker], pure=False)
             hand.sent[future] = items
-            asyncio.run_coroutine_threadsafe(
-                self._watched(worker, future), self._client.loop.asyncio_loop
-            )
+            outcome = self._client.gather(future, asynchronous=True)
+            self._await(outcome, partial(self._ended, worker, future))
 
     def _supply(self, hand: _Hand[T]) -> bool:
         """Let a hand have something to send, if there is anything for it."""
@@ -307,7 +305,7 @@ class _Feeding(Generic[T]):
     def _next_run(self) -> deque[_Item[T]] | None:
         if self._again:
             return self._again.popleft()
-        run = next(self._runs, None)
+        run = next(self._work.runs, None)
         return None if run is None else deque(map(_Item, run))
 
     def _half(self, hand: _Hand[T]) -> deque[_Item[T]]:
@@ -318,13 +316,6 @@ class _Feeding(Generic[T]):
         share = theirs / (ours + theirs) if hand.done and busiest.done else 0.5
         count = min(round(share * (len(busiest.run) + len(busiest.sent))), len(busiest.run))
         return deque(reversed([busiest.run.pop() for _ in range(count)]))
-
-    async def _watched(self, worker: str, future: Future) -> None:
-        """Tell what comes of a task. Asked for at once in the client's own thread, where it ends
-        also when its worker has left with the result."""
-        found = self._client.gather(future, asynchronous=True)
-        outcome: Any = (await asyncio.gather(found, return_exceptions=True))[0]
-        self._news.put(partial(self._ended, worker, future, outcome))
 
     def _ended(self, worker: str, future: Future, outcome: Any) -> None:
         hand = self._hands.get(worker)
@@ -337,7 +328,7 @@ class _Feeding(Generic[T]):
         hand.done += len(items)
         if not isinstance(outcome, BaseException):
             for item, found in zip(items, outcome, strict=True):
-                self._going = self._finished(item.value, found) and self._going
+                self._going = self._work.finished(item.value, found) and self._going
         elif again := deque(item for item in items if self._may_again(item, outcome, items)):
             self._again.append(again)
         self._fill_all() if self._again else self._fill(worker)
@@ -354,7 +345,7 @@ class _Feeding(Generic[T]):
             return True
         if isinstance(error, KilledWorker | CancelledError):
             error = _left_alone(str(error))
-        self._going = self._finished(item.value, error) and self._going
+        self._going = self._work.finished(item.value, error) and self._going
         return False
 
 

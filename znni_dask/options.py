@@ -14,7 +14,7 @@ from znni_dask.normalization import Normalization
 from znni_dask.plan import Plan
 from znni_dask.windows import Patchwise
 
-_SHARE_OF_FREE = 0.8  # of the free memory, when no limit is given
+SHARE_OF_FREE = 0.8  # of the free memory, when no limit is given
 
 
 def size(name: str, value: Size | int | None) -> Size | None:
@@ -94,7 +94,7 @@ def check_means(memory: str | float | None, threads: int | None) -> None:
 
 def allowed_bytes(memory: str | float | None) -> int:
     """The memory asked for, 80 % of what is free where none is; raises `OptionError`."""
-    return parse_bytes(memory) if memory is not None else int(_SHARE_OF_FREE * available_bytes())
+    return parse_bytes(memory) if memory is not None else int(SHARE_OF_FREE * available_bytes())
 
 
 def computing_threads(threads: int | None) -> int:

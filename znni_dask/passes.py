@@ -183,12 +183,6 @@ def places(names: Iterable[str], root: Path) -> dict[str, Path]:
     return {name: root / group for name, group in store.group_names(outputs).items()}
 
 
-def places_of(groups: Sequence[tuple[str, ...]], root: Path) -> list[list[Path]]:
-    """Where the images of every pass lie."""
-    found = places((name for group in groups for name in group), root)
-    return [[found[name] for name in group] for group in groups]
-
-
 def plan_for(
     laid: Laid,
     resources: Resources,

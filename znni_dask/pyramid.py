@@ -16,7 +16,7 @@ from distributed import WorkerPlugin, get_worker
 
 from znni_dask.cluster import Cluster, Crew, on_workers
 from znni_dask.errors import MemoryLimitError, RunError, is_full
-from znni_dask.feeding import feed
+from znni_dask.feeding import Work, feed
 from znni_dask.geometry import (
     Box,
     Size,
@@ -167,7 +167,7 @@ def _make_level(
         return not is_full(error)
 
     with on_workers(cluster.client, maker):
-        feed(cluster, crew, ([place] for place in waiting), in_flight, make, done)
+        feed(cluster, crew, Work(([place] for place in waiting), in_flight, make, done))
 
 
 def _make_block(name: str, time: int, block: Box) -> None:

@@ -30,7 +30,7 @@ from znni_dask.passes import (
     Request,
     create_outputs,
     is_complete,
-    places_of,
+    places,
     plan_pass,
     read_by,
 )
@@ -44,7 +44,7 @@ _RECORD = "znni_run"  # of an image's metadata: what its last run took, beside w
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did, on so many ``workers`` as there were when it began. ``peak_bytes`` is the
+    """What a run did, on so many ``workers`` as it was planned for. ``peak_bytes`` is the
     anonymous memory that a worker took at most; of one in this process, all that this process and
     its children took. The plan says what was promised and allowed, ``measured_bytes`` what
     was predicted while statistics were taken (0 where they were not). There are no passes where
@@ -186,12 +186,12 @@ def run(
         with journal:
             ready = create_outputs(application, planned, request, place, journal.resumed)
             begin = time.perf_counter()
-            count = len(cluster.workers())
             passes = make_all(cluster, crew, ready, journal, progress)
             seconds = time.perf_counter() - begin
-            for one, group in zip(passes, places_of(groups, place), strict=True):
-                for image in group:
-                    store.note(image, {_RECORD: {**one.record, "seconds": seconds}})
+            images = places((name for one in passes for name in one.outputs), place)
+            for one in passes:
+                for name in one.outputs:
+                    store.note(images[name], {_RECORD: {**one.record, "seconds": seconds}})
             journal.end()
     return Summary(
         output=Path(output),
@@ -200,7 +200,7 @@ def run(
         seconds=seconds,
         peak_bytes=meter.peak_bytes if cluster.alone else max(p.peak_bytes for p in passes),
         measured_bytes=measured_bytes,
-        workers=count,
+        workers=len(crew.kind),
     )
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from znni_dask.cluster import Cluster, Crew, Means, on_workers
 from znni_dask.errors import MemoryLimitError, RunError, VolumeError
-from znni_dask.feeding import feed
+from znni_dask.feeding import Work, feed
 from znni_dask.geometry import Box, Size, text, tiles, triple, volume
 from znni_dask.machine import show_bytes
 from znni_dask.normalization import Normalization, Statistics
@@ -93,8 +93,7 @@ def _in_flight(source: Volume, means: Means) -> tuple[int, int]:
     box = boxes(source)
     tables = 8 * _BINS * _MOST_RANKS * source.channels  # as added up, and for each box
     each = source.read_bytes(box) + _PIECE * _PIECE_BYTES + 2 * tables
-    base, allowed_bytes = means.baseline_bytes, means.allowed_bytes
-    base += OVERHEAD_BYTES + 2 * tables
+    base, allowed_bytes = means.baseline_bytes + OVERHEAD_BYTES + 2 * tables, means.allowed_bytes
     fitting = min((allowed_bytes - base) // each, MOST_BLOCKS_IN_FLIGHT)
     if fitting < 1:
         raise MemoryLimitError(
@@ -176,7 +175,7 @@ class _Survey:
 
         pieces = tiles(self.source.size, boxes(self.source))
         runs = ([piece] for piece in pieces)
-        feed(self._cluster, self._crew, runs, self._in_flight, look, finished)
+        feed(self._cluster, self._crew, Work(runs, self._in_flight, look, finished))
         if failures:
             _, error = min(failures, key=lambda failure: failure[0])
             if isinstance(error, RunError):

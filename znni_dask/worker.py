@@ -36,7 +36,11 @@ class Place:
     def environment(self) -> dict[str, str]:
         """What tells the worker's process, when it begins."""
         told = self.means.environment
-        return told if self.cores is None else told | {"DASK_ZNNI__CORES": _listed(self.cores)}
+        return (
+            told
+            if self.cores is None
+            else told | {"DASK_ZNNI__CORES": " ".join(map(str, sorted(self.cores)))}
+        )
 
 
 def places(memory: str | float | None = None, threads: int | None = None) -> list[Place]:
@@ -93,7 +97,3 @@ def dask_setup(worker: Any) -> None:
     anew: threads that it starts from then on stay there, too."""
     if told := dask.config.get("znni.cores", None):
         os.sched_setaffinity(0, {int(core) for core in str(told).split(" ")})
-
-
-def _listed(chosen: frozenset[int]) -> str:
-    return " ".join(map(str, sorted(chosen)))

@@ -91,7 +91,7 @@ class Library:
         return self._functions[name]
 
 
-_LIBRARIES: dict[str, Library] = {}
+_LIBRARIES: dict[str, Library] = {}  # of this process, by what is kept of each on disk
 
 
 def kept_library(write: Callable[..., ir.Module], *arguments: Hashable) -> Library:
