@@ -35,12 +35,10 @@ class Place:
     @property
     def environment(self) -> dict[str, str]:
         """What tells the worker's process, when it begins."""
-        told = self.means.environment
-        return (
-            told
-            if self.cores is None
-            else told | {"DASK_ZNNI__CORES": " ".join(map(str, sorted(self.cores)))}
-        )
+        if self.cores is None:
+            return self.means.environment
+        cores = " ".join(map(str, sorted(self.cores)))
+        return self.means.environment | {"DASK_ZNNI__CORES": cores}
 
 
 def places(memory: str | float | None = None, threads: int | None = None) -> list[Place]:
