@@ -20,6 +20,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from znni_dask.errors import RunError, VolumeError
 from znni_dask.geometry import Box
+from znni_dask.storage import patience
+from znni_dask.storage import volume as volume_module
+from znni_dask.storage.patience import Patience, is_passing
 from znni_dask.storage.volume import open_volume
 
 DATA = np.random.default_rng(0).integers(0, 255, (9, 40, 50)).astype(np.uint8)
@@ -152,14 +155,39 @@ def test_a_server_that_is_not_there():
         open_volume("http://127.0.0.1:9/a.zarr")
 
 
-def test_a_server_that_goes_away_fails_the_block_and_not_with_fill_values(served):
+def test_a_server_that_goes_away_fails_the_block_and_not_with_fill_values(served, monkeypatch):
     folder, url, server = served
     zarr.create_array(str(folder / "a.zarr"), data=DATA, chunks=(4, 8, 8))
     volume = open_volume(f"{url}/a.zarr")
     server.shutdown()
     server.server_close()
+    monkeypatch.setattr(volume_module, "_PATIENCE", lambda do: do())
     with pytest.raises(RunError, match=r"cannot read z, y, x = .*cannot be reached"):
         volume.read(BOX)
+
+
+def test_a_server_that_is_restarted_is_asked_again(served, monkeypatch):
+    folder, url, server = served
+    zarr.create_array(str(folder / "a.zarr"), data=DATA, chunks=(4, 8, 8))
+    volume = open_volume(f"{url}/a.zarr")
+    server.shutdown()
+    server.server_close()
+    again = []
+
+    def restarted(_):
+        if not again:
+            again.append(Server(server.server_address, partial(Handler, directory=str(folder))))
+            threading.Thread(target=again[0].serve_forever, daemon=True).start()
+
+    monkeypatch.setattr(volume_module, "_PATIENCE", Patience(is_passing))
+    monkeypatch.setattr(patience.time, "sleep", restarted)
+    try:
+        np.testing.assert_array_equal(volume.read(BOX)[0], DATA[BOX.slices])
+        assert again
+    finally:
+        for one in again:
+            one.shutdown()
+            one.server_close()
 
 
 def test_sharded_arrays_need_ranges(served):

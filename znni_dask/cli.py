@@ -37,6 +37,7 @@ from znni_dask.machine import cores
 from znni_dask.options import computing_threads
 from znni_dask.page import page
 from znni_dask.running import run
+from znni_dask.storage.urls import without_secrets
 from znni_dask.verify import verify
 from znni_dask.worker import serve
 
@@ -105,7 +106,7 @@ def _infer(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     found = forecasts(options.network, options.input, **asked(options))
     if options.html:
-        title = f"{options.network} on {options.input}"
+        title = f"{options.network} on {without_secrets(options.input)}"
         _write(options.html, page(title, found))
     console = _console()
     if options.format == "json":

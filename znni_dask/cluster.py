@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import dask
@@ -25,6 +24,7 @@ from znni_dask.job import PLUGIN
 from znni_dask.machine import anonymous_bytes, available_bytes, parse_bytes, show_bytes
 from znni_dask.options import SHARE_OF_FREE, allowed_bytes, computing_threads
 from znni_dask.resources import MOST_BLOCKS_IN_FLIGHT
+from znni_dask.storage.urls import Location
 
 _LOOPBACK = "127.0.0.1:0"  # distributed's web servers listen to all the world unless told
 _UNWATCHED = {"distributed.worker.profile.enabled": False}
@@ -123,7 +123,7 @@ class Cluster:
         """Of the scheduler."""
         return str(self.client.scheduler.address)
 
-    def forget(self, place: Path) -> None:
+    def forget(self, place: Location) -> None:
         """Let workers give back what a run to this place, whose client was killed, left there."""
         if not self.alone:
             self.client.run(_forget, str(place), on_error="ignore")
@@ -229,7 +229,7 @@ def _told(dask_worker: Any) -> _Told:
 async def _forget(place: str, dask_worker: Any) -> None:
     """Runs on the worker."""
     left = [name for name in dask_worker.plugins if name.startswith(PLUGIN)]
-    for name in [name for name in left if f"//{place}/" in name]:  # as in the URL of its store
+    for name in [name for name in left if f"//{place}/" in name]:
         await dask_worker.plugin_remove(name=name)
 
 

@@ -154,8 +154,7 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
     """
 
     def __init__(self, job: Job) -> None:
-        places = [str(target.image.arrays[0].store_path) for target in job.targets]
-        self.name = PLUGIN + " ".join(places)
+        self.name = PLUGIN + " ".join(f"//{target.image.place}/" for target in job.targets)
         self.job = job
 
     def setup(self, worker: Any) -> None:

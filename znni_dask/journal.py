@@ -3,29 +3,47 @@
 One line of JSON each: first what defines the answer and the grid of blocks, then every block that
 is finished, written only after its chunks are. A run that was interrupted, at whatever moment,
 goes on with the blocks that are missing; a line cut off in the middle counts for nothing. A run
-that would give another answer is refused.
+that would give another answer is refused. Beside an output in an object store the journal lies in
+that store (`znni_dask.storage.lines`), so that a resume finds it on whatever machine.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from znni_dask.errors import OutputError
+from znni_dask.errors import OutputError, RunError
 from znni_dask.geometry import Box, Size, add, triple
 from znni_dask.normalization import Statistics
+from znni_dask.storage.lines import Lines, lines_at
+from znni_dask.storage.stored import refused
+from znni_dask.storage.urls import Location
 
 _VERSION = 1
 Place = tuple[int, int, Size]  # pass, time point, first voxel of the block
 
 
-def journal_of(output: Path) -> Path:
+def journal_of(output: Location) -> Location:
     """Where the journal of an output lies."""
     return output.with_name(output.name + ".journal")
+
+
+def is_unfinished(output: Location) -> bool:
+    """Whether there is a journal of an output, which tells of a run that was begun. Raises
+    `OutputError` where that cannot be found out."""
+    path = journal_of(output)
+    with refused("read", f"the journal {path}"):
+        return lines_at(path).exist()
+
+
+def forget(output: Location) -> None:
+    """Take the journal of an output away, if there is one."""
+    path = journal_of(output)
+    with refused("write", f"the journal {path}"):
+        lines_at(path).remove()
 
 
 def in_json(described: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,25 +57,24 @@ class Journal:
     ``statistics`` those by which the volume is normalised. Use it as a context manager, or
     `close` it."""
 
-    path: Path
+    path: Location
     described: Mapping[str, Any]
     blocks: Sequence[Size]
     statistics: Mapping[str, Any] | None = None
     done: set[Place] = field(default_factory=set)
     resumed: bool = False  # whether it told of blocks when it was found
-    _file: TextIO | None = None
+    _lines: Lines | None = None
 
     @classmethod
-    def begun(cls, path: Path) -> Journal | None:
+    def begun(cls, path: Location) -> Journal | None:
         """The journal at ``path``; None where there is none, or none of which a line is finished.
         Raises `OutputError` where it cannot be read."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as error:
+            with refused("read", f"the journal {path}"):
+                lines = lines_at(path).read()
+        except UnicodeDecodeError as error:
             raise OutputError(f"cannot read the journal {path}: {error}") from None
-        if not lines or not lines[0].endswith("\n"):
+        if not lines:
             return None
         try:
             head = json.loads(lines[0])
@@ -66,9 +83,8 @@ class Journal:
             journal = cls(path, head["described"], [triple(b) for b in head["blocks"]])
             journal.statistics = head["statistics"]
             for line in lines[1:]:
-                if line.endswith("\n"):  # else it was being written when the run ended
-                    number, time, start = json.loads(line)
-                    journal.done.add((int(number), int(time), triple(start)))
+                number, time, start = json.loads(line)
+                journal.done.add((int(number), int(time), triple(start)))
             journal.resumed = bool(journal.done)
             return journal
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -78,20 +94,15 @@ class Journal:
 
     def begin(self) -> None:
         """Open the journal for writing; a new one begins with what defines the answer."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = not self._cut()
-            self._file = self.path.open("a", encoding="utf-8")
-            if fresh:
-                head = {
-                    "version": _VERSION,
-                    "described": self.described,
-                    "blocks": self.blocks,
-                    "statistics": self.statistics,
-                }
-                self._write(head)
-        except OSError as error:
-            raise OutputError(f"cannot write the journal {self.path}: {error}") from None
+        head = {
+            "version": _VERSION,
+            "described": self.described,
+            "blocks": self.blocks,
+            "statistics": self.statistics,
+        }
+        with refused("write", f"the journal {self.path}"):
+            self._lines = lines_at(self.path)
+            self._lines.begin(json.dumps(head))
 
     def check(self, described: Mapping[str, Any]) -> None:
         """Raise `OutputError` where a run described so would give another answer."""
@@ -118,7 +129,8 @@ class Journal:
 
     def add(self, number: int, time: int, block: Box) -> None:
         """Note that a block is written."""
-        self._write([number, time, block.start])
+        assert self._lines is not None
+        self._lines.add(json.dumps([number, time, block.start]))
         self.done.add((number, time, block.start))
 
     def holds(self, number: int, time: int, block: Box) -> bool:
@@ -136,31 +148,19 @@ class Journal:
     def end(self) -> None:
         """All blocks are written: the journal is not needed any more."""
         self.close()
-        self.path.unlink(missing_ok=True)
+        with refused("write", f"the journal {self.path}"):
+            lines_at(self.path).remove()
 
     def close(self) -> None:
-        """Close the file; the journal stays."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Write the last of it; the journal stays."""
+        if self._lines is not None:
+            lines, self._lines = self._lines, None
+            lines.close()
 
     def __enter__(self) -> Journal:
         self.begin()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _cut(self) -> int:
-        """Take away a last line that was not finished; returns the length of what is left."""
-        data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(self.path, whole)
-        return whole
-
-    def _write(self, line: object) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def __exit__(self, kind: object, *error: object) -> None:
+        with suppress(*() if kind is None else (RunError,)):  # what came first is told
+            self.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from znni_dask import column_planner, planner, pyramid, timings, window_planner
@@ -14,7 +13,7 @@ from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError, OptionError, OutputError
 from znni_dask.geometry import Size
 from znni_dask.job import Job, Target
-from znni_dask.journal import in_json, journal_of
+from znni_dask.journal import in_json, is_unfinished
 from znni_dask.plan import Alternative, Plan
 from znni_dask.pyramid import Pyramid
 from znni_dask.recompute import MeasuredError, measured_error
@@ -23,6 +22,7 @@ from znni_dask.storage import output as store
 from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.levels import spacing
 from znni_dask.storage.output import OutputLayout
+from znni_dask.storage.urls import Location
 from znni_dask.windows import Laid, WindowGrid
 
 _CHUNKS = (64, 64, 64)
@@ -174,7 +174,7 @@ def layout_of(application: Application, name: str, request: Request) -> OutputLa
     )
 
 
-def places(names: Iterable[str], root: Path) -> dict[str, Path]:
+def places(names: Iterable[str], root: Location) -> dict[str, Location]:
     """Where the image of every output lies: at the root where it is the only one, else in a group
     of its own."""
     outputs = [*names]
@@ -227,7 +227,7 @@ def create_outputs(
     application: Application,
     planned: list[PlannedPass],
     request: Request,
-    root: Path,
+    root: Location,
     resumed: bool,
 ) -> list[PlannedPass]:
     """The passes with the arrays that they write: one image, or a group of one for each output.
@@ -261,10 +261,10 @@ def create_outputs(
 
 
 def is_complete(
-    application: Application, groups: list[tuple[str, ...]], request: Request, output: Path
+    application: Application, groups: list[tuple[str, ...]], request: Request, output: Location
 ) -> bool:
     """Whether all outputs are there, made as asked for, and no run of them is unfinished."""
-    if journal_of(output.resolve()).exists():
+    if is_unfinished(output.resolve()):
         return False
     images = places((name for group in groups for name in group), output)
     return all(
@@ -274,7 +274,7 @@ def is_complete(
     )
 
 
-def _told(place: Path) -> dict[str, Any]:
+def _told(place: Location) -> dict[str, Any]:
     """What an image's metadata tell of how it was made, but for what was measured meanwhile."""
     found = store.description(place) or {}
     return {key: value for key, value in found.items() if key not in _FOUND}

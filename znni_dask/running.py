@@ -20,7 +20,7 @@ from znni_dask.application import Application
 from znni_dask.asking import Options, asked
 from znni_dask.cluster import Cluster, Crew, connected
 from znni_dask.geometry import Size
-from znni_dask.journal import Journal, journal_of
+from znni_dask.journal import Journal, forget, journal_of
 from znni_dask.kernels.warm import compile_kernels
 from znni_dask.machine import MemoryMeter
 from znni_dask.making import Pass, Progress, make_all
@@ -37,6 +37,7 @@ from znni_dask.passes import (
 from znni_dask.plan import Plan
 from znni_dask.statistics import measure
 from znni_dask.storage import output as store
+from znni_dask.storage.urls import Location, location
 from znni_dask.storage.volume import Volume
 
 _RECORD = "znni_run"  # of an image's metadata: what its last run took, beside what was predicted
@@ -50,7 +51,7 @@ class Summary:
     was predicted while statistics were taken (0 where they were not). There are no passes where
     the output was complete before."""
 
-    output: Path
+    output: Location
     passes: tuple[Pass, ...]
     times: int
     seconds: float
@@ -104,8 +105,10 @@ def run(
     network : an ONNX or ``.znni`` file, a `Network`, or the name of a paper's network.
     input : Zarr, OME-Zarr, TIFF stack, HDF5 (``file.h5:/dataset``) or ``.npy``, or the URL of a
         Zarr store; axes out of t, c, z, y, x. Every time point is a volume of its own.
-    output : the OME-Zarr store to make; array ``0`` is (z, y, x), with t and c before it where
-        there are several. Several outputs of the network make a group each.
+    output : the OME-Zarr store to make, a path or a URL (``s3://bucket/out.zarr``, with
+        credentials from the environment or the files of the cloud's own tools); array ``0`` is
+        (z, y, x), with t and c before it where there are several. Several outputs of the network
+        make a group each.
     boundary : how the volume goes on beyond its faces: ``"reflect"`` (edge not repeated),
         ``"nearest"``, ``"constant"`` (zero), or ``"valid"`` (not at all: the output is smaller).
     memory : bound on the anonymous memory of the whole process, like ``"12GiB"``; by default 80 %
@@ -144,8 +147,9 @@ def run(
     stats_level : the level of the OME-Zarr image of which these statistics are taken instead.
     plan : a file that ``znni plan --format json`` made, or a `Plan` (one for every pass), perhaps
         edited; by default the fastest is searched. It says what ``patch`` and ``threads`` are.
-    overwrite : replace an existing Zarr store at ``output``, or start an unfinished run anew;
-        otherwise the same command finishes what an interrupted run left.
+    overwrite : replace an existing Zarr store at ``output`` (behind a URL only one that this has
+        made), or start an unfinished run anew; otherwise the same command finishes what an
+        interrupted run left.
     client : a dask client, or the address of a scheduler: what ``memory`` and ``threads`` say is
         then said of each of its workers; by default they have what dask gave them, the memory 60 %
         of their limit. Without a client one worker lives in this process.
@@ -157,12 +161,13 @@ def run(
     InputError before anything is written; `RunError` at the end where blocks failed, after all
     others were written.
     """
+    asked_place = location(output)
     found = asked(network, input, **options)
     application, request, groups = found.application, found.request, found.groups
     described = _described(application, groups, request)
-    if not overwrite and is_complete(application, groups, request, Path(output)):
-        return Summary(Path(output), (), application.volume.times, 0.0, 0)
-    place, journal = _begun(output, found.sources, described, overwrite)
+    if not overwrite and is_complete(application, groups, request, asked_place):
+        return Summary(asked_place, (), application.volume.times, 0.0, 0)
+    place, journal = _begun(asked_place, found.sources, described, overwrite)
     compile_kernels()
     with (
         MemoryMeter() as meter,
@@ -181,7 +186,7 @@ def run(
         planned = read_by(application, planned)
         if journal is None:
             store.clear(place)  # before its journal: what is half made never looks complete
-            journal_of(place).unlink(missing_ok=True)
+            forget(place)
             journal = _new_journal(place, described, planned)
         with journal:
             ready = create_outputs(application, planned, request, place, journal.resumed)
@@ -194,7 +199,7 @@ def run(
                     store.note(images[name], {_RECORD: {**one.record, "seconds": seconds}})
             journal.end()
     return Summary(
-        output=Path(output),
+        output=asked_place,
         passes=passes,
         times=application.volume.times,
         seconds=seconds,
@@ -242,17 +247,17 @@ def _normalized(
     return application.normalized(found.statistics), found.predicted_bytes
 
 
-def _new_journal(place: Path, described: dict[str, Any], planned: list[PlannedPass]) -> Journal:
+def _new_journal(place: Location, described: dict[str, Any], planned: list[PlannedPass]) -> Journal:
     found = planned[0].job.volume.statistics
     blocks = [one.job.plan.block for one in planned]
     return Journal(journal_of(place), described, blocks, asdict(found) if found else None)
 
 
 def _begun(
-    output: str | Path, sources: list[str | Path], described: dict[str, Any], overwrite: bool
-) -> tuple[Path, Journal | None]:
+    output: Location, sources: list[str | Path], described: dict[str, Any], overwrite: bool
+) -> tuple[Location, Journal | None]:
     """Where the output goes, and the journal of a run that was begun there and can be finished."""
-    path = journal_of(Path(output).resolve())
+    path = journal_of(output.resolve())
     if overwrite:
         return store.check_place(output, sources, overwrite), None
     journal = Journal.begun(path)

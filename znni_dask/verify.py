@@ -28,6 +28,7 @@ from znni_dask.recompute import recompute
 from znni_dask.selection import Wanted
 from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.output import description
+from znni_dask.storage.urls import location
 from znni_dask.storage.volume import Volume, open_volume
 from znni_dask.windows import Laid, WindowGrid
 
@@ -128,7 +129,7 @@ class _Compared:
 
 def _open_output(path: str | Path) -> tuple[Volume, dict[str, Any]]:
     """An output, and what its metadata tell of how it was made."""
-    made = description(Path(path))
+    made = description(location(path))
     if made is not None and "outputs" in made:
         raise OutputError(
             f"{path} holds several outputs: verify one of its groups, " + ", ".join(made["outputs"])

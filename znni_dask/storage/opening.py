@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from znni_dask.errors import VolumeError, ZnniError
 from znni_dask.storage import hdf5, tiff
 from znni_dask.storage.stored import Decoding, Found, Stored, axis_letters, reason, unreadable
+from znni_dask.storage.urls import check_secrets, is_url, local_path, without_secrets
 
 _ZARR = ("zarr.json", ".zarray", ".zgroup")
-_SECRET = re.compile(r"//[^/@]*@|[?#].*$")
+_WITH_PASSWORDS = ("http://", "https://")  # whose servers know no other credentials
 
 
 def find(path: str | Path, level: int | str | None, options: Mapping[str, Any] | None) -> Found:
     """The volume at a path or URL; raises `VolumeError` where there is none that can be read."""
-    place = str(path)
-    if place.startswith("file://"):
-        place = unquote(urlsplit(place).path)
-    shown = _SECRET.sub(lambda m: "//" if m[0][0] == "/" else "", place) if _url(place) else place
+    place = str(path if is_url(path) else local_path(path))
+    shown = without_secrets(place) if is_url(place) else place
+    if is_url(place) and not place.startswith(_WITH_PASSWORDS):
+        check_secrets(place, VolumeError)
     try:
-        if _url(place):
+        if is_url(place):
             return _find_remote(place, shown, level, options)
         if options:
             raise VolumeError(f"storage_options are for URLs, and {place} is a local path")
@@ -35,10 +35,6 @@ def find(path: str | Path, level: int | str | None, options: Mapping[str, Any] |
         raise
     except unreadable() as error:
         raise VolumeError(f"cannot read {shown}: {reason(error)}") from error
-
-
-def _url(place: str) -> bool:
-    return "://" in place
 
 
 def _find_remote(

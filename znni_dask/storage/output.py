@@ -1,13 +1,18 @@
-"""OME-Zarr output: arrays made once, written block by block, each block whole chunks."""
+"""OME-Zarr output: arrays made once, written block by block, each block whole chunks.
+
+It lies in a folder, or behind the URL of an object store, where credentials are those of the
+environment of every process that writes.
+"""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zarr
@@ -16,16 +21,22 @@ from numpy.typing import NDArray
 from znni_dask.errors import OptionError, OutputError, RunError, is_full
 from znni_dask.geometry import Box, Size, round_up, text, triple, volume
 from znni_dask.storage import ngff
+from znni_dask.storage.clouds import refusals
 from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.levels import Level, levels
-from znni_dask.storage.patience import Patience
-from znni_dask.storage.stored import Three, Units
+from znni_dask.storage.patience import Patience, is_passing
+from znni_dask.storage.stored import Three, Units, reason, refused
+from znni_dask.storage.urls import Location, Url, is_url, local_path, without_secrets
 
+T = TypeVar("T")
 ENCODED_AT_ONCE = 10  # zarr's default `async.concurrency`
 _MOST_OF_LAST_LEVEL = 256**3
 _BLOSC = {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 1}  # every reader of Zarr 2 has it
 
-_PATIENCE = Patience()  # of this process, whichever store it is that refuses
+_METADATA = ("zarr.json", ".zgroup", ".zarray")  # one of them is at the root of every store
+
+_PATIENCE = Patience()  # of this process, whichever folder it is that refuses
+_PATIENCE_ELSEWHERE = Patience(is_passing)  # whichever object store: it says what is for good
 
 
 @dataclass(frozen=True)
@@ -111,37 +122,56 @@ def output_layout(
 
 
 def check_place(
-    path: str | Path, sources: Sequence[str | Path], overwrite: bool, begun: bool = False
-) -> Path:
+    place: Location, sources: Sequence[str | Path], overwrite: bool, begun: bool = False
+) -> Location:
     """Where the output goes, of a run that reads ``sources``; raises `OutputError` where it must
     not go there. What is there may be replaced with ``overwrite``, or completed where it was
     ``begun``."""
-    if "://" in str(path):
-        raise OutputError(f"{path}: only local paths can be written")
-    place = Path(path).resolve()
+    asked, place = place, place.resolve()
     for source in sources:
-        found = Path(source).resolve()
+        shown, found = without_secrets(str(source)), _source(source)
         if place == found or found in place.parents:
             raise OutputError(
-                f"the output {path} is, or lies in, the input {source}: choose another place"
+                f"the output {asked} is, or lies in, the input {shown}: choose another place"
             )
         if place in found.parents:
-            raise OutputError(f"the input {source} lies in the output {path}: choose another place")
-    if place.exists():
-        if not overwrite and not begun:
-            raise OutputError(f"the output {path} exists: choose another place, or overwrite it")
-        if not any((place / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
-            raise OutputError(
-                f"{path} is not a Zarr store: it will not be overwritten; move it away"
-            )
-    existing = next(parent for parent in place.parents if parent.exists())
-    if not existing.is_dir():
-        raise OutputError(f"the output {path} cannot be made: {existing} is a file")
+            raise OutputError(f"the input {shown} lies in the output {asked}: choose another place")
+    with refused("write", asked):
+        if place.exists():
+            _check_replaced(place, asked, overwrite, begun)
+        elif isinstance(place, Url) and not place.has_bucket():
+            raise OutputError(f"the output {asked} cannot be made: there is no such bucket")
+    if isinstance(place, Path):
+        existing = next(parent for parent in place.parents if parent.exists())
+        if not existing.is_dir():
+            raise OutputError(f"the output {asked} cannot be made: {existing} is a file")
     return place
 
 
-def clear(place: Path) -> None:
+def _source(source: str | Path) -> Location:
+    """Where an input lies."""
+    return Url(str(source).rstrip("/")) if is_url(source) else local_path(source).resolve()
+
+
+def _check_replaced(place: Location, asked: Location, overwrite: bool, begun: bool) -> None:
+    """Raise `OutputError` where what is there must stay."""
+    if not overwrite and not begun:
+        raise OutputError(f"the output {asked} exists: choose another place, or overwrite it")
+    if not any((place / name).exists() for name in _METADATA):
+        raise OutputError(f"{asked} is not a Zarr store: it will not be overwritten; move it away")
+    if overwrite and isinstance(place, Url) and description(place) is None:
+        raise OutputError(
+            f"{asked} was not made by znni infer: in object stores nothing else is overwritten; "
+            "move it away"
+        )
+
+
+def clear(place: Location) -> None:
     """Take away the store that is to be replaced, if there is one."""
+    if isinstance(place, Url):
+        with refused("replace", place):
+            _clear_below(place)
+        return
     try:
         if place.exists():
             shutil.rmtree(place)
@@ -149,16 +179,29 @@ def clear(place: Path) -> None:
         raise OutputError(f"cannot replace {place}: {error}") from None
 
 
+def _clear_below(place: Url) -> None:
+    """Take all objects away: first what makes the store look complete, last what tells that it is
+    one, so that this can be begun again."""
+    last = {*_METADATA, ".zattrs"}
+    names = _PATIENCE_ELSEWHERE(place.below)
+    first = {name for name in names if name.rpartition("/")[2] in last} - last
+    for some in (first, {*names} - first - last, last.intersection(names)):
+        _PATIENCE_ELSEWHERE(partial(place.remove, sorted(some)))
+
+
 @dataclass(frozen=True, eq=False)
 class Image:
-    """An output on disk: an array for every level, of ``axes`` out of t, c, z, y, x."""
+    """An output that is stored: an array for every level, of ``axes`` out of t, c, z, y, x;
+    ``place`` is where."""
 
     arrays: tuple[zarr.Array[Any], ...]
     axes: str
+    place: Location = Path()
 
     def read(self, level: int, box: Box, time: int, channel: int) -> NDArray[np.generic]:
         """The values (z, y, x) of one channel within ``box``."""
-        return np.asarray(self.arrays[level][self._index(box, time, channel)])
+        index = self._index(box, time, channel)
+        return _asked_again(self.place, lambda: np.asarray(self.arrays[level][index]))
 
     def write(
         self,
@@ -170,8 +213,8 @@ class Image:
         channel: int | None = None,
     ) -> None:
         """Write ``values`` (channel, z, y, x), or (z, y, x) of one channel, to ``box``, which must
-        be whole chunks or shards. Raises `RunError` where the store refuses them for a minute, and
-        what it says where it is full."""
+        be whole chunks or shards. Raises `RunError` where the store refuses them for a minute, or
+        for good, and what it says where it is full."""
         array = self.arrays[level]
         unit = (array.shards or array.chunks)[-3:]
         size = array.shape[-3:]
@@ -180,13 +223,15 @@ class Image:
                 raise ValueError(f"box {box} is not a whole number of chunks or shards {unit}")
         if channel is None and "c" not in self.axes:
             values = values[0]
-        place = self._index(box, time, channel)
+        index = self._index(box, time, channel)
+        elsewhere = isinstance(self.place, Url)
+        patience = _PATIENCE_ELSEWHERE if elsewhere else _PATIENCE
         try:
-            _PATIENCE(lambda: array.__setitem__(place, values))
-        except OSError as error:
+            patience(lambda: array.__setitem__(index, values))
+        except refusals() as error:
             if is_full(error):
                 raise
-            raise RunError(f"it cannot be written: {error}") from error
+            raise RunError(f"it cannot be written: {reason(error, 'write')}") from error
 
     def _index(self, box: Box, time: int, channel: int | None) -> tuple[slice | int, ...]:
         places: dict[str, slice | int] = dict(zip("zyx", box.slices, strict=True))
@@ -195,7 +240,7 @@ class Image:
 
 
 def create(
-    place: Path,
+    place: Location,
     layout: OutputLayout,
     *,
     scale: Three,
@@ -212,20 +257,29 @@ def create(
         units,
         labels=layout.encoding.labels,
     )
-    try:
+
+    def made() -> tuple[zarr.Array[Any], ...]:
         group = zarr.create_group(
             str(place),
             zarr_format=ngff.ZARR_FORMAT[layout.version],
             overwrite=True,
             attributes={**told, **attributes},
         )
-        arrays = tuple(
+        return tuple(
             group.create_array(str(number), **_form(layout, level))
             for number, level in enumerate(layout.levels)
         )
-    except (OSError, ValueError) as error:  # what zarr itself raises is a ValueError
-        raise OutputError(f"cannot write {place}: {error}") from None
-    return Image(arrays, layout.axes)
+
+    with refused("write", place):
+        try:
+            return Image(_asked_again(place, made), layout.axes, place)
+        except ValueError as error:  # what zarr itself raises
+            raise OutputError(f"cannot write {place}: {error}") from None
+
+
+def _asked_again(place: Location, do: Callable[[], T]) -> T:
+    """What an object store gives, if it refuses for a while; of a folder at once."""
+    return _PATIENCE_ELSEWHERE(do) if isinstance(place, Url) else do()
 
 
 def _form(layout: OutputLayout, level: Level) -> dict[str, Any]:
@@ -247,35 +301,51 @@ def _form(layout: OutputLayout, level: Level) -> dict[str, Any]:
     return form | {"dimension_names": list(layout.axes)}
 
 
-def existing(place: Path, layout: OutputLayout) -> Image | None:
-    """An image that was made before; None where it is missing or of another form."""
+def existing(place: Location, layout: OutputLayout) -> Image | None:
+    """An image that was made before; None where it is missing or of another form. Raises
+    `OutputError` where an object store does not tell."""
     arrays: list[zarr.Array[Any]] = []
     for number, level in enumerate(layout.levels):
-        try:
-            array = zarr.open_array(str(place / str(number)), mode="r+")
-        except (OSError, ValueError, KeyError):
-            return None
+        array = _found(place, partial(zarr.open_array, str(place / str(number)), mode="r+"))
         asked = _form(layout, level)
-        if array.metadata.zarr_format != ngff.ZARR_FORMAT[layout.version] or any(
-            getattr(array, key) != asked[key] for key in ("shape", "chunks", "shards", "dtype")
+        if (
+            array is None
+            or array.metadata.zarr_format != ngff.ZARR_FORMAT[layout.version]
+            or any(
+                getattr(array, key) != asked[key] for key in ("shape", "chunks", "shards", "dtype")
+            )
         ):
             return None
         arrays.append(array)
-    return Image(tuple(arrays), layout.axes)
+    return Image(tuple(arrays), layout.axes, place)
 
 
-def description(place: Path) -> dict[str, Any] | None:
+def description(place: Location) -> dict[str, Any] | None:
     """What an image's metadata tell of how it was made; None where there is none."""
-    try:
-        told = zarr.open_group(str(place), mode="r").attrs.get("znni")
-    except (OSError, ValueError, KeyError):
-        return None
+    group = _found(place, partial(zarr.open_group, str(place), mode="r"))
+    told = None if group is None else group.attrs.get("znni")
     return dict(told) if isinstance(told, Mapping) else None
 
 
-def note(place: Path, found: Mapping[str, Any]) -> None:
+def _found(place: Location, opened: Callable[[], T]) -> T | None:
+    """What is there; None where it is missing, or damaged."""
+    try:
+        return _asked_again(place, opened)
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    except refusals() as error:
+        if isinstance(place, Path):
+            return None
+        raise OutputError(f"cannot read {place}: {reason(error)}") from None
+
+
+def note(place: Location, found: Mapping[str, Any]) -> None:
     """Add to an image's metadata; what was there by these names is replaced."""
-    zarr.open_group(str(place), mode="r+").attrs.update(found)
+
+    def noted() -> None:
+        zarr.open_group(str(place), mode="r+").attrs.update(found)
+
+    _asked_again(place, noted)
 
 
 def group_names(outputs: Sequence[str]) -> dict[str, str]:
@@ -292,13 +362,15 @@ def group_names(outputs: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def create_root(place: Path, outputs: Sequence[str], version: str) -> None:
+def create_root(place: Location, outputs: Sequence[str], version: str) -> None:
     """Make the group that holds an image for each of several outputs."""
     attributes = {"znni": {"outputs": [*outputs]}}
-    try:
+
+    def made() -> None:
         if description(place) is None:
             zarr.create_group(
                 str(place), zarr_format=ngff.ZARR_FORMAT[version], attributes=attributes
             )
-    except OSError as error:
-        raise OutputError(f"cannot write {place}: {error}") from None
+
+    with refused("write", place):
+        _asked_again(place, made)

@@ -9,30 +9,33 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from znni_dask.errors import is_full
+from znni_dask.storage.clouds import is_overloaded, is_unreachable, refusals
 
 T = TypeVar("T")
 _SECONDS = 60.0  # since a store last gave what it was asked for
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 
 
-_PASSING = {  # of file systems that are elsewhere
-    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
+_PASSING = {  # of file systems and stores that are elsewhere
+    *(errno.EBUSY, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
     *(errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO),
 }
 
 
-def is_passing(error: OSError) -> bool:
-    """Whether what refuses to be read may be there again soon: not where it is damaged."""
-    return isinstance(error, ConnectionError | TimeoutError) or error.errno in _PASSING
+def is_passing(error: Exception) -> bool:
+    """Whether what refuses may be there again soon: not where something is damaged, missing or
+    forbidden."""
+    own = isinstance(error, OSError) and error.errno in _PASSING
+    return own or is_unreachable(error) or is_overloaded(error)
 
 
 class Patience:
-    """Asks again for what is refused by an `OSError`, if that is ``passing``, for a minute at most,
-    and no longer than a minute after anything succeeded: when that is over every refusal counts at
-    once, until something succeeds. Where the disk is full it is not asked again. Several threads
-    may ask."""
+    """Asks again for what a store refuses, if that is ``passing``, for a minute at most, and no
+    longer than a minute after anything succeeded: when that is over every refusal counts at once,
+    until something succeeds. Where the disk is full it is not asked again. Several threads may
+    ask."""
 
-    def __init__(self, passing: Callable[[OSError], bool] = lambda _: True) -> None:
+    def __init__(self, passing: Callable[[Exception], bool] = lambda _: True) -> None:
         self._passing = passing
         self._refused: float | None = None  # since when
 
@@ -42,7 +45,7 @@ class Patience:
         while True:
             try:
                 found = do()
-            except OSError as error:
+            except refusals() as error:
                 if is_full(error) or not self._passing(error):
                     raise
                 now = time.monotonic()

@@ -7,50 +7,34 @@ import errno
 import lzma
 import math
 import struct
-import sys
 import tokenize
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from znni_dask.errors import RunError, ZnniError
+from znni_dask.errors import OutputError, RunError, ZnniError
 from znni_dask.geometry import ceil_divide
+from znni_dask.storage.clouds import (
+    is_forbidden,
+    is_unreachable,
+    lacks_credentials,
+    of_clouds,
+    refusals,
+)
+from znni_dask.storage.urls import without_secrets
 
 Three = tuple[float, float, float]
 Units = tuple[str | None, str | None, str | None]
-_NO_CREDENTIALS = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "CredentialRetrievalError",
-    "TokenRetrievalError",
-    "ProfileNotFound",
-    "DefaultCredentialsError",
-    "RefreshError",
-}
-_NO_CONNECTION = {
-    "ClientConnectorError",
-    "ClientConnectorDNSError",
-    "ServerDisconnectedError",
-    "ServerTimeoutError",
-    "EndpointConnectionError",
-    "ConnectTimeoutError",
-    "ReadTimeoutError",
-}
 _UNREADABLE = (  # what formats, codecs and file systems raise; damaged metadata break in any way
     *(OSError, EOFError, BufferError, ImportError, RuntimeError, SyntaxError, tokenize.TokenError),
     *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
     *(struct.error, zlib.error, lzma.LZMAError, ZnniError),
 )
-_OF_CLOUDS = {
-    "aiohttp": ("ClientError",),
-    "botocore.exceptions": ("BotoCoreError", "ClientError"),
-    "gcsfs.retry": ("HttpError",),
-    "google.auth.exceptions": ("GoogleAuthError",),
-}
 
 
 @dataclass(frozen=True)
@@ -159,26 +143,23 @@ def listed(names: Sequence[str], most: int = 20) -> str:
 def unreadable() -> tuple[type[Exception], ...]:
     """The exceptions by which reading fails: of Python, and of the libraries for clouds that are
     loaded, whose own have no parent among those."""
-    loaded = ((sys.modules.get(name), own) for name, own in _OF_CLOUDS.items())
-    return (*_UNREADABLE, *(getattr(m, name) for m, own in loaded if m for name in own))
+    return (*_UNREADABLE, *of_clouds())
 
 
-def reason(error: BaseException) -> str:
-    """Why reading failed, and what to do where that is known."""
+def reason(error: BaseException, asked: str = "read") -> str:
+    """Why reading failed, or what else was ``asked``, and what to do where that is known."""
     if isinstance(error, ZnniError):
         return str(error)
-    name = type(error).__name__
-    said = f"{name}: {error}"
-    status = getattr(error, "status", getattr(error, "code", None))
-    if name in _NO_CREDENTIALS or status == 401:
+    said = without_secrets(f"{type(error).__name__}: {error}")
+    if lacks_credentials(error):
         return (
             f"credentials are missing or were refused ({said}): log in as the cloud's own tools "
             "do, or give storage_options; public data needs {'anon': True} (S3) or "
             "{'token': 'anon'} (Google)"
         )
-    if isinstance(error, PermissionError) or status == 403:
-        return f"this user has no permission to read it ({said})"
-    if name in _NO_CONNECTION or isinstance(error, ConnectionError | TimeoutError):
+    if is_forbidden(error):
+        return f"this user has no permission to {asked} it ({said})"
+    if is_unreachable(error):
         return f"it cannot be reached ({said}): look at the address and the network"
     if isinstance(error, ImportError) or "imagecodecs" in said:
         return _not_installed(said)
@@ -191,9 +172,20 @@ def reason(error: BaseException) -> str:
     return said
 
 
+@contextmanager
+def refused(asked: str, place: object) -> Iterator[None]:
+    """What a store refuses while it is ``asked`` to "read" or "write" a place of an output becomes
+    an `OutputError`."""
+    try:
+        yield
+    except refusals() as error:
+        why = reason(error, asked)
+        raise OutputError(f"cannot {asked} {place}: {why}") from None
+
+
 def _not_installed(said: str) -> str:
     if "imagecodecs" in said:
         return f"{said}: pip install 'znni_dask[tiff]'"
     if "h5py" in said:
         return "HDF5 needs the package h5py: pip install 'znni_dask[hdf5]'"
-    return f"{said}: volumes at URLs need pip install 'znni_dask[cloud]'"
+    return f"{said}: stores at URLs need pip install 'znni_dask[cloud]'"
