@@ -389,7 +389,7 @@ def test_the_output_keeps_away_from_the_input_and_from_foreign_folders(tmp_path)
         tmp_path / "link" / "out.zarr": "is, or lies in, the input",
         source.parent: "lies in the output",
         tmp_path / "file" / "out.zarr": "is a file",
-        "s3://bucket/out.zarr": "only local paths",
+        "https://host/out.zarr": "can be read, not written",
     }
     for path, message in refused.items():
         with pytest.raises(OutputError, match=message):

@@ -26,7 +26,7 @@ from znni_dask.storage.encoding import Encoding
 from znni_dask.storage.levels import Level, levels
 from znni_dask.storage.patience import Patience, is_passing
 from znni_dask.storage.stored import Three, Units, reason, refused
-from znni_dask.storage.urls import Location, Url, is_url, local_path, without_secrets
+from znni_dask.storage.urls import Location, Url, is_url, local_path, location, without_secrets
 
 T = TypeVar("T")
 ENCODED_AT_ONCE = 10  # zarr's default `async.concurrency`
@@ -122,12 +122,12 @@ def output_layout(
 
 
 def check_place(
-    place: Location, sources: Sequence[str | Path], overwrite: bool, begun: bool = False
+    asked: str | Location, sources: Sequence[str | Path], overwrite: bool, begun: bool = False
 ) -> Location:
     """Where the output goes, of a run that reads ``sources``; raises `OutputError` where it must
     not go there. What is there may be replaced with ``overwrite``, or completed where it was
     ``begun``."""
-    asked, place = place, place.resolve()
+    place = location(asked).resolve()
     for source in sources:
         shown, found = without_secrets(str(source)), _source(source)
         if place == found or found in place.parents:
@@ -153,7 +153,7 @@ def _source(source: str | Path) -> Location:
     return Url(str(source).rstrip("/")) if is_url(source) else local_path(source).resolve()
 
 
-def _check_replaced(place: Location, asked: Location, overwrite: bool, begun: bool) -> None:
+def _check_replaced(place: Location, asked: str | Location, overwrite: bool, begun: bool) -> None:
     """Raise `OutputError` where what is there must stay."""
     if not overwrite and not begun:
         raise OutputError(f"the output {asked} exists: choose another place, or overwrite it")

@@ -152,10 +152,13 @@ def reason(error: BaseException, asked: str = "read") -> str:
         return str(error)
     said = without_secrets(f"{type(error).__name__}: {error}")
     if lacks_credentials(error):
-        return (
-            f"credentials are missing or were refused ({said}): log in as the cloud's own tools "
-            "do, or give storage_options; public data needs {'anon': True} (S3) or "
+        public = (
+            ", or give storage_options; public data needs {'anon': True} (S3) or "
             "{'token': 'anon'} (Google)"
+        )
+        return (
+            f"credentials are missing or were refused ({said}): log in as the cloud's own tools do"
+            + (public if asked == "read" else "")
         )
     if is_forbidden(error):
         return f"this user has no permission to {asked} it ({said})"

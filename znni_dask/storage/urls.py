@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -187,16 +188,25 @@ class Url:
             store.rm([f"{path}/{name}" for name in names])
 
     def _reached(self) -> tuple[Any, str]:
-        """The file system of fsspec, which remembers no listing, and the path in it."""
-        from fsspec.core import url_to_fs
+        """The file system of fsspec, and the path in it."""
+        store = _store(self.text[: self.text.index("/", self.text.index("://") + 3) + 1])
+        return store, str(store._strip_protocol(self.text))
 
-        store, path = url_to_fs(self.text, use_listings_cache=False)
-        return store, str(path)
+
+@cache
+def _store(bucket: str) -> Any:
+    """The file system of fsspec for all places in a bucket, for all threads; it remembers no
+    listing, as others may write there."""
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(bucket, use_listings_cache=False)[0]
 
 
 Location = Path | Url
 
 
-def location(place: str | Path) -> Location:
+def location(place: str | Location) -> Location:
     """Where an output lies, or is to lie; raises `OutputError` where none can."""
+    if isinstance(place, Url):
+        return place
     return Url.of(str(place)) if is_url(place) else local_path(place)
