@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser("verify", help="recompute random places of an output")
     _add_network(check)
     check.add_argument("input", help="the volume the output was made from")
-    check.add_argument("output", help="the output of znni infer")
+    check.add_argument("output", help="the output of znni infer (path or URL)")
     check.add_argument("--places", type=int, default=8, metavar="N")
     check.add_argument("--size", type=_size, metavar="Z,Y,X", help="of a place (default 32³)")
     check.add_argument("--seed", type=int, default=0)
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_infer(infer: argparse.ArgumentParser) -> None:
     _add_network(infer)
     _add_input(infer)
-    infer.add_argument("output", help="OME-Zarr store to make")
+    infer.add_argument("output", help="OME-Zarr store to make (path or URL)")
     infer.add_argument(
         "--overwrite",
         action="store_true",
