@@ -59,6 +59,7 @@ STAIRS = [
         "schedule",
         "timings",
         "primitives",
+        "devices",
         "kernels",
     ),
     *(

@@ -7,7 +7,8 @@
     │   ├── OutputError       the place or form of the output
     │   ├── OptionError       an option or argument
     │   └── MemoryLimitError  no plan fits the memory allowed
-    └── RunError              blocks failed while running (command line: exit code 1)
+    ├── RunError              blocks failed while running (command line: exit code 1)
+    └── DeviceError           a device failed, or has no room (command line: exit code 1)
 
 A message says what was asked, what was found and what to do.
 """
@@ -47,6 +48,10 @@ class MemoryLimitError(InputError):
 
 class RunError(ZnniError):
     """Blocks failed while running; what finished before is kept."""
+
+
+class DeviceError(ZnniError):
+    """A device failed or was lost, or has less room than was planned for."""
 
 
 def is_full(outcome: object) -> bool:

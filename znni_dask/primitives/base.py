@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from znni_dask.devices.base import Device
 from znni_dask.geometry import Size, ceil_divide
 from znni_dask.kernels.code import LANES
-from znni_dask.kernels.team import Team
 from znni_dask.network.layers import FULL, ONES, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives.work import LOOPS, Work
@@ -28,6 +28,7 @@ from znni_dask.primitives.work import LOOPS, Work
 Array = NDArray[np.float32]
 Shape = tuple[int, int, int, int, int]
 ITEM_BYTES = 4
+CPU, GPU = "cpu", "gpu"
 FEWEST_PRODUCTS = 27  # of a sum; of fewer the sum itself is faster than transforms, and loses less
 _PLANE_OVERHEAD = 64  # voxels: what starting a plane costs plain loops
 
@@ -76,11 +77,13 @@ class Primitive(ABC):
     evaluated at all offsets of its stride, the fragments joining the batch. ``library_bytes``: what
     a library takes that it computes with, once in a process; ``setup_seconds`` what this takes
     before the first patch, compiling for a layer included. ``takes``: where `fits` holds not for
-    all layers of its kind, in words. ``precision``: what it computes in.
+    all layers of its kind, in words. ``precision``: what it computes in. ``device``: where, "cpu"
+    or "gpu".
     """
 
     name: ClassVar[str]
     layer: ClassVar[type[Layer]]
+    device: ClassVar[str] = CPU
     in_place: ClassVar[bool] = False
     fragments: ClassVar[bool] = False
     library_bytes: ClassVar[int] = 0
@@ -158,10 +161,35 @@ class Primitive(ABC):
 
     @abstractmethod
     def apply(
-        self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
+        self, prepared: Any, problem: Problem, inputs: Sequence[Any], out: Any, team: Any
     ) -> None:
         """Compute the problem into ``out``; inputs and ``out`` are C-contiguous, in the
-        primitive's forms."""
+        primitive's forms. Who computes is a `Team` of threads, or a `Device` with arrays of its
+        own."""
+
+
+class DevicePrimitive(Primitive):
+    """Abstract: computes on a device, with plain arrays.
+
+    What it computes in beyond inputs and output comes from `Device.scratch`, or is counted by
+    `workspace_bytes` with it. There is one thread, that of the device.
+    """
+
+    device: ClassVar[str] = GPU
+
+    @property
+    def family(self) -> str:
+        return f"{GPU} {super().family}"
+
+    def placed(self, layer: Layer, weights: Weights, device: Device) -> Any:
+        """What depends on the weights alone, in the device's memory, no more than
+        `prepared_bytes`; handed to every `apply`."""
+        return {key: device.put(value) for key, value in weights.items()}
+
+    @abstractmethod
+    def apply(
+        self, prepared: Any, problem: Problem, inputs: Sequence[Any], out: Any, team: Device
+    ) -> None: ...
 
 
 def products_of(layer: Layer) -> int:

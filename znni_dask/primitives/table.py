@@ -10,7 +10,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from znni_dask.network.layers import Layer
-from znni_dask.primitives.base import Primitive
+from znni_dask.primitives.base import CPU, Primitive
 from znni_dask.primitives.conv_depthwise import ConvDepthwise
 from znni_dask.primitives.conv_direct import ConvDirect
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
@@ -90,16 +90,17 @@ def table() -> tuple[Primitive, ...]:
     return TABLE + tuple(entry.load()() for entry in others)
 
 
-def candidates(layer: Layer) -> list[Primitive]:
-    """The primitives that take ``layer``, in the table's order."""
-    return [primitive for primitive in table() if primitive.refusal(layer) is None]
+def candidates(layer: Layer, device: str = CPU) -> list[Primitive]:
+    """The primitives of a device that take ``layer``, in the table's order."""
+    return [p for p in table() if p.device == device and p.refusal(layer) is None]
 
 
-def named(name: str, layer: Layer) -> Primitive:
-    """The primitive of this name that takes ``layer``; raises `KeyError` where there is none."""
-    found = [p for p in candidates(layer) if p.name == name]
-    in_sizes = (ConvTiledFFT.of(name), ConvPlanesFFT.of(name))
+def named(name: str, layer: Layer, device: str = CPU) -> Primitive:
+    """The primitive of this name that takes ``layer`` on a device; raises `KeyError` where there is
+    none."""
+    found = [p for p in candidates(layer, device) if p.name == name]
+    in_sizes = (ConvTiledFFT.of(name), ConvPlanesFFT.of(name)) if device == CPU else ()
     found += [sized for sized in in_sizes if sized and sized.refusal(layer) is None]
     if found:
         return found[0]
-    raise KeyError(f"no primitive {name!r} takes a {layer.kind} layer")
+    raise KeyError(f"no primitive {name!r} takes a {layer.kind} layer on the {device}")

@@ -1,0 +1,1 @@
+"""Kernels in CUDA C++, each beside the same in numpy."""

@@ -1,0 +1,1 @@
+"""Primitives of a GPU: one file per algorithm, as of the CPU."""
