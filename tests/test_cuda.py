@@ -1,0 +1,68 @@
+"""Kernels in CUDA C++: run by the host they make what the same in numpy does, and GPUs that are not
+there have compilers that take them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cuda_source import ARCHITECTURES, compiled, emulated
+from znni_dask.kernels.cuda.kernel import Kernel
+
+TURN = """
+extern "C" __global__ void turn(
+    const float *__restrict__ x, float *__restrict__ out, long long n, float by)
+{
+    extern __shared__ float shared[];
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    shared[threadIdx.x] = i < n ? x[i] : 0;
+    __syncthreads();
+    if (i < n)
+        out[i] = shared[blockDim.x - 1 - threadIdx.x] * by;
+}
+"""
+
+
+def turned(source=TURN, n=100, x=None):
+    x = np.arange(n, dtype=np.float32) if x is None else x
+    out = np.full(n, np.nan, np.float32)
+    emulated(Kernel("turn", source, lambda *told: None, 50, 200), 2, x, out, n, 2.0)
+    return out
+
+
+def test_a_kernel_runs_on_the_host():
+    want = 2 * np.arange(100).reshape(2, 50)[:, ::-1].ravel()
+    np.testing.assert_array_equal(turned(), want)
+
+
+@pytest.mark.parametrize(
+    ("here", "fault", "why"),
+    [
+        ("__syncthreads();", "", "order of its threads"),
+        ("__syncthreads();", "if (threadIdx.x < 3) __syncthreads();", "wait at a barrier"),
+        ("i < n ? x[i] : 0", "x[i + 1]", "outside its arrays"),
+        ("i < n ? x[i] : 0", "x[i - 5]", "outside its arrays"),
+        ("out[i] =", "out[i + 1] =", "outside"),
+        ("shared[threadIdx.x] =", "shared[threadIdx.x + 1] =", "outside"),
+        ("float by", "double by", "long long and float alone"),
+    ],
+)
+@pytest.mark.parametrize("n", [99, 100])
+def test_a_faulty_kernel_is_noticed(here, fault, why, n):
+    assert here in TURN
+    with pytest.raises(AssertionError, match=why):
+        turned(TURN.replace(here, fault), n)
+
+
+def test_a_kernel_that_is_told_something_else_is_noticed():
+    with pytest.raises(AssertionError, match="elements of 4 and 8 bytes"):
+        turned(x=np.zeros(100))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_kernel_is_compiled_for_gpus_that_are_not_there(architecture):
+    made = compiled(TURN, "turn", architecture)
+    assert 0 < made.registers < 64
+    assert made.spilled_bytes == made.stack_bytes == 0
+    with pytest.raises(AssertionError, match="missing"):
+        compiled(TURN.replace("by;", "missing;"), "turn", architecture)
