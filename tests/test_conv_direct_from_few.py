@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from test_conv_fft_planes import cube, fastest, whole
-from test_primitives import expected, formed, plain, problem_of, weights_of
 
 from peaks import traced_peak
+from test_primitives import expected, formed, plain, problem_of, weights_of
 from znni_dask.geometry import Box
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_primitives import expected, formed, forms_of, plain, problem_of, weights_of
 
 from peaks import traced_peak
+from test_primitives import expected, formed, forms_of, plain, problem_of, weights_of
 from znni_dask.choices import tiled
 from znni_dask.costs import Costs
 from znni_dask.geometry import Box

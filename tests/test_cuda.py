@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cuda_source import ARCHITECTURES, compiled, emulated
+from znni_dask.kernels.cuda import pooling
 from znni_dask.kernels.cuda.kernel import Kernel
 
 TURN = """
@@ -66,3 +67,46 @@ def test_a_kernel_is_compiled_for_gpus_that_are_not_there(architecture):
     assert made.spilled_bytes == made.stack_bytes == 0
     with pytest.raises(AssertionError, match="missing"):
         compiled(TURN.replace("by;", "missing;"), "turn", architecture)
+
+
+def check(kernel, blocks, made, *arguments):
+    """What the kernel makes in ``arguments[made]`` is what the same in numpy makes."""
+    want = arguments[made].copy()
+    kernel.plain(*arguments[:made], want, *arguments[made + 1 :])
+    emulated(kernel, blocks, *arguments)
+    limit = 1e-6 * max(1.0, np.abs(want[np.isfinite(want)]).max(initial=0))
+    np.testing.assert_allclose(arguments[made], want, rtol=1e-6, atol=limit)
+
+
+def check_compiles(kernel, spilled_bytes=0):
+    for architecture in ARCHITECTURES:
+        made = compiled(kernel.source, kernel.name, architecture)
+        assert made.registers * kernel.threads <= 1 << 16
+        assert made.spilled_bytes <= spilled_bytes
+
+
+POOLS = [
+    pooling.Pool((2, 2, 2), (2, 2, 2), (1, 1, 1), (2, 2, 2), False),
+    pooling.Pool((3, 2, 3), (2, 1, 3), (1, 2, 1), (1, 1, 3), False),
+    pooling.Pool((1, 3, 2), (1, 2, 2), (1, 1, 3), (1, 1, 1), False),
+    pooling.Pool((2, 2, 3), (2, 2, 3), (1, 1, 1), (1, 2, 3), True),
+    pooling.Pool((3, 1, 5), (2, 1, 2), (2, 1, 1), (1, 1, 1), True),
+]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_pooling(pool):
+    random = np.random.default_rng(0)
+    for size, made, offset in [
+        ((7, 9, 23), (2, 3, 6), (0, 0, 0)),
+        ((5, 4, 9), (3, 4, 9), (-2, -1, -3)),
+        ((3, 9, 70), (1, 5, 40), (1, -1, 0)),
+    ]:
+        x = random.standard_normal((3, 2, *size)).astype(np.float32)
+        x[0, 0, 1, 2, 3] = np.nan
+        shape = (3 * int(np.prod(pool.fragments)), 2, *made)
+        out = np.full(shape, np.inf, np.float32)
+        counted = (1, -100, 0, 100, 4, made[2])
+        told = (3, 2, *size, *made, *offset, *counted)
+        check(pooling.pooling_kernel(pool), pooling.blocks(pool, shape), 1, x, out, *told)
+    check_compiles(pooling.pooling_kernel(pool))

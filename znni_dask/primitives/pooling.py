@@ -23,7 +23,7 @@ from znni_dask.kernels.code import VECTOR_BYTES
 from znni_dask.kernels.pooling_blocked import POOL, Rows, pooling_library
 from znni_dask.kernels.team import Each, Team
 from znni_dask.network.layers import AveragePool, Layer, MaxPool
-from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Problem, indices
+from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem, indices
 from znni_dask.primitives.planes import OfPlanes, Planes
 from znni_dask.primitives.work import LOOPS, MEMORY, Work
 
@@ -34,10 +34,10 @@ _NONE = np.ones(1, np.float32)
 _PADDED = "fragments cannot pad: a padded pooling keeps its own grid"
 
 
-def _flops(problem: Problem) -> int:
-    batch, channels, z, y, x = problem.output
+def pooling_flops(problem: Problem) -> int:
+    """Operations: one for every tap."""
     pool = cast("MaxPool | AveragePool", problem.layer)
-    return batch * channels * z * y * x * pool.kernel[0] * pool.kernel[1] * pool.kernel[2]
+    return prod(problem.output) * volume(pool.kernel)
 
 
 def _pool(problem: Problem, x: Array, out: Array, offset: Size, team: Team) -> None:
@@ -164,16 +164,22 @@ def _shares(problem: Problem, axis: int) -> Array:
     Padding counts only where the layer says so, and never what a last window has beyond it.
     """
     layer = cast("AveragePool", problem.layer)
-    low, high = layer.padding[0][axis], layer.padding[1][axis]
     if not layer.window(axis).pads:
         return np.full(problem.output[2 + axis], 1 / layer.kernel[axis], np.float32)
-    begin = (problem.start[axis] + np.arange(problem.output[2 + axis])) * layer.stride[axis] - low
+    places = problem.start[axis] + np.arange(problem.output[2 + axis])
+    begin = places * layer.stride[axis] - layer.padding[0][axis]
     taps = begin[:, None] + np.arange(layer.kernel[axis]) * layer.dilation[axis]
+    first, last = counted(problem, axis)
+    among = ((taps >= first) & (taps < last)).sum(axis=1)
+    return np.asarray(1 / np.maximum(among, 1), np.float32)
+
+
+def counted(problem: Problem, axis: int) -> tuple[int, int]:
+    """Which taps along an axis a mean counts, from the first voxel of the whole input on."""
+    layer = cast("AveragePool", problem.layer)
+    low, high = layer.padding[0][axis], layer.padding[1][axis]
     first, last = 0, problem.whole[axis]
-    if layer.count_padding:
-        first, last = first - low, last + high
-    counted = ((taps >= first) & (taps < last)).sum(axis=1)
-    return np.asarray(1 / np.maximum(counted, 1), np.float32)
+    return (first - low, last + high) if layer.count_padding else (first, last)
 
 
 class _Pooling(OfPlanes):
@@ -186,7 +192,7 @@ class _Pooling(OfPlanes):
         return None, None
 
     def flops(self, problem: Problem) -> int:
-        return _flops(problem)
+        return pooling_flops(problem)
 
     def work(self, problem: Problem, threads: int) -> Work:
         """Operations, and what goes to and from memory."""
@@ -251,7 +257,7 @@ class AveragePooling(_Pooling):
 
 
 @dataclass(frozen=True)
-class _Fragments(_Pooling):
+class AtEveryOffset(Primitive):
     """Abstract: pooling at every offset of the stride along ``axes``, the last ones of z, y and x;
     the network runs once for every offset along the others."""
 
@@ -280,14 +286,14 @@ class _Fragments(_Pooling):
 
 
 @final
-class MaxPoolingFragments(_Fragments):
+class MaxPoolingFragments(AtEveryOffset, _Pooling):
     """Max-pooling fragments."""
 
     layer: ClassVar[type[Layer]] = MaxPool
 
 
 @final
-class AveragePoolingFragments(_Fragments):
+class AveragePoolingFragments(AtEveryOffset, _Pooling):
     """Average-pooling fragments."""
 
     layer: ClassVar[type[Layer]] = AveragePool

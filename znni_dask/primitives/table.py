@@ -25,6 +25,12 @@ from znni_dask.primitives.conv_torch import ConvTorch
 from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
 from znni_dask.primitives.conv_winograd import ConvWinograd
+from znni_dask.primitives.gpu.pooling import (
+    GpuAveragePooling,
+    GpuAveragePoolingFragments,
+    GpuMaxPooling,
+    GpuMaxPoolingFragments,
+)
 from znni_dask.primitives.joining import ArithmeticOfInputs, Broadcasting, Concatenation
 from znni_dask.primitives.pointwise import ActivationFunction, AffineMap
 from znni_dask.primitives.pooling import (
@@ -43,6 +49,16 @@ from znni_dask.primitives.rearranging import (
 )
 from znni_dask.primitives.reducing import Normalization, Reducing, SoftmaxOverAxes
 
+_OF_GPUS: tuple[Primitive, ...] = (
+    GpuMaxPoolingFragments(),
+    GpuMaxPoolingFragments("yx"),
+    GpuMaxPoolingFragments("x"),
+    GpuMaxPooling(),
+    GpuAveragePoolingFragments(),
+    GpuAveragePoolingFragments("yx"),
+    GpuAveragePoolingFragments("x"),
+    GpuAveragePooling(),
+)
 TABLE: tuple[Primitive, ...] = (
     ConvDirect(),
     ConvDirectBlocked(),
@@ -80,6 +96,7 @@ TABLE: tuple[Primitive, ...] = (
     Reducing(),
     SoftmaxOverAxes(),
     Normalization(),
+    *_OF_GPUS,
 )
 
 

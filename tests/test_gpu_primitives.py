@@ -1,0 +1,176 @@
+"""Every row of the table for GPUs passes the contract that those for the CPU pass, on a simulated
+device: shapes, oracle, refusals, memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cuda_source import EmulatedDevice
+from peaks import traced_peak
+from test_primitives import (
+    LAYERS,
+    SIZE,
+    cut,
+    expected,
+    inputs_of,
+    problem_of,
+    weights_of,
+)
+from znni_dask.devices.simulated import SimulatedDevice
+from znni_dask.geometry import Box, tiles
+from znni_dask.network import layers
+from znni_dask.primitives.base import GPU
+from znni_dask.primitives.table import candidates, named, table
+
+TILES = ()
+
+
+def rows(layer):
+    """All primitives of a GPU that take a layer; of those that come in sizes a few."""
+    return candidates(layer, GPU) + [sized for sized in TILES if sized.refusal(layer) is None]
+
+
+CASES = [
+    (label, primitive.name) for label, (layer, _) in LAYERS.items() for primitive in rows(layer)
+]
+ONE_OF_EACH = list({named(n, LAYERS[label][0], GPU): (label, n) for label, n in CASES}.values())
+
+
+class LaunchesNothing(SimulatedDevice):
+    """For its memory alone: what kernels take for themselves in numpy is none of a GPU's."""
+
+    def launch(self, kernel, blocks, *arguments):
+        pass
+
+
+def on(device, primitive, prepared, problem, arrays):
+    """What a primitive makes on a device."""
+    given = [device.put(array) for array in arrays]
+    memory = device.empty(4 * int(np.prod(problem.output)))
+    out = memory.view(np.float32).reshape(problem.output)
+    out[...] = np.nan
+
+    def work():
+        primitive.apply(prepared, problem, given, out, device)
+
+    device.lanes.compute.do(work).wait()
+    for before, after in zip(arrays, given, strict=True):
+        if not primitive.in_place:
+            np.testing.assert_array_equal(before, after)
+    return out
+
+
+def check_boxes(device, label, name, part):
+    """Boxes of the output of at most ``part`` voxels equal the oracle."""
+    layer, count = LAYERS[label]
+    primitive = named(name, layer, GPU)
+    random = np.random.default_rng(3)
+    channels, arrays = inputs_of(layer, count, random)
+    weights = weights_of(layer, random)
+    prepared = primitive.placed(layer, weights, device)
+    offsets = list(np.ndindex(*primitive.fragments_of(layer)))
+    wants = [expected(layer, arrays, weights, offset) for offset in offsets]
+    size = np.min([w.shape[2:] for w in wants], axis=0)  # what all fragments have
+    whole = [layer.window(axis).whole for axis in range(3)]  # not to be had in parts
+    part = tuple(int(n) if w else t for n, w, t in zip(size, whole, part, strict=True))
+    for box in tiles(tuple(int(n) for n in size), part):
+        problem, parts = problem_of(layer, primitive, 2, channels, SIZE, box)
+        given = [np.ascontiguousarray(cut(a, parts)) for a in arrays]
+        got = on(device, primitive, prepared, problem, given)
+        got = got.reshape(len(offsets), 2, *problem.output[1:])
+        for made, want in zip(got, wants, strict=True):
+            here = want[(slice(None), slice(None), *box.slices)]
+            np.testing.assert_allclose(made, here, rtol=1e-5, atol=2e-5 * max(1, want.std()))
+
+
+@pytest.mark.parametrize(("label", "name"), CASES)
+def test_any_box_of_the_output_equals_the_oracle(label, name):
+    with SimulatedDevice(1 << 30) as device:
+        check_boxes(device, label, name, (3, 5, 20))
+
+
+@pytest.mark.parametrize(("label", "name"), ONE_OF_EACH)
+def test_kernels_in_cuda_make_the_same(label, name):
+    with EmulatedDevice(1 << 30) as device:
+        check_boxes(device, label, name, (4, 7, 30))
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [(label, name) for label, name in CASES if named(name, LAYERS[label][0], GPU).in_place],
+)
+def test_in_place_gives_the_same(label, name):
+    layer, count = LAYERS[label]
+    primitive = named(name, layer, GPU)
+    random = np.random.default_rng(4)
+    channels, arrays = inputs_of(layer, count, random)
+    weights = weights_of(layer, random)
+    problem, _ = problem_of(layer, primitive, 2, channels, SIZE, Box((0, 0, 0), SIZE))
+    want = expected(layer, arrays, weights)
+    with SimulatedDevice(1 << 30) as device:
+        prepared = primitive.placed(layer, weights, device)
+        given = [device.put(a) for a in arrays]
+
+        def work():
+            primitive.apply(prepared, problem, given, given[0], device)
+
+        device.lanes.compute.do(work).wait()
+    np.testing.assert_allclose(given[0], want, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("label", "name"), CASES)
+def test_memory_measured_stays_within_memory_predicted(label, name):
+    layer, count = LAYERS[label]
+    primitive = named(name, layer, GPU)
+    random = np.random.default_rng(5)
+    channels, arrays = inputs_of(layer, count, random, batch=1)
+    size = SIZE if label.startswith("whole") else (16, 40, 60)
+    shapes = [(1, a.shape[1], *(size if a.shape[-1] > 1 else (1, 1, 1))) for a in arrays]
+    n = [layer.window(axis).size(size[axis]) for axis in range(3)]
+    if primitive.fragments:
+        n = [k - 1 for k in n]
+    problem, parts = problem_of(layer, primitive, 1, channels, size, Box((0, 0, 0), tuple(n)))
+    given = [np.ascontiguousarray(cut(np.ones(s, np.float32), parts)) for s in shapes]
+    out = np.full(problem.output, np.nan, np.float32)
+    weights = weights_of(layer, random)
+    with LaunchesNothing(1 << 40) as device:
+        prepared = primitive.placed(layer, weights, device)
+        assert device.held_bytes <= primitive.prepared_bytes(layer)
+
+        def work():
+            primitive.apply(prepared, problem, given, out, device)
+
+        device.lanes.compute.do(work).wait()
+        peak = traced_peak(lambda: device.lanes.compute.do(work).wait())
+        scratch = device.scratch_bytes
+    objects = 64 << 10  # python's own: views, closures, threads
+    assert peak + scratch <= primitive.workspace_bytes(problem, threads=1) + objects
+    assert primitive.memory_bytes(problem, 1) == (
+        out.nbytes + primitive.workspace_bytes(problem, threads=1)
+    )
+    assert primitive.flops(problem) > 0
+    assert primitive.work(problem, threads=1).seconds(1) > 0
+
+
+@pytest.mark.parametrize(
+    "primitive",
+    [*(p for p in table() if p.device == GPU), *TILES[:1]],
+    ids=lambda p: f"{p.layer.__name__}-{p.name}",
+)
+def test_a_layer_of_another_kind_is_refused_with_a_reason(primitive):
+    other = layers.Softmax() if primitive.layer is not layers.Softmax else layers.Concat()
+    reason = primitive.refusal(other)
+    assert reason is not None
+    assert other.kind in reason
+
+
+def test_every_row_for_gpus_has_a_case():
+    covered = {named(name, LAYERS[label][0], GPU) for label, name in CASES}
+    assert covered == {p for p in table() if p.device == GPU} | {*TILES}
+
+
+def test_fragments_refuse_padding():
+    padded = layers.MaxPool((3, 3, 3), (2, 2, 2), padding=((1, 1, 1), (1, 1, 1)))
+    assert [p.name for p in candidates(padded, GPU)] == ["pooling"]
+    assert "pad" in named("fragments", layers.MaxPool((2, 2, 2), (2, 2, 2)), GPU).refusal(padded)
