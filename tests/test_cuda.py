@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from cuda_source import ARCHITECTURES, compiled, emulated
-from znni_dask.kernels.cuda import pooling
+from znni_dask.kernels.cuda import layouts, pooling
+from znni_dask.kernels.cuda import tiles as cuda_tiles
 from znni_dask.kernels.cuda.kernel import Kernel
 
 TURN = """
@@ -110,3 +111,58 @@ def test_pooling(pool):
         told = (3, 2, *size, *made, *offset, *counted)
         check(pooling.pooling_kernel(pool), pooling.blocks(pool, shape), 1, x, out, *told)
     check_compiles(pooling.pooling_kernel(pool))
+
+
+TILES = [
+    (layouts.GpuTile((4, 6, 8), (2, 5, 4)), 5),
+    (layouts.GpuTile((1, 9, 10), (1, 3, 9)), 3),
+    (layouts.GpuTile((5, 8, 12), (3, 8, 11)), 1),
+    (layouts.GpuTile((16, 16, 16), (12, 12, 12)), 6),
+    (layouts.GpuTile((24, 24, 24), (16, 18, 20)), 3),
+]
+PLACES = [
+    (layouts.Rows((2, 2, 1), (1, 1, 1), (1, 1, 1), (2, 5, 4), (0, 0, 0)), (6, 11, 9)),
+    (layouts.Rows((1, 1, 2), (2, 1, 2), (2, 1, 3), (1, 3, 4), (-2, 1, -7)), (5, 4, 13)),
+]
+
+
+def filled(random, *shape):
+    return random.standard_normal(shape, np.float32)
+
+
+def complexes(random, *shape):
+    return filled(random, *shape, 2).view(np.complex64)[..., 0]
+
+
+@pytest.mark.parametrize(("tile", "channels"), TILES)
+@pytest.mark.parametrize(("rows", "size"), PLACES)
+def test_tiles_are_transformed(tile, channels, rows, size):
+    random = np.random.default_rng(1)
+    layout, count = tile.before(channels), 2 * rows.of_sample - 1
+    kernel = cuda_tiles.forward_kernel(tile.size, layout)
+    x = filled(random, 2, channels, *size)
+    told = (channels, *size, *rows.numbers, 1)
+    spectra = np.full((tile.frequencies, count, channels), np.nan, np.complex64)
+    steps = count * channels, channels, 1
+    blocks = cuda_tiles.blocks(layout, count, channels)
+    check(kernel, blocks, 1, x, spectra, *told, *steps)
+    turned = np.full((tile.frequencies, channels, count), np.nan, np.complex64)
+    emulated(kernel, blocks, x, turned, *told, count * channels, 1, count)
+    np.testing.assert_array_equal(turned, spectra.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize(("tile", "channels"), TILES)
+@pytest.mark.parametrize(("rows", "size"), PLACES)
+@pytest.mark.parametrize("relu", [False, True])
+def test_tiles_are_transformed_back(tile, channels, rows, size, relu):
+    random = np.random.default_rng(2)
+    rows = rows._replace(offset=(0, 0, 0), advance=tile.made)
+    layout, count = tile.behind(channels), 2 * rows.of_sample - 1
+    products = complexes(random, tile.frequencies, count, channels)
+    out = np.full((2, channels, *size), np.nan, np.float32)
+    check(
+        cuda_tiles.inverse_kernel(tile, layout, relu),
+        cuda_tiles.blocks(layout, count, channels),
+        *(2, products, filled(random, channels), out, channels, *size),
+        *(*rows.numbers, 1, count),
+    )

@@ -20,10 +20,12 @@ from test_primitives import (
 from znni_dask.devices.simulated import SimulatedDevice
 from znni_dask.geometry import Box, tiles
 from znni_dask.network import layers
-from znni_dask.primitives.base import GPU
+from znni_dask.primitives.base import GPU, Problem
+from znni_dask.primitives.gpu import conv_fft_tiles
+from znni_dask.primitives.gpu.conv_fft_tiles import GpuTiledFFT
 from znni_dask.primitives.table import candidates, named, table
 
-TILES = ()
+TILES = (GpuTiledFFT((5, 8, 12)), GpuTiledFFT((10, 15, 28)), GpuTiledFFT((1, 6, 8)))
 
 
 def rows(layer):
@@ -119,6 +121,7 @@ def test_in_place_gives_the_same(label, name):
     np.testing.assert_allclose(given[0], want, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in")  # memory that nothing was written to
 @pytest.mark.parametrize(("label", "name"), CASES)
 def test_memory_measured_stays_within_memory_predicted(label, name):
     layer, count = LAYERS[label]
@@ -136,7 +139,7 @@ def test_memory_measured_stays_within_memory_predicted(label, name):
     weights = weights_of(layer, random)
     with LaunchesNothing(1 << 40) as device:
         prepared = primitive.placed(layer, weights, device)
-        assert device.held_bytes <= primitive.prepared_bytes(layer)
+        assert device.peak_bytes <= primitive.prepared_bytes(layer)
 
         def work():
             primitive.apply(prepared, problem, given, out, device)
@@ -174,3 +177,50 @@ def test_fragments_refuse_padding():
     padded = layers.MaxPool((3, 3, 3), (2, 2, 2), padding=((1, 1, 1), (1, 1, 1)))
     assert [p.name for p in candidates(padded, GPU)] == ["pooling"]
     assert "pad" in named("fragments", layers.MaxPool((2, 2, 2), (2, 2, 2)), GPU).refusal(padded)
+
+
+@pytest.mark.parametrize("label", ["conv padded", "conv dilated padded", "conv blocks"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_tiles_are_computed_in_batches_of_any_size(label, rows, monkeypatch):
+    tiled, layer = TILES[0], LAYERS[label][0]
+    row_bytes = 8 * 5 * 8 * 7 * (layer.in_channels + layer.out_channels)
+    monkeypatch.setattr(conv_fft_tiles, "WORKSPACE_BYTES", rows * row_bytes + 3)
+    problem = Problem(layer, ((2, 1, *SIZE),), (2, 1, *SIZE), ((0, 0, 0),), (0, 0, 0), SIZE)
+    assert 0 < tiled.workspace_bytes(problem, threads=1) <= rows * row_bytes + 256
+    with SimulatedDevice(1 << 30) as device:
+        check_boxes(device, label, tiled.name, (9, 14, 37))
+
+
+def test_tiles_that_have_no_room_are_refused():
+    conv = layers.Conv(1, 1, (5, 5, 5))
+    assert "shared memory" in GpuTiledFFT((36, 36, 36)).refusal(conv)
+    assert "even" in GpuTiledFFT((8, 8, 9)).refusal(conv)
+    assert "smaller than the kernel" in GpuTiledFFT((8, 4, 8)).refusal(conv)
+    assert "stride" in GpuTiledFFT((8, 8, 8)).refusal(layers.Conv(1, 1, (5, 5, 5), (1, 2, 1)))
+    with pytest.raises(KeyError, match="spectra remade"):
+        named("tiled fft 16·16·16, spectra remade", conv, GPU)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "output"),
+    [
+        *(((5, 5, 5), (1, 1, 1), (128, 128, 128)), ((9, 9, 9), (2, 2, 2), (60, 200, 3))),
+        *(((1, 7, 7), (1, 1, 1), (1, 300, 300)), ((30, 3, 1), (1, 1, 1), (50, 60, 70))),
+        *(((3, 3, 3), (4, 4, 4), (1, 1, 1)), ((41, 1, 1), (1, 1, 1), (90, 2, 2))),
+    ],
+)
+def test_tiles_worth_trying_are_a_few_that_fit(kernel, dilation, output):
+    layer = layers.Conv(24, 32, kernel, dilation=dilation)
+    size = tuple(n + (k - 1) * d for n, k, d in zip(output, kernel, dilation, strict=True))
+    problem = Problem(layer, ((1, 24, *size),), (1, 32, *output), ((0, 0, 0),), (0, 0, 0), size)
+    found = list(conv_fft_tiles.gpu_tiles(problem))
+    assert 1 <= len(found) <= 8
+    assert all(tiled.refusal(layer) is None for tiled in found)
+    seconds = [tiled.work(problem, threads=1).seconds(1) for tiled in found]
+    assert seconds == sorted(seconds)
+
+
+def test_no_tiles_are_worth_trying_for_few_products():
+    layer, shape = layers.Conv(2, 4, (1, 1, 3)), (1, 2, 8, 8, 8)
+    problem = Problem(layer, (shape,), (1, 4, 8, 8, 6), ((0, 0, 0),), (0, 0, 0), shape[2:])
+    assert not list(conv_fft_tiles.gpu_tiles(problem))

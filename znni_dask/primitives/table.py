@@ -25,6 +25,7 @@ from znni_dask.primitives.conv_torch import ConvTorch
 from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
 from znni_dask.primitives.conv_winograd import ConvWinograd
+from znni_dask.primitives.gpu.conv_fft_tiles import GpuTiledFFT
 from znni_dask.primitives.gpu.pooling import (
     GpuAveragePooling,
     GpuAveragePoolingFragments,
@@ -116,8 +117,9 @@ def named(name: str, layer: Layer, device: str = CPU) -> Primitive:
     """The primitive of this name that takes ``layer`` on a device; raises `KeyError` where there is
     none."""
     found = [p for p in candidates(layer, device) if p.name == name]
-    in_sizes = (ConvTiledFFT.of(name), ConvPlanesFFT.of(name)) if device == CPU else ()
-    found += [sized for sized in in_sizes if sized and sized.refusal(layer) is None]
+    in_sizes = ConvTiledFFT.of(name), ConvPlanesFFT.of(name), GpuTiledFFT.of(name)
+    sized = [p for p in in_sizes if p is not None and p.device == device]
+    found += [p for p in sized if p.refusal(layer) is None]
     if found:
         return found[0]
     raise KeyError(f"no primitive {name!r} takes a {layer.kind} layer on the {device}")
