@@ -6,8 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cuda_source import ARCHITECTURES, compiled, emulated
-from znni_dask.kernels.cuda import layouts, pooling
+from cuda_source import ARCHITECTURES, SHARED_BYTES, compiled, emulated
+from znni_dask.kernels.codelets import LONGEST, refusal
+from znni_dask.kernels.cuda import layouts, pooling, weaving
 from znni_dask.kernels.cuda import tiles as cuda_tiles
 from znni_dask.kernels.cuda.kernel import Kernel
 
@@ -166,3 +167,45 @@ def test_tiles_are_transformed_back(tile, channels, rows, size, relu):
         *(2, products, filled(random, channels), out, channels, *size),
         *(*rows.numbers, 1, count),
     )
+
+
+@pytest.mark.parametrize("channels", [80, 1])
+@pytest.mark.parametrize("length", [n for n in range(8, 34, 2) if refusal(n) is None])
+def test_gpus_have_registers_for_tiles(length, channels):
+    tile = layouts.GpuTile((length,) * 3, (length - 4,) * 3)
+    for kernel in (
+        cuda_tiles.forward_kernel(tile.size, tile.before(channels)),
+        cuda_tiles.inverse_kernel(tile, tile.behind(channels), True),
+    ):
+        assert kernel.shared_bytes <= min(SHARED_BYTES.values())
+        check_compiles(kernel, spilled_bytes=8)
+
+
+@pytest.mark.parametrize("length", [n for n in range(1, LONGEST + 1) if refusal(n) is None])
+def test_lines_of_every_length_are_transformed(length):
+    """Along x even ones, along y all; in place, as many side by side as a block has threads."""
+    tile = layouts.GpuTile(
+        (1, length, length + length % 2), (1, max(1, length - 3), max(1, length - 2))
+    )
+    if refusal(tile.size[2]):
+        tile = layouts.GpuTile((1, length, 2), (1, max(1, length - 3), 1))
+    rows = layouts.Rows((1, 1, 1), (1, 1, 1), (1, 1, 1), tile.made, (0, 0, 0))
+    random, (_, *size) = np.random.default_rng(length), tile.size
+    x, layout = filled(random, 1, 1, *size), tile.before(1)
+    spectra = np.full((tile.frequencies, 1, 1), np.nan, np.complex64)
+    told = 1, 1, *size, *rows.numbers, 0
+    check(cuda_tiles.forward_kernel(tile.size, layout), 1, 1, x, spectra, *told, 1, 1, 1)
+    out = np.full((1, 1, *tile.made), np.nan, np.float32)
+    kernel = cuda_tiles.inverse_kernel(tile, tile.behind(1), False)
+    check(kernel, 1, 2, spectra, filled(random, 1), out, 1, *tile.made, *rows.numbers, 0, 1)
+
+
+@pytest.mark.parametrize("step", [(1, 1, 1), (2, 1, 3), (1, 2, 8)])
+def test_weaving(step):
+    random, size = np.random.default_rng(3), (5, 7, 90)
+    numbers = random.permutation(int(np.prod(step))) - 1  # one place has no fragment
+    parts = [-(-n // s) for n, s in zip(size, step, strict=True)]
+    fragments, out = filled(random, max(1, len(numbers) - 1), 2, *parts), filled(random, 2, *size)
+    told = 2, *parts, *size, *step
+    check(weaving.WEAVE, weaving.blocks(2, *size), 2, fragments, numbers, out, *told)
+    check_compiles(weaving.WEAVE)

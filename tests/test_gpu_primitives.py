@@ -23,6 +23,7 @@ from znni_dask.network import layers
 from znni_dask.primitives.base import GPU, Problem
 from znni_dask.primitives.gpu import conv_fft_tiles
 from znni_dask.primitives.gpu.conv_fft_tiles import GpuTiledFFT
+from znni_dask.primitives.gpu.fragments import weave
 from znni_dask.primitives.table import candidates, named, table
 
 TILES = (GpuTiledFFT((5, 8, 12)), GpuTiledFFT((10, 15, 28)), GpuTiledFFT((1, 6, 8)))
@@ -224,3 +225,27 @@ def test_no_tiles_are_worth_trying_for_few_products():
     layer, shape = layers.Conv(2, 4, (1, 1, 3)), (1, 2, 8, 8, 8)
     problem = Problem(layer, (shape,), (1, 4, 8, 8, 6), ((0, 0, 0),), (0, 0, 0), shape[2:])
     assert not list(conv_fft_tiles.gpu_tiles(problem))
+
+
+@pytest.mark.parametrize("device_of", [SimulatedDevice, EmulatedDevice])
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2, 2, 2), (1, 3, 4), (2, 1, 5)])
+@pytest.mark.parametrize("size", [(3, 4, 7), (2, 3, 171)])
+@pytest.mark.parametrize("missing", [False, True])
+def test_woven_fragments_lie_interleaved_and_leave_other_places_alone(
+    device_of, spacing, size, missing
+):
+    random = np.random.default_rng(8)
+    want = random.standard_normal((3, *size)).astype(np.float32)
+    places = list(np.ndindex(*spacing))[missing:][::-1]
+    parts = [-(-n // s) for n, s in zip(size, spacing, strict=True)]
+    fragments = np.full((len(places), 3, *parts), np.nan, np.float32)
+    for fragment, place in zip(fragments, places, strict=True):
+        part = want[:, *(slice(p, None, s) for p, s in zip(place, spacing, strict=True))]
+        fragment[:, *(slice(n) for n in part.shape[1:])] = part
+    out = np.full_like(want, 7)
+    numbers = {place: i for i, place in enumerate(places)}
+    with device_of(1 << 30) as device:
+        device.lanes.compute.do(lambda: weave(fragments, numbers, spacing, out, device)).wait()
+    if missing:
+        want[:, *(slice(None, None, s) for s in spacing)] = 7
+    np.testing.assert_array_equal(out, want)
