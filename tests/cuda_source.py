@@ -22,7 +22,7 @@ ARCHITECTURES = ("sm_80", "sm_90")
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10}  # that a block may have
 _WORDS = Path(__file__).parent / "cuda_words.hpp"
 _OPTIONS = (
-    *("-std=c++20", "-O1", "-w", "-shared", "-fPIC"),
+    *("-std=c++20", "-O1", "-w", "-fPIC"),
     "-fno-gnu-unique",  # kernels of one name and other sources do not share what is static
     "-U_FORTIFY_SOURCE",  # which takes leaving a thread's stack for a mistake
 )
@@ -186,25 +186,38 @@ def _nvrtc():
 
 @cache
 def _host_library(source, name):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("kernels are run by what g++ compiles them to, and there is no g++")
-    folder = Path(tempfile.mkdtemp(dir=_folder().name))  # kept: a loader knows files by number
+    words = _words()
+    folder = Path(tempfile.mkdtemp(dir=words.parent))  # kept: a loader knows files by number
     text = (
-        f'#include "{_WORDS}"\n{source}\nextern "C" {{\n'
+        f'#include "{words}"\n{source}\nextern "C" {{\n'
         f"const int *kinds() {{ return Told<{name}>::kinds; }}\n"
         "int run(const Argument *arguments, int count, Launch *launch) "
         f"{{ return emulate<Told<{name}>>(arguments, count, launch); }}\n}}\n"
     )
     (folder / "kernel.cpp").write_text(text)
-    command = [compiler, *_OPTIONS, "-o", folder / "kernel.so", folder / "kernel.cpp"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    _compile("-shared", "-o", folder / "kernel.so", folder / "kernel.cpp")
     library = ctypes.CDLL(str(folder / "kernel.so"))
     library.kinds.restype = ctypes.POINTER(ctypes.c_int)
     return library
 
 
 @cache
+def _words():
+    """A copy of the words of CUDA in a folder of this session, compiled beforehand."""
+    words = Path(_folder().name) / _WORDS.name
+    shutil.copy(_WORDS, words)
+    _compile("-x", "c++-header", "-o", f"{words}.gch", words)
+    return words
+
+
+@cache
 def _folder():
     return tempfile.TemporaryDirectory(prefix="kernels")
+
+
+def _compile(*asked):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("kernels are run by what g++ compiles them to, and there is no g++")
+    done = subprocess.run([compiler, *_OPTIONS, *asked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
