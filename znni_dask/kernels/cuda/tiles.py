@@ -120,30 +120,35 @@ def _defined(size: Size, layout: Layout) -> str:
 _PLACE = """
 typedef long long integer;
 
+// The line that a thread begins with, where so many threads take one; those left over take none.
+#define LINE(LENGTH) \\
+    (threadIdx.x < THREADS / LENGTH * LENGTH ? (int)threadIdx.x / LENGTH : 1 << 30)
+
 struct Place
 {
-    integer sample, z, y, x;
+    integer sample;
+    int z, y, x;
 };
 
-static __device__ __forceinline__ int next(integer &rest, integer count)
+static __device__ __forceinline__ int next(int &rest, integer count)
 {
-    integer index = rest % count;
-    rest /= count;
-    return (int)index;
+    int index = rest % (int)count;
+    rest /= (int)count;
+    return index;
 }
 
 // The sample of a row, and the first voxel of its tile.
 static __device__ __forceinline__ Place place_of(
-    integer row, integer tiles_z, integer tiles_y, integer tiles_x,
+    int row, integer tiles_z, integer tiles_y, integer tiles_x,
     integer phases_z, integer phases_y, integer phases_x,
     integer step_z, integer step_y, integer step_x,
     integer advance_z, integer advance_y, integer advance_x,
     integer offset_z, integer offset_y, integer offset_x)
 {
     Place place;
-    place.x = offset_x + next(row, tiles_x) * advance_x * step_x;
-    place.y = offset_y + next(row, tiles_y) * advance_y * step_y;
-    place.z = offset_z + next(row, tiles_z) * advance_z * step_z;
+    place.x = (int)(offset_x + next(row, tiles_x) * advance_x * step_x);
+    place.y = (int)(offset_y + next(row, tiles_y) * advance_y * step_y);
+    place.z = (int)(offset_z + next(row, tiles_z) * advance_z * step_z);
     place.x += next(row, phases_x);
     place.y += next(row, phases_y);
     place.z += next(row, phases_z);
@@ -168,20 +173,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
     int groups = ((int)channels + CHANNELS - 1) / CHANNELS;
     int first_channel = (int)(blockIdx.x % groups) * CHANNELS, row = (int)(blockIdx.x / groups);
     Place place = place_of(
-        first_row + row, tiles_z, tiles_y, tiles_x, phases_z, phases_y, phases_x,
+        (int)first_row + row, tiles_z, tiles_y, tiles_x, phases_z, phases_y, phases_x,
         step_z, step_y, step_x, advance_z, advance_y, advance_x, offset_z, offset_y, offset_x);
     integer volume = size_z * size_y * size_x;
     const float *image = x + (place.sample * channels + first_channel) * volume;
 
-    for (int i = threadIdx.x; i < CHANNELS * SIZE_Z * SIZE_Y * SIZE_X; i += THREADS) {
-        int at_x = i % SIZE_X, line = i / SIZE_X;
+    int at_x = threadIdx.x % SIZE_X, from_x = place.x + at_x * (int)step_x;
+    bool inside_x = from_x >= 0 && from_x < size_x;
+    for (int line = LINE(SIZE_X); line < CHANNELS * SIZE_Z * SIZE_Y; line += THREADS / SIZE_X) {
         int at_y = line % SIZE_Y, plane = line / SIZE_Y;
         int at_z = plane % SIZE_Z, c = plane / SIZE_Z;
-        integer from_z = place.z + at_z * step_z;
-        integer from_y = place.y + at_y * step_y;
-        integer from_x = place.x + at_x * step_x;
-        bool inside = first_channel + c < channels && from_z >= 0 && from_z < size_z
-            && from_y >= 0 && from_y < size_y && from_x >= 0 && from_x < size_x;
+        int from_z = place.z + at_z * (int)step_z, from_y = place.y + at_y * (int)step_y;
+        bool inside = inside_x && first_channel + c < channels
+            && from_z >= 0 && from_z < size_z && from_y >= 0 && from_y < size_y;
         integer from = c * volume + (from_z * size_y + from_y) * size_x + from_x;
         shared[2 * (c * TILE + at_z * PLANE + at_y * ROW) + at_x] = inside ? image[from] : 0.0f;
     }
@@ -223,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) inverse(
     int groups = ((int)channels + CHANNELS - 1) / CHANNELS;
     int first_channel = (int)(blockIdx.x % groups) * CHANNELS, row = (int)(blockIdx.x / groups);
     Place place = place_of(
-        first_row + row, tiles_z, tiles_y, tiles_x, phases_z, phases_y, phases_x,
+        (int)first_row + row, tiles_z, tiles_y, tiles_x, phases_z, phases_y, phases_x,
         step_z, step_y, step_x, advance_z, advance_y, advance_x, offset_z, offset_y, offset_x);
 
     for (int line = threadIdx.x; line < CHANNELS * SIZE_Y * HALF; line += THREADS) {
@@ -250,14 +254,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) inverse(
     __syncthreads();
     integer volume = size_z * size_y * size_x;
     float *image = out + (place.sample * channels + first_channel) * volume;
-    for (int i = threadIdx.x; i < CHANNELS * MADE_Z * MADE_Y * MADE_X; i += THREADS) {
-        int at_x = i % MADE_X, line = i / MADE_X;
+    int at_x = threadIdx.x % MADE_X, to_x = place.x + at_x * (int)step_x;
+    if (to_x >= size_x)
+        return;
+    for (int line = LINE(MADE_X); line < CHANNELS * MADE_Z * MADE_Y; line += THREADS / MADE_X) {
         int at_y = line % MADE_Y, plane = line / MADE_Y;
         int at_z = plane % MADE_Z, c = plane / MADE_Z;
-        integer to_z = place.z + at_z * step_z;
-        integer to_y = place.y + at_y * step_y;
-        integer to_x = place.x + at_x * step_x;
-        if (first_channel + c < channels && to_z < size_z && to_y < size_y && to_x < size_x)
+        int to_z = place.z + at_z * (int)step_z, to_y = place.y + at_y * (int)step_y;
+        if (first_channel + c < channels && to_z < size_z && to_y < size_y)
             image[c * volume + (to_z * size_y + to_y) * size_x + to_x] =
                 shared[2 * (c * TILE + at_z * PLANE + at_y * ROW) + at_x];
     }
