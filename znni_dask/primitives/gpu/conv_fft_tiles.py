@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
-from math import log2, prod
+from math import inf, log2, prod
 from typing import Any, ClassVar, NamedTuple, cast, final
 
 import numpy as np
@@ -42,12 +43,14 @@ from znni_dask.primitives.base import (
 )
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.gpu.rates import LAUNCHES, MEMORY, PRODUCTS, TRANSFORMS
-from znni_dask.primitives.work import Work
+from znni_dask.primitives.work import COMPILE_SECONDS, Work
 
 WORKSPACE_BYTES = 1 << 30  # for spectra and products; more rows read kernels' spectra less often
-_SHORTEST, _LONGEST = 8, 32  # of tiles worth trying
-_TRIED = 6  # lengths along each axis
-_BEST = 8  # tiles, those that are estimated to take least time
+_LONGEST = 32  # of tiles worth trying
+_TRIED = 4  # lengths of a tile along each axis
+_SMALL = (8, 12, 16, 20)  # and the least along all axes of tiles that prepare less
+_BEST = 8  # tiles that take least time; of others only those that prepare so much less
+_LESS, _WASTEFUL = 0.75, 3  # and take no more than so many times as long
 _ORIGIN: Size = (0, 0, 0)
 
 
@@ -68,6 +71,7 @@ class GpuTiledFFT(DevicePrimitive):
 
     tile: Size
     layer: ClassVar[type[Layer]] = Conv
+    setup_seconds: ClassVar[float] = COMPILE_SECONDS
     takes: ClassVar[str] = "no stride, groups or whole window"
 
     @property
@@ -258,29 +262,50 @@ class _Batches:
 
 
 def gpu_tiles(problem: Problem) -> Iterator[GpuTiledFFT]:
-    """Tiled convolutions worth trying for a problem, those first that are estimated to take least
-    time. Of few products the sum itself is faster, and loses less."""
-    if not isinstance(problem.layer, Conv) or products_of(problem.layer) < FEWEST_PRODUCTS:
-        return
-    conv = problem.layer
+    """Tiled convolutions worth trying for a problem: those that are estimated to take least time,
+    and others that are slower, but prepare less. Of few products the sum itself is faster, and
+    loses less."""
+    if isinstance(problem.layer, Conv) and products_of(problem.layer) >= FEWEST_PRODUCTS:
+        yield from _tried(problem)
+
+
+@lru_cache(1 << 10)
+def _tried(problem: Problem) -> tuple[GpuTiledFFT, ...]:
+    conv, few = _conv(problem), list[GpuTiledFFT]()
     outputs = (ceil_divide(n, d) for n, d in zip(problem.output[2:], conv.dilation, strict=True))
-    lengths = map(_lengths, outputs, conv.kernel, (False, False, True))
-    found = [GpuTiledFFT(triple(size)) for size in product(*lengths)]
-    fitting = [tiled for tiled in found if tiled.refusal(conv) is None]
-    fitting.sort(key=lambda tiled: tiled.work(problem, threads=1).seconds(1))
-    yield from fitting[:_BEST]
+    lengths = list(map(_lengths, outputs, conv.kernel, (False, False, True)))
+    best = product(*(along[:_TRIED] for along in lengths))
+    small = [triple(_shortest(along, n) for along in lengths) for n in _SMALL if all(lengths)]
+    found = map(GpuTiledFFT, dict.fromkeys([*map(triple, best), *small]))
+    seconds = {
+        tiled: tiled.work(problem, threads=1).seconds(1)
+        for tiled in found
+        if tiled.refusal(conv) is None
+    }
+    for tiled in sorted(seconds, key=seconds.__getitem__):
+        least = min((t.prepared_bytes(conv) for t in few), default=inf)
+        less = tiled.prepared_bytes(conv) < _LESS * least
+        if len(few) < _BEST or (less and seconds[tiled] <= _WASTEFUL * seconds[few[0]]):
+            few.append(tiled)
+    return tuple(few)
 
 
+@lru_cache(1 << 10)
 def _lengths(outputs: int, kernel: int, even: bool) -> list[int]:
-    """Lengths of tiles along an axis: those that transform fewest values."""
+    """Lengths of tiles along an axis, those first that transform fewest values."""
     if kernel == 1 and not even:
         return [1]
     needed = outputs + kernel - 1  # for one tile
     longest = LONGEST if 2 * kernel > _LONGEST else _LONGEST
     lengths = [n for n in range(kernel, longest + 1) if not (even and n % 2) and not refusal(n)]
-    found = [n for n in lengths if _SHORTEST <= n <= needed] or lengths[:1]
-    found += [n for n in lengths if n > max(needed, found[-1])][:1] if found else []
-    return sorted(found, key=lambda n: (n * ceil_divide(outputs, n - kernel + 1), n))[:_TRIED]
+    found = [n for n in lengths if n <= needed]
+    found += lengths[len(found) : len(found) + 1]  # in one tile, most often larger than needed
+    return sorted(found, key=lambda n: (n * ceil_divide(outputs, n - kernel + 1), n))
+
+
+def _shortest(lengths: Sequence[int], least: int) -> int:
+    """Of lengths the shortest that are not shorter than ``least``, if there are such."""
+    return min((n for n in lengths if n >= least), default=max(lengths))
 
 
 def _conv(problem: Problem) -> Conv:
