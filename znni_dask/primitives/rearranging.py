@@ -17,7 +17,7 @@ from znni_dask.primitives.base import Array, Form, Primitive, Problem, indices
 from znni_dask.primitives.pointwise import copy_channels, crop
 
 _INDEX_BYTES = 8
-_Places: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+Places: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
 
 
 @final
@@ -101,24 +101,8 @@ class Padding(Primitive):
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
         layer = cast("Pad", problem.layer)
-        index = [self._index(layer, problem, axis) for axis in range(3)]
+        index = [padding_index(problem, axis) for axis in range(3)]
         _gather(inputs[0], out, index, team, layer.value)
-
-    @staticmethod
-    def _index(layer: Pad, problem: Problem, axis: int) -> NDArray[np.int64]:
-        """For every output the place in the input given; -1 for the constant."""
-        n = problem.whole[axis]
-        low = layer.padding[0][axis]
-        place = problem.start[axis] + np.arange(problem.output[2 + axis]) - low
-        given = problem.start[axis] - low - problem.offsets[0][axis]
-        if layer.mode == "constant":
-            index = place - given
-            inside = (place >= 0) & (place < n) & (index >= 0)
-            return np.where(inside & (index < problem.inputs[0][2 + axis]), index, -1)
-        if layer.mode == "reflect":
-            place = np.abs(place)
-            place = np.where(place >= n, 2 * (n - 1) - place, place)
-        return np.clip(np.clip(place, 0, n - 1) - given, 0, problem.inputs[0][2 + axis] - 1)
 
 
 @final
@@ -144,12 +128,7 @@ class NearestResizing(Primitive):
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        factor = cast("Resize", problem.layer).factor
-        index = [
-            (np.arange(n) + offset) // f
-            for n, offset, f in zip(problem.output[2:], problem.offsets[0], factor, strict=True)
-        ]
-        _gather(inputs[0], out, index, team)
+        _gather(inputs[0], out, [nearest_index(problem, axis) for axis in range(3)], team)
 
 
 @final
@@ -180,7 +159,7 @@ class LinearResizing(Primitive):
     def apply(
         self, prepared: Any, problem: Problem, inputs: Sequence[Array], out: Array, team: Team
     ) -> None:
-        axes = [self._places(problem, axis) for axis in range(3)]
+        axes = [linear_places(problem, axis) for axis in range(3)]
         x = inputs[0]
         if x.ndim > 5:
             self._interpolate_blocked(x, out, axes, team)
@@ -193,7 +172,7 @@ class LinearResizing(Primitive):
         team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
 
     @staticmethod
-    def _interpolate_blocked(x: Array, out: Array, axes: list[_Places], team: Team) -> None:
+    def _interpolate_blocked(x: Array, out: Array, axes: list[Places], team: Team) -> None:
         interpolate = resampling_library()[INTERPOLATE]
         tables = [
             table
@@ -206,32 +185,6 @@ class LinearResizing(Primitive):
         before, after = ([array.ctypes.data for array in some] for some in (arrays, tables))
         told = *before, Each(memory, line_bytes), *after, *numbers
         team.run(interpolate, told, out.shape[0] * out.shape[1] * out.shape[2])
-
-    @staticmethod
-    def _places(problem: Problem, axis: int) -> _Places:
-        """For every output the inputs given on both sides of it, and how far it is between."""
-        layer = cast("Resize", problem.layer)
-        factor, n = layer.factor[axis], problem.whole[axis]
-        output = problem.start[axis] + np.arange(problem.output[2 + axis], dtype=np.float64)
-        if factor == 1:
-            place = output
-        elif layer.placing == "half_pixel":
-            place = (output + 0.5) / factor - 0.5
-        elif layer.placing == "asymmetric":
-            place = output / factor
-        else:
-            place = output * ((n - 1) / (n * factor - 1))
-        place = np.clip(place, 0, n - 1)
-        below = np.minimum(place.astype(np.int64), n - 1)
-        window = layer.window(axis)
-        given = window.offset(problem.start[axis], 0) - problem.offsets[0][axis]
-        given //= window.up
-        last = problem.inputs[0][2 + axis] - 1
-        return (
-            np.clip(below - given, 0, last),
-            np.clip(below + 1 - given, 0, last),
-            (place - below).astype(np.float32),
-        )
 
 
 @final
@@ -251,3 +204,52 @@ class ShufflingToSpace(Primitive):
             resampling.depth_to_space(inputs[0], out, offset, factor, first, last)
 
         team.share(work, out.shape[0] * out.shape[1] * out.shape[2])
+
+
+def padding_index(problem: Problem, axis: int) -> NDArray[np.int64]:
+    """For every output of a padding the place in the input given; -1 for the constant."""
+    layer = cast("Pad", problem.layer)
+    n = problem.whole[axis]
+    low = layer.padding[0][axis]
+    place = problem.start[axis] + np.arange(problem.output[2 + axis]) - low
+    given = problem.start[axis] - low - problem.offsets[0][axis]
+    if layer.mode == "constant":
+        index = place - given
+        inside = (place >= 0) & (place < n) & (index >= 0)
+        return np.where(inside & (index < problem.inputs[0][2 + axis]), index, -1)
+    if layer.mode == "reflect":
+        place = np.abs(place)
+        place = np.where(place >= n, 2 * (n - 1) - place, place)
+    return np.clip(np.clip(place, 0, n - 1) - given, 0, problem.inputs[0][2 + axis] - 1)
+
+
+def nearest_index(problem: Problem, axis: int) -> NDArray[np.int64]:
+    """For every output the place of the voxel that it repeats, in the input given."""
+    places = np.arange(problem.output[2 + axis]) + problem.offsets[0][axis]
+    return places // cast("Resize", problem.layer).factor[axis]
+
+
+def linear_places(problem: Problem, axis: int) -> Places:
+    """For every output the inputs given on both sides of it, and how far it is between."""
+    layer = cast("Resize", problem.layer)
+    factor, n = layer.factor[axis], problem.whole[axis]
+    output = problem.start[axis] + np.arange(problem.output[2 + axis], dtype=np.float64)
+    if factor == 1:
+        place = output
+    elif layer.placing == "half_pixel":
+        place = (output + 0.5) / factor - 0.5
+    elif layer.placing == "asymmetric":
+        place = output / factor
+    else:
+        place = output * ((n - 1) / (n * factor - 1))
+    place = np.clip(place, 0, n - 1)
+    below = np.minimum(place.astype(np.int64), n - 1)
+    window = layer.window(axis)
+    given = window.offset(problem.start[axis], 0) - problem.offsets[0][axis]
+    given //= window.up
+    last = problem.inputs[0][2 + axis] - 1
+    return (
+        np.clip(below - given, 0, last),
+        np.clip(below + 1 - given, 0, last),
+        (place - below).astype(np.float32),
+    )
