@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import entry_points
 
-from znni_dask.network.layers import Layer
+from znni_dask.network.layers import LOWER, Layer
 from znni_dask.primitives.base import CPU, Primitive
 from znni_dask.primitives.conv_depthwise import ConvDepthwise
 from znni_dask.primitives.conv_direct import ConvDirect
@@ -25,13 +25,29 @@ from znni_dask.primitives.conv_torch import ConvTorch
 from znni_dask.primitives.conv_transpose_blocked import ConvTransposeBlocked
 from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
 from znni_dask.primitives.conv_winograd import ConvWinograd
+from znni_dask.primitives.gpu.conv_cudnn import TENSOR, GpuConvCudnn
+from znni_dask.primitives.gpu.conv_direct import GpuConvDirect
 from znni_dask.primitives.gpu.conv_fft_tiles import GpuTiledFFT
+from znni_dask.primitives.gpu.conv_fft_whole import GpuConvWholeFFT
+from znni_dask.primitives.gpu.conv_matrix import GpuConvMatrix
+from znni_dask.primitives.gpu.conv_transpose_direct import GpuConvTransposeDirect
+from znni_dask.primitives.gpu.joining import GpuArithmetic, GpuBroadcasting, GpuConcatenation
+from znni_dask.primitives.gpu.pointwise import GpuActivation, GpuAffine
 from znni_dask.primitives.gpu.pooling import (
     GpuAveragePooling,
     GpuAveragePoolingFragments,
     GpuMaxPooling,
     GpuMaxPoolingFragments,
 )
+from znni_dask.primitives.gpu.rearranging import (
+    GpuCropping,
+    GpuLinearResizing,
+    GpuNearestResizing,
+    GpuPadding,
+    GpuSelecting,
+    GpuShufflingToSpace,
+)
+from znni_dask.primitives.gpu.reducing import GpuNormalization, GpuReducing, GpuSoftmax
 from znni_dask.primitives.joining import ArithmeticOfInputs, Broadcasting, Concatenation
 from znni_dask.primitives.pointwise import ActivationFunction, AffineMap
 from znni_dask.primitives.pooling import (
@@ -51,6 +67,13 @@ from znni_dask.primitives.rearranging import (
 from znni_dask.primitives.reducing import Normalization, Reducing, SoftmaxOverAxes
 
 _OF_GPUS: tuple[Primitive, ...] = (
+    GpuConvDirect(),
+    GpuConvMatrix(),
+    GpuConvWholeFFT(),
+    GpuConvCudnn(),
+    GpuConvCudnn(TENSOR),
+    GpuConvCudnn(LOWER),
+    GpuConvTransposeDirect(),
     GpuMaxPoolingFragments(),
     GpuMaxPoolingFragments("yx"),
     GpuMaxPoolingFragments("x"),
@@ -59,6 +82,20 @@ _OF_GPUS: tuple[Primitive, ...] = (
     GpuAveragePoolingFragments("yx"),
     GpuAveragePoolingFragments("x"),
     GpuAveragePooling(),
+    GpuActivation(),
+    GpuAffine(),
+    GpuArithmetic(),
+    GpuConcatenation(),
+    GpuBroadcasting(),
+    GpuCropping(),
+    GpuSelecting(),
+    GpuPadding(),
+    GpuNearestResizing(),
+    GpuLinearResizing(),
+    GpuShufflingToSpace(),
+    GpuReducing(),
+    GpuSoftmax(),
+    GpuNormalization(),
 )
 TABLE: tuple[Primitive, ...] = (
     ConvDirect(),

@@ -1,9 +1,18 @@
 """What a GPU does in a second: of a large one of 2023, estimated from its peaks and not measured.
 How far another is from that is measured there (`timings`)."""
 
-from znni_dask.primitives.work import Rate
+from math import prod
+
+from znni_dask.primitives.base import ITEM_BYTES, Problem
+from znni_dask.primitives.work import Rate, Work
 
 MEMORY = Rate("gpu memory", 3e12)  # bytes to and from it
 PRODUCTS = Rate("gpu products", 3.5e13)  # operations, of complex numbers in single precision
 TRANSFORMS = Rate("gpu transforms", 1e13)  # operations
 LAUNCHES = Rate("gpu launches", 2e5)  # kernels begun
+
+
+def traffic(problem: Problem, passes: float = 1, launches: int = 1) -> Work:
+    """Reading the inputs and writing the output, so many times, by so many kernels."""
+    values = sum(map(prod, problem.inputs)) + prod(problem.output)
+    return Work({MEMORY: passes * ITEM_BYTES * values, LAUNCHES: launches})
