@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple, cast, final
 import numpy as np
 
 from znni_dask.devices.base import Device
+from znni_dask.errors import OptionError
 from znni_dask.geometry import ceil_divide
 from znni_dask.network.layers import FULL, LOWER, Conv, Layer
 from znni_dask.network.network import Weights
@@ -87,9 +88,15 @@ class GpuConvCudnn(DevicePrimitive):
         return copied + ITEM_BYTES * prod(slab.made) + _WORKSPACES * taken
 
     def placed(self, layer: Layer, weights: Weights, device: Device) -> tuple[Any, Any]:
-        """Kernels and biases, as tensors; they keep the memory that they lie in."""
+        """Kernels and biases, as tensors; they keep the memory that they lie in. Raises
+        `OptionError` where torch knows of no GPU, and the device is one."""
         import torch
 
+        if hasattr(device.xp, "cuda") and not torch.cuda.is_available():
+            raise OptionError(
+                f"torch {torch.__version__} cannot use this GPU: install another, or plan without "
+                f"{self.name}"
+            )
         kind = getattr(torch, LOWER) if self.precision == LOWER else torch.float32
         found = [device.put(weights["weight"])]
         if "bias" in weights:
@@ -194,7 +201,8 @@ def _stream(device: Device) -> Iterator[None]:
         return
     import torch
 
-    with torch.cuda.stream(torch.cuda.ExternalStream(cuda.get_current_stream().ptr)):
+    here = torch.cuda.ExternalStream(cuda.get_current_stream().ptr, device=cuda.Device().id)
+    with torch.cuda.stream(here):
         yield
 
 
