@@ -48,7 +48,7 @@ IN_PIECES = [
 def test_pieces_of_any_size_are_the_same(label, name, nbytes, monkeypatch):
     monkeypatch.setattr(*BOUNDS[name], nbytes)
     monkeypatch.setattr(conv_direct, "SUMMED", nbytes // 500)
-    monkeypatch.setattr(conv_fft_whole, "BLOCK_BYTES", 20 * nbytes)
+    monkeypatch.setattr(conv_fft_whole, "BLOCK_BYTES", 100 * nbytes)
     with SimulatedDevice(1 << 30) as device:
         check_boxes(device, label, name, SIZE)
 

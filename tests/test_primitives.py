@@ -157,6 +157,7 @@ LAYERS = {
     "linear asymmetric": (layers.Resize((1, 3, 2), "asymmetric"), 1),
     "linear corners": (layers.Resize((2, 3, 4), "align_corners"), 1),
     "depth to space": (layers.DepthToSpace((1, 2, 2)), 1),
+    "depth to space by 4": (layers.DepthToSpace((1, 4, 1)), 1),
     **{f"{name} of channels": (layers.Reduce(name, "c"), 1) for name in REDUCTIONS},
     **{f"{name} of space": (layers.Reduce(name, "zyx"), 1) for name in REDUCTIONS[:-1]},
     "mean of planes": (layers.Reduce("mean", "yx"), 1),
