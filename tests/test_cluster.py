@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import znni_dask
 from kills import failing_after
 from test_identity import assert_same, at_once
 from znni_dask import cluster as cluster_module
-from znni_dask import feeding
+from znni_dask import costs, feeding
 from znni_dask import worker as worker_module
 from znni_dask.cli import main
 from znni_dask.cluster import Cluster, Crew, Means, connected, share
@@ -562,6 +563,77 @@ def test_there_is_a_worker_for_every_node(monkeypatch):
     assert (one.cores, one.means.threads) == (None, 3)
     monkeypatch.setattr(worker_module, "cores", lambda: 3)  # a container's
     assert len(worker_module.places("4GiB")) == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "places"),
+    [
+        (2, 1, [({0, 1, 2, 3}, "7"), ({4, 5, 6, 7}, None)]),
+        (2, 2, [({0, 1, 2, 3}, "7"), ({4, 5, 6, 7}, "8")]),
+        (2, 4, [({0, 2}, "7"), ({1, 3}, "8"), ({4, 6}, "9"), ({5, 7}, "3")]),
+        (1, 2, [(None, "7"), (None, "8")]),
+        (1, 0, [(None, None)]),
+    ],
+)
+def test_every_gpu_has_a_worker(nodes, gpus, places, monkeypatch):
+    whole = [frozenset(range(8 * n // nodes, 8 * (n + 1) // nodes)) for n in range(nodes)]
+    monkeypatch.setattr(worker_module, "nodes", lambda: whole)
+    monkeypatch.setattr(worker_module, "cores", lambda: 8)
+    monkeypatch.setattr(worker_module, "gpus", lambda: ["7", "8", "9", "3"][:gpus])
+    found = worker_module.places("4GiB")
+    assert [(place.cores, place.gpu) for place in found] == places
+    for place, (_, gpu) in zip(found, places, strict=True):
+        assert place.environment["CUDA_VISIBLE_DEVICES"] == (gpu or "")
+        assert place.resources == {"CPU": 1} | ({"GPU": 1} if gpu else {})
+        assert place.means == Means(8 // len(places), (4 << 30) // len(places), 0)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Two workers in processes of their own, of which one has a GPU, which is simulated."""
+    with local(2, processes=True) as cluster, Client(cluster, set_as_default=False) as client:
+        worker = min(client.scheduler_info(n_workers=-1)["workers"])
+        told = {"znni.simulated-gpu": "1GiB"}
+        client.run(cluster_module.dask.config.set, told, workers=[worker])
+        yield client, worker
+
+
+def computing(path):
+    """Of every worker the devices that computed there, as the timeline tells."""
+    events = json.loads(Path(path).read_text())
+    named = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
+    lanes = [e for e in events if e.get("name") == "thread_name"]
+    found = {worker: set() for worker in named.values()}
+    for lane in lanes:
+        on_gpu = lane["args"]["name"].startswith("device")
+        found[named[lane["pid"]]].add("gpu" if on_gpu else "host")
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu", "auto"])
+def test_blocks_are_computed_where_they_were_asked_to_be(
+    files, mixed, device, tmp_path, monkeypatch
+):
+    (client, worker), (places, want) = mixed, files
+    honest = costs.model_seconds
+    quick = lambda p, *told: honest(p, *told) / (1000 if p.device == "gpu" else 1)  # noqa: E731
+    monkeypatch.setattr(costs, "model_seconds", quick)  # so that it is the faster one
+    name = client.scheduler_info(n_workers=-1)["workers"][worker]["name"]
+    line = tmp_path / "line.json"
+    how = {"client": client, "chunks": 8, "patch": 8, "memory": "8GiB", "threads": 1}
+    summary = znni_dask.run(*places, device=device, timeline=line, **how)
+    assert summary.workers == (1 if device == "gpu" else 2)
+    who = computing(line)
+    assert set(who) == {str(name)} if device == "gpu" else len(who) == 2
+    for one, devices in who.items():
+        on_gpu = one == str(name) and device != "cpu"
+        assert devices == ({"gpu", "host"} if on_gpu else {"host"})
+    assert_same(stored(places[2]), want)
+
+
+def test_a_cluster_without_a_gpu_is_refused_where_one_is_asked_for(files, two):
+    with pytest.raises(OptionError, match="a GPU was asked for, and there is none"):
+        znni_dask.run(*files[0], device="gpu", client=two.client)
 
 
 def test_a_worker_stays_on_its_cores(monkeypatch):

@@ -19,8 +19,9 @@ from test_primitives import (
 )
 from znni_dask.devices.simulated import SimulatedDevice
 from znni_dask.geometry import Box, tiles
+from znni_dask.machine import GPU
 from znni_dask.network import layers
-from znni_dask.primitives.base import GPU, Problem
+from znni_dask.primitives.base import Problem
 from znni_dask.primitives.gpu import conv_fft_tiles
 from znni_dask.primitives.gpu.conv_fft_tiles import GpuTiledFFT
 from znni_dask.primitives.gpu.fragments import weave

@@ -12,9 +12,11 @@ import oracle
 from peaks import traced_peak
 from znni_dask.choices import choose_primitives
 from znni_dask.executors import serial
+from znni_dask.executors.device import executor_of
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, tiles
 from znni_dask.kernels import team
+from znni_dask.machine import CPU, GPU
 from znni_dask.network import window
 from znni_dask.network.build import Builder
 from znni_dask.network.field_of_view import geometry
@@ -49,21 +51,22 @@ def extended(volume, box, boundary):
     return volume
 
 
-def in_patches(network, volume, boundary, patch, primitives=None, threads=2):
+def in_patches(network, volume, boundary, patch, primitives=None, threads=2, device=None):
     layout = Layout(network, volume.shape[1:], boundary)
     boxes = list(tiles(layout.output_size, patch))
-    return at_boxes(network, volume, boundary, boxes, primitives, threads)
+    return at_boxes(network, volume, boundary, boxes, primitives, threads, device)
 
 
-def at_boxes(network, volume, boundary, boxes, primitives=None, threads=2):
+def at_boxes(network, volume, boundary, boxes, primitives=None, threads=2, device=None):
     """The answer within ``boxes``, each computed as a patch of its own; NaN elsewhere."""
     layout = Layout(network, volume.shape[1:], boundary)
-    chosen = primitives or choose_primitives(layout)
+    chosen = primitives or choose_primitives(layout, device=GPU if device else CPU)
     schedules = Schedules(layout, chosen)
     spans = [{(b.start[axis], b.stop[axis]) for b in boxes} for axis in range(3)]
-    arena = schedules.arena(schedules.envelope(spans))
+    sizes = schedules.envelope(spans)
+    patch = tuple(max(b.size[axis] for b in boxes) for axis in range(3))
     out = np.full((network.out_channels, *layout.output_size), np.nan, np.float32)
-    with SerialExecutor(network, chosen, arena, threads) as executor:
+    with executor_of(schedules, sizes, patch, threads, device) as executor:
         for box in boxes:
             todo = schedules.schedule(box)
             answer = np.empty((network.out_channels, *box.size), np.float32)

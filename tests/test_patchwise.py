@@ -324,7 +324,7 @@ def test_all_that_is_held_for_several_windows_is_counted():
         schedules = Schedules(grid.layout, chosen, samples)
         counted.append(computing_bytes(schedules, grid.layout.sizes, grid.window, 2))
     with WindowBlocks(grid, chosen, 2, 8) as blocks:
-        arrays = blocks._executor._executor._arena, blocks._answers
+        arrays = blocks._executor._executor._arena, blocks._answers.get()
         held = sum(array.nbytes for array in arrays)
     assert arrays[1].shape == (8, 2, *grid.window)
     more = counted[1] - counted[0]

@@ -19,7 +19,7 @@ from znni_dask.network.build import Builder
 from znni_dask.network.chains import n337
 from znni_dask.patches import Layout, patches_of, spans
 from znni_dask.plan import Plan
-from znni_dask.planner import Request, plan, predicted_bytes
+from znni_dask.planner import Request, plan, predicted_need
 from znni_dask.primitives.base import Form
 from znni_dask.primitives.table import named
 from znni_dask.reading import Reads
@@ -52,9 +52,9 @@ def test_what_is_predicted_is_within_what_is_allowed(family, seed, gib):
     assert made.predicted_bytes <= wanted.allowed_bytes
     assert all(b % u == 0 for b, u in zip(made.block, wanted.unit, strict=True))
     schedules = Schedules(wanted.layout, chosen_primitives(wanted.layout, made))
-    assert made.predicted_bytes == predicted_bytes(
-        wanted, schedules, made.block, made.patch, made.blocks_in_flight
-    )
+    need = predicted_need(wanted, schedules, made.block, made.patch, made.blocks_in_flight)
+    assert made.predicted_bytes == need.process_bytes
+    assert need.device_bytes == made.device_bytes == 0
 
 
 def test_more_memory_never_makes_the_plan_slower():
@@ -86,7 +86,7 @@ def test_one_byte_less_than_the_smallest_plan_is_refused():
 
 def _smallest(wanted):
     schedules = Schedules(wanted.layout, choose_primitives(wanted.layout))
-    return predicted_bytes(wanted, schedules, (64, 64, 64), (16, 16, 16), 1)
+    return predicted_need(wanted, schedules, (64, 64, 64), (16, 16, 16), 1).process_bytes
 
 
 @pytest.mark.parametrize("gib", [0.4, 0.6, 1, 4])
@@ -100,10 +100,10 @@ def test_what_is_left_of_the_memory_is_for_decoded_chunks(gib):
     made = plan(wanted)
     schedules = Schedules(wanted.layout, chosen_primitives(wanted.layout, made))
     kept = made.reading.cache_bytes
-    needed = predicted_bytes(
+    need = predicted_need(
         wanted, schedules, made.block, made.patch, made.blocks_in_flight, by_cells=kept > 0
     )
-    assert made.predicted_bytes == needed + kept <= wanted.allowed_bytes
+    assert made.predicted_bytes == need.process_bytes + kept <= wanted.allowed_bytes
     if gib >= 1:
         assert made.reading.amplification == 1
         assert 0 < kept < volume(size)

@@ -21,6 +21,7 @@ from znni_dask.kernels.code import LANES
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.memory import allocate, allocated_bytes
 from znni_dask.kernels.team import Team
+from znni_dask.machine import CPU
 from znni_dask.network import layers
 from znni_dask.network.layers import NO_PADDING
 from znni_dask.primitives import (
@@ -32,7 +33,7 @@ from znni_dask.primitives import (
     reducing,
 )
 from znni_dask.primitives import rows as rows_of_outputs
-from znni_dask.primitives.base import CPU, Form, Problem
+from znni_dask.primitives.base import Form, Problem
 from znni_dask.primitives.conv_fft_planes import ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.conv_winograd import ConvWinograd

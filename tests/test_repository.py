@@ -47,6 +47,7 @@ STAIRS = [
         "application",
         "job",
         "patchwise",
+        "options",
     ),
     *("executors", "window_planner", "column_planner", "slabs", "planner", "resources", "reading"),
     *(
@@ -64,9 +65,9 @@ STAIRS = [
     ),
     *(
         "turnstile",
+        "timeline",
         "behind",
         "selection",
-        "options",
         "storage",
         "normalization",
         "windows",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from znni_dask.asking import Options
+from znni_dask.devices.opening import AUTO, DEVICES
 from znni_dask.geometry import Size, triple
 from znni_dask.network.layers import FULL, PRECISIONS
 from znni_dask.normalization import METHODS
@@ -61,6 +62,9 @@ def _add_infer(infer: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an existing output, or start an unfinished one anew",
     )
+    infer.add_argument(
+        "--timeline", metavar="FILE", help="when what was done, as Chrome and Perfetto show it"
+    )
     _add_options(infer)
     where = infer.add_argument_group("where it is computed (default: in this process)")
     either = where.add_mutually_exclusive_group()
@@ -99,6 +103,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="SIZE", help="bound for the process, like 12GiB")
     parser.add_argument("--patch", type=_size, metavar="Z,Y,X", help="output computed at once")
     parser.add_argument("--threads", type=int, metavar="N")
+    parser.add_argument(
+        "--device", choices=DEVICES, default=AUTO, help="that computes (default: the fastest)"
+    )
+    parser.add_argument("--device-memory", metavar="SIZE", help="bound for the GPU's memory")
     parser.add_argument(
         "--plan", metavar="FILE", help="what znni plan --format json told, perhaps edited"
     )
@@ -234,6 +242,8 @@ def asked(options: argparse.Namespace) -> Options:
         memory=options.memory,
         patch=options.patch,
         threads=options.threads,
+        device=options.device,
+        device_memory=options.device_memory,
         dtype=options.dtype,
         value_range=tuple(options.range),
         chunks=options.chunks,

@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from znni_dask import options
 from znni_dask.application import Application
+from znni_dask.devices.opening import AUTO
 from znni_dask.errors import OptionError
 from znni_dask.geometry import Size
 from znni_dask.importers import load_network
@@ -29,6 +30,8 @@ class Options(TypedDict, total=False):
     memory: str | float | None
     patch: Size | int | None
     threads: int | None
+    device: str
+    device_memory: str | float | None
     dtype: str
     value_range: tuple[float, float]
     chunks: Size | int | None
@@ -74,6 +77,8 @@ def asked(
     memory: str | float | None = None,
     patch: Size | int | None = None,
     threads: int | None = None,
+    device: str = AUTO,
+    device_memory: str | float | None = None,
     dtype: str = "float32",
     value_range: tuple[float, float] = (0.0, 1.0),
     chunks: Size | int | None = None,
@@ -101,6 +106,7 @@ def asked(
     """What is asked for; raises `InputError` where it cannot be."""
     options.check_replacement(nan)
     options.check_means(memory, threads)
+    wanted = options.device(device, device_memory)
     window = options.size("patchwise", patchwise)
     source = open_volume(input, axes, channels, level)
     normalization = options.normalization(normalize, percentiles, stats_level)
@@ -126,6 +132,7 @@ def asked(
         shards=options.size("shards", shards),
         memory=memory,
         threads=threads,
+        device=wanted,
         version=ome,
         pyramid=pyramid,
         plans=plans,

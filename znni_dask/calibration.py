@@ -12,8 +12,10 @@ import numpy as np
 
 from znni_dask.choices import Menu, choose_primitives
 from znni_dask.costs import model_seconds
-from znni_dask.executors.serial import SerialExecutor
+from znni_dask.devices.opening import opened
+from znni_dask.executors.device import executor_of
 from znni_dask.geometry import Box
+from znni_dask.machine import CPU, GPU
 from znni_dask.network.build import Builder
 from znni_dask.network.network import Network
 from znni_dask.network.rewrites import simplify
@@ -35,22 +37,25 @@ class Study:
     edge: int
 
 
-def calibrate(threads: int, told: Callable[[int, int], None] | None = None) -> Timings:
-    """Measure with so many threads; ``told`` is called with the studies done and all there are."""
+def calibrate(
+    threads: int, told: Callable[[int, int], None] | None = None, device_bytes: int | None = None
+) -> Timings:
+    """Measure with so many threads, or the GPU, of whose memory ``device_bytes`` may be taken;
+    ``told`` is called with the studies done and all there are."""
     found, done = Timings(), list(studies())
     for number, study in enumerate(done):
-        found = found.joined(measured(study, threads))
+        found = found.joined(measured(study, threads, device_bytes))
         if told:
             told(number + 1, len(done))
     return found
 
 
-def measured(study: Study, threads: int) -> Iterator[Timing]:
+def measured(study: Study, threads: int, device_bytes: int | None = None) -> Iterator[Timing]:
     """The timings of one study: the fastest primitives by their estimates, and then of every
     family that takes some layer those."""
-    network = simplify(study.network)
+    network, device = simplify(study.network), CPU if device_bytes is None else GPU
     layout = Layout(network, (4 * study.edge,) * 3, "reflect")
-    plain = Schedules(layout, choose_primitives(layout))
+    plain = Schedules(layout, choose_primitives(layout, device=device))
     box = Box((study.edge,) * 3, (2 * study.edge,) * 3)
     menu = Menu.of_patches(plain, box, _MANY, threads)
     done = []
@@ -64,30 +69,32 @@ def measured(study: Study, threads: int) -> Iterator[Timing]:
         models = [model_seconds(step.primitive, step.problem, threads) for step in steps]
         if schedules.repeats * sum(models) > _LONGEST_SECONDS:
             continue
-        seconds = _seconds(schedules, box, threads)
+        seconds = _seconds(schedules, box, threads, device_bytes)
         for step, model in zip(steps, models, strict=True):
             features = step.primitive.features(step.problem)
             ratio = seconds[step.operation.output] / model
             yield Timing(step.primitive.family, threads, features, ratio)
 
 
-def _seconds(schedules: Schedules, box: Box, threads: int) -> dict[Stored, float]:
+def _seconds(
+    schedules: Schedules, box: Box, threads: int, device_bytes: int | None
+) -> dict[Stored, float]:
     """Median seconds of what makes each array of a patch, for one offset."""
     todo, layout = schedules.schedule(box), schedules.layout
     network, random = layout.network, np.random.default_rng(0)
     x = random.standard_normal((network.in_channels, *todo.input.size), np.float32)
     out = np.empty((network.out_channels, *box.size), np.float32)
-    arena = schedules.arena(schedules.sizes(box))
-    with SerialExecutor(network, schedules.primitives, arena, threads) as executor:
+    device = None if device_bytes is None else opened(device_bytes)
+    with executor_of(schedules, schedules.sizes(box), box.size, threads, device) as executor:
         executor.run(todo, [x], [out])  # which compiles
         begin = perf_counter()
         while perf_counter() - begin < _AWAKE_SECONDS:
             executor.run(todo, [x], [out])
         runs = []
         for _ in range(RUNS):
-            executor.seconds.clear()
+            executor.taken_seconds()  # those before do not count
             executor.run(todo, [x], [out])
-            runs.append(dict(executor.seconds))
+            runs.append(executor.taken_seconds())
     return {array: median(run[array] for run in runs) / schedules.repeats for array in runs[0]}
 
 

@@ -19,6 +19,7 @@ from znni_dask.errors import NetworkError, OptionError
 from znni_dask.geometry import Box, Size, ceil_divide, triple, volume
 from znni_dask.kernels.codelets import LONGEST, refusal
 from znni_dask.knapsack import Course, Knapsack, Option
+from znni_dask.machine import CPU
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Node
 from znni_dask.plan import Choice, Plan
@@ -26,6 +27,7 @@ from znni_dask.primitives.base import FEWEST_PRODUCTS, Form, Primitive, Problem,
 from znni_dask.primitives.conv_fft_planes import LONGEST_OF_PLANES, ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.forms import FormChange
+from znni_dask.primitives.gpu.conv_fft_tiles import gpu_tiles
 from znni_dask.primitives.phases import without_stride
 from znni_dask.primitives.table import candidates, named
 from znni_dask.schedule import Arrangement, Schedules
@@ -36,21 +38,23 @@ _BEST = 8  # tiles that transform fewest values; of others only those that are s
 _WASTEFUL = 2.5  # and transform no more than so many times as many values
 
 
-def choose_primitives(layout: Arrangement, fragments: bool = True) -> dict[str, Primitive]:
-    """For every layer the first primitive of the table that takes it: plain ones, which need
-    least memory.
+def choose_primitives(
+    layout: Arrangement, fragments: bool = True, device: str = CPU
+) -> dict[str, Primitive]:
+    """For every layer the first primitive of a device that takes it: plain ones, which need least
+    memory.
 
     Fragments are for dense networks alone, and only where all branches that meet bring the same
     ones; the other strided layers of a dense network run once per offset (all of them where
     ``fragments`` is false).
     """
     chosen = {
-        node.name: _first(node.layer, fragments and node.name in layout.strided)
+        node.name: _first(node.layer, fragments and node.name in layout.strided, device)
         for node in layout.network
         if node.inputs
     }
     if fragments and not Schedules(layout, chosen).joins_agree:
-        return choose_primitives(layout, fragments=False)
+        return choose_primitives(layout, False, device)
     return chosen
 
 
@@ -207,10 +211,11 @@ class Menu:
         apart = plain.fragments_of(node.layer)
         others = [
             p
-            for p in candidates(node.layer)
+            for p in candidates(node.layer, plain.device)
             if p.fragments == plain.fragments and p.fragments_of(node.layer) == apart
         ]
-        primitives = tuple(dict.fromkeys([plain, *others, *tiled(problem)]))
+        in_sizes = tiled(problem) if plain.device == CPU else gpu_tiles(problem)
+        primitives = tuple(dict.fromkeys([plain, *others, *in_sizes]))
         channels = tuple(network.channels[name] for name in node.inputs)
         options = []
         for p in primitives:
@@ -293,7 +298,7 @@ def chosen_primitives(layout: Arrangement, plan: Plan) -> dict[str, Primitive]:
     chosen: dict[str, Primitive] = {}
     for name, layer in layers.items():
         try:
-            chosen[name] = named(names[name], layer)
+            chosen[name] = named(names[name], layer, plan.device)
         except KeyError:
             raise OptionError(
                 f"the plan's primitive {names[name]!r} cannot take {name!r}"
@@ -307,9 +312,9 @@ def chosen_primitives(layout: Arrangement, plan: Plan) -> dict[str, Primitive]:
     return chosen
 
 
-def _first(layer: Layer, fragment: bool) -> Primitive:
-    found = candidates(layer)
+def _first(layer: Layer, fragment: bool, device: str) -> Primitive:
+    found = candidates(layer, device)
     if not found:
-        raise NetworkError(f"no primitive computes {layer.kind} ({layer.summary})")
+        raise NetworkError(f"no primitive of the {device} computes {layer.kind} ({layer.summary})")
     fitting = [p for p in found if p.fragments == fragment] or [p for p in found if not p.fragments]
     return fitting[0]

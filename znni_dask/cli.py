@@ -28,12 +28,13 @@ from rich.progress import (
 from znni_dask import report, timings
 from znni_dask.arguments import asked, parser
 from znni_dask.calibration import calibrate
-from znni_dask.errors import InputError, OutputError, RunError
+from znni_dask.devices.opening import Wanted, gpu_of
+from znni_dask.errors import DeviceError, InputError, OutputError, RunError
 from znni_dask.forecast import forecasts
 from znni_dask.importers import load_network
 from znni_dask.inspection import facts
 from znni_dask.kernels import compiled
-from znni_dask.machine import cores
+from znni_dask.machine import GPU, cores
 from znni_dask.options import computing_threads
 from znni_dask.page import page
 from znni_dask.running import run
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         errors.print(f"znni: {error}")
         return 2
-    except RunError as error:
+    except (DeviceError, RunError) as error:
         errors.print(f"znni: {error}")
         return 1
     except KeyboardInterrupt:
@@ -96,6 +97,7 @@ def _infer(options: argparse.Namespace) -> int:
             client=options.scheduler,
             workers=options.workers,
             progress=progress,
+            timeline=options.timeline,
             **asked(options),
         )
     for line in report.run_lines(summary):
@@ -148,11 +150,15 @@ def _measure(options: argparse.Namespace) -> int:
     console = _console()
     threads = computing_threads(options.threads)
 
-    def told(done: int, total: int) -> None:
-        console.print(f"{done} of {total} networks measured, with {threads} threads")
+    def telling(who: str) -> Callable[[int, int], None]:
+        return lambda done, total: console.print(f"{done} of {total} networks measured, {who}")
 
     with _telling_of_compilation(console):
-        found = timings.kept().joined(calibrate(threads, told).found)
+        made = calibrate(threads, telling(f"with {threads} threads"))
+        found = timings.kept().joined(made.found)
+    if (gpu := gpu_of(Wanted(GPU))).free_bytes:
+        room = gpu.allowed_bytes(Wanted(GPU))
+        found = found.joined(calibrate(1, telling(f"on the {gpu.name}"), room).found)
     place = timings.keep_timings(found)
     console.print(report.timings_table(found))
     console.print(f"kept in {place}; plans are made by it from now on", soft_wrap=True)

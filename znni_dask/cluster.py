@@ -19,9 +19,10 @@ from typing import Any
 import dask
 from distributed import Client, LocalCluster
 
+from znni_dask.devices.opening import Found, Wanted, gpu_of
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.job import PLUGIN
-from znni_dask.machine import anonymous_bytes, available_bytes, parse_bytes, show_bytes
+from znni_dask.machine import GPU, anonymous_bytes, available_bytes, parse_bytes, show_bytes
 from znni_dask.options import SHARE_OF_FREE, allowed_bytes, computing_threads
 from znni_dask.resources import MOST_BLOCKS_IN_FLIGHT
 from znni_dask.storage.urls import Location
@@ -45,11 +46,13 @@ _SCHEDULER_BYTES = 256 << 20  # that this process comes to hold beside its worke
 @dataclass(frozen=True)
 class Means:
     """What a worker has to compute with: ``threads``, and of ``allowed_bytes`` those that its
-    process held before."""
+    process held before; what it may take of a GPU's memory, 0 where it has none, or why not."""
 
     threads: int
     allowed_bytes: int
     baseline_bytes: int
+    device_bytes: int = 0
+    no_device: str = ""
 
     @property
     def room_bytes(self) -> int:
@@ -58,12 +61,14 @@ class Means:
 
     def suffice_for(self, planned: Means) -> bool:
         """Whether what was planned for others can be done with these."""
-        return self.threads >= planned.threads and self.room_bytes >= planned.room_bytes
+        device = self.device_bytes >= planned.device_bytes
+        return device and self.threads >= planned.threads and self.room_bytes >= planned.room_bytes
 
     def is_more_than(self, weakest: Means) -> bool:
         """Whether it pays to plan for these apart."""
         room = self.allowed_bytes > _MORE * weakest.allowed_bytes
-        return self.threads > weakest.threads or room
+        device = self.device_bytes > _MORE * weakest.device_bytes
+        return device or self.threads > weakest.threads or room
 
     @property
     def environment(self) -> dict[str, str]:
@@ -86,10 +91,11 @@ class Crew:
     def of(cls, found: Mapping[str, Means]) -> Crew:
         """Those of which these are the means."""
         weakest = _least(found.values())
-        alike: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
+        alike: defaultdict[tuple[int, ...], list[str]] = defaultdict(list)
         for worker, means in found.items():
             if means.is_more_than(weakest):
-                alike[means.threads, means.allowed_bytes.bit_length()].append(worker)
+                much = means.allowed_bytes.bit_length(), means.device_bytes.bit_length()
+                alike[means.threads, *much].append(worker)
         groups = sorted(alike.values(), key=len, reverse=True)[:_MOST_KINDS]
         return cls(
             (weakest, *(_least(found[worker] for worker in group) for group in groups)),
@@ -105,17 +111,20 @@ def _least(some: Iterable[Means]) -> Means:
         min(means.threads for means in found),
         min(means.allowed_bytes for means in found),
         max(means.baseline_bytes for means in found),
+        min(means.device_bytes for means in found),
+        next((means.no_device for means in found if means.no_device), ""),
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Cluster:
     """Workers that a client reaches. How they were asked for: ``memory`` and ``threads`` of each,
-    if that was said."""
+    if that was said, and the ``device``."""
 
     client: Client
     memory: str | float | None = None
     threads: int | None = None
+    device: Wanted = Wanted()  # noqa: RUF009  # a named tuple
     alone: bool = False  # in this process
 
     @property
@@ -136,24 +145,42 @@ class Cluster:
     def crew(self) -> Crew:
         """Who is there. Raises `OptionError` where nobody is, or a worker of another version."""
         if self.alone:
-            threads = computing_threads(self.threads)
-            means = Means(threads, allowed_bytes(self.memory), anonymous_bytes())
-            return Crew((means,), dict.fromkeys(self.workers(), 0))
+            threads, gpu = computing_threads(self.threads), gpu_of(self.device)
+            means = Means(
+                threads,
+                allowed_bytes(self.memory),
+                anonymous_bytes(),
+                gpu.allowed_bytes(self.device),
+                gpu.why,
+            )
+            return Crew.of(self._with_device(dict.fromkeys(self.workers(), means)))
         self._wait()
         found = self.means()
         if not found:
             raise OptionError("the cluster's workers have left: start some, then the same command")
-        return Crew.of(found)
+        return Crew.of(self._with_device(found))
+
+    def _with_device(self, found: Mapping[str, Means]) -> Mapping[str, Means]:
+        """Those that have a GPU, where it must be one; raises `OptionError` where none has."""
+        if self.device.name != GPU:
+            return found
+        some = {worker: means for worker, means in found.items() if means.device_bytes}
+        if not some:
+            why = next(iter(found.values())).no_device
+            raise OptionError(f"a GPU was asked for, and there is none: {why}")
+        return some
 
     def means(self, workers: list[str] | None = None) -> dict[str, Means]:
         """Those of all workers, or of some, that answer. Raises `OptionError` where one runs
         another version."""
-        told = self.client.run(_told, workers=workers, on_error="return")
+        told = self.client.run(_told, self.device, workers=workers, on_error="return")
         return self._understood(told, SHARE_OF_FREE)
 
     async def means_of(self, worker: str) -> Means | None:
         """Those of one worker, asked in the client's own thread; None where it has left."""
-        asked = self.client.run(_told, workers=[worker], on_error="return", asynchronous=True)
+        asked = self.client.run(
+            _told, self.device, workers=[worker], on_error="return", asynchronous=True
+        )
         return self._understood(await asked, _SHARE_OF_FREE_LATER).get(worker)
 
     def _understood(self, told: Mapping[str, Any], share: float) -> dict[str, Means]:
@@ -173,20 +200,32 @@ class Cluster:
                 )
         on_host = Counter(one.host for one in told.values())
         in_process = Counter((one.host, one.process) for one in told.values())
+        on_gpu = Counter((one.host, one.gpu.known_by) for one in told.values())
         return {
-            worker: self._means(one, share / on_host[one.host], in_process[one.host, one.process])
+            worker: self._means(
+                one,
+                share / on_host[one.host],
+                in_process[one.host, one.process],
+                on_gpu[one.host, one.gpu.known_by],
+            )
             for worker, one in told.items()
         }
 
-    def _means(self, told: _Told, share: float, in_process: int) -> Means:
+    def _means(self, told: _Told, share: float, in_process: int, on_gpu: int) -> Means:
         """Those of a worker that has such a share of what is free, where nobody limited it, and
-        shares its process with so many."""
+        shares its process and its GPU with so many."""
         threads = self.threads or told.threads
         allowed = told.allowed_bytes or int(share * told.available_bytes)
         if self.memory is not None:
             allowed = parse_bytes(self.memory)
         room = (allowed - told.baseline_bytes) // in_process
-        return Means(threads, told.baseline_bytes + room, told.baseline_bytes)
+        return Means(
+            threads,
+            told.baseline_bytes + room,
+            told.baseline_bytes,
+            told.gpu.allowed_bytes(self.device, on_gpu),
+            told.gpu.why,
+        )
 
     def _wait(self) -> None:
         try:
@@ -209,9 +248,10 @@ class _Told:
     allowed_bytes: int | None
     available_bytes: int
     baseline_bytes: int
+    gpu: Found
 
 
-def _told(dask_worker: Any) -> _Told:
+def _told(device: Wanted, dask_worker: Any) -> _Told:
     """Runs on the worker."""
     threads, memory = dask.config.get("znni.threads", None), dask.config.get("znni.memory", None)
     limit = dask_worker.memory_manager.memory_limit
@@ -223,6 +263,7 @@ def _told(dask_worker: Any) -> _Told:
         allowed_bytes=int(memory or _SHARE_OF_LIMIT * limit) if memory or limit else None,
         available_bytes=available_bytes(),
         baseline_bytes=anonymous_bytes(),
+        gpu=gpu_of(device),
     )
 
 
@@ -239,10 +280,11 @@ def connected(
     workers: int | None = None,
     memory: str | float | None = None,
     threads: int | None = None,
+    device: Wanted = Wanted(),  # noqa: B008  # a named tuple
 ) -> Iterator[Cluster]:
     """The workers that a client, or a scheduler at an address, has: each with so much ``memory``
-    and ``threads``, if that is said. Without a client, so many ``workers`` on this machine, which
-    share memory and threads; or one in this process.
+    and ``threads``, if that is said, and computing on this ``device``. Without a client, so many
+    ``workers`` on this machine, which share memory and threads; or one in this process.
 
     Raises `OptionError` where there are none.
     """
@@ -250,15 +292,15 @@ def connected(
         raise OptionError("workers are those of the cluster: give either a client or their number")
     if isinstance(client, str):
         with _client_of(client) as reached:
-            yield Cluster(reached, memory, threads)
+            yield Cluster(reached, memory, threads, device)
     elif client is not None:
-        yield Cluster(client, memory, threads)
+        yield Cluster(client, memory, threads, device)
     elif workers is None:
         with _in_process() as local:
-            yield Cluster(local, memory, threads, alone=True)
+            yield Cluster(local, memory, threads, device, alone=True)
     else:
         with _on_this_machine(workers, memory, threads) as local:
-            yield Cluster(local)
+            yield Cluster(local, device=device)
 
 
 def _client_of(address: str) -> Client:

@@ -29,11 +29,7 @@ from znni_dask.plan import Plan
 from znni_dask.primitives.base import ITEM_BYTES, Primitive
 from znni_dask.primitives.forms import FormChange
 from znni_dask.primitives.table import candidates
-from znni_dask.resources import (
-    Resources,
-    check_given,
-    check_room,
-)
+from znni_dask.resources import Need, Resources, check_given, check_room
 from znni_dask.schedule import Schedules
 from znni_dask.slabs import (
     TURN_SECONDS,
@@ -170,7 +166,7 @@ def _checked_along_z(layout: Layout, resources: Resources, given: Plan) -> Plan:
         )
     slabs = Slabs(resources, schedules, cut, Programs(layout, given.granules))
     reading, needed_bytes = slabs.reading(given.blocks_in_flight)
-    check_room(resources, needed_bytes)
+    check_room(resources, Need(needed_bytes))
     return slabs.plan(given.blocks_in_flight, reading, needed_bytes)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from znni_dask.machine import CPU
 from znni_dask.network.layers import Layer
 from znni_dask.primitives.base import Primitive, Problem
 from znni_dask.primitives.work import MEMORY, READING, TOUCHING, WRITING
@@ -22,7 +23,8 @@ class Costs:
     timings: Timings = field(default_factory=Timings)
 
     def step_seconds(self, primitive: Primitive, problem: Problem, threads: int) -> float:
-        """Seconds of one step."""
+        """Seconds of one step; a device is one, however many threads there are."""
+        threads = threads if primitive.device == CPU else 1
         features = primitive.features(problem)
         ratio = self.timings.ratio(primitive.family, threads, features)
         return ratio * model_seconds(primitive, problem, threads)

@@ -63,7 +63,7 @@ def make_blocks(
 
     def takes(worker: str, means: Means) -> bool:
         needed = (
-            Means(plan.threads, plan.predicted_bytes, planned.baseline_bytes)
+            Means(plan.threads, plan.predicted_bytes, planned.baseline_bytes, plan.device_bytes)
             for plan, planned in zip(job.plans, crew.kinds, strict=False)
         )
         fitting = [number for number, one in enumerate(needed) if means.suffice_for(one)]

@@ -21,7 +21,7 @@ from znni_dask.patches import Layout, largest_box
 from znni_dask.plan import Alternative, Plan
 from znni_dask.primitives.base import Shape
 from znni_dask.primitives.forms import FormChange
-from znni_dask.resources import Resources, computing_bytes
+from znni_dask.resources import Resources, computing_bytes, computing_need
 from znni_dask.schedule import Schedules, Step
 from znni_dask.slabs import Programs, Slabs
 from znni_dask.windows import WindowGrid
@@ -87,7 +87,8 @@ def forecasts(
     """
     found = asked(network, input, **options)
     compile_kernels()  # which a run does too, before its process is measured
-    with connected(None, None, found.request.memory, found.request.threads) as cluster:
+    request = found.request
+    with connected(None, None, request.memory, request.threads, request.device) as cluster:
         crew = cluster.crew()
         planned = [
             plan_pass(found.application, names, found.request, crew, None, given)
@@ -109,7 +110,7 @@ def forecast(planned: PlannedPass) -> Forecast:
     needed = multiply_adds(network, dense) * volume(made) * samples
     done = sum(times * float(_adds(step)) for step, times in steps)
     workspaces = [s.primitive.workspace_bytes(s.problem, threads) for s, _ in steps]
-    base = plan.predicted_bytes - arena - max(workspaces)
+    base = (plan.device_bytes or plan.predicted_bytes) - arena - max(workspaces)
     told = zip(steps, workspaces, alive, strict=True)
     values = sum(layout.encoding.voxel_bytes(layout.channels) for layout in planned.stored)
     return Forecast(
@@ -127,7 +128,7 @@ def forecast(planned: PlannedPass) -> Forecast:
         work_ratio=done / float(needed) if needed else 1.0,
         passes=schedules.repeats,
         computing_bytes=computing,
-        measured=bool(resources.costs.timings.found),
+        measured=resources.costs.timings.tell_of(plan.device),
         others=planned.others,
     )
 
@@ -150,7 +151,10 @@ def _computed(
     else:
         box = largest_box(laid, plan.patch)
         sizes, made = schedules.sizes(box), box.size
-    computing = computing_bytes(schedules, sizes, made, resources.threads)
+    if resources.device_bytes is None:
+        computing = computing_bytes(schedules, sizes, made, resources.threads)
+    else:
+        computing = computing_need(resources, schedules, sizes, made).device_bytes
     steps = [(step, float(schedules.repeats)) for step in schedules.steps(sizes)]
     arena, alive = schedules.arena(sizes).bytes, schedules.alive_bytes(sizes)
     return steps, made, computing, arena, alive

@@ -7,6 +7,7 @@ that lie on one grid: their channels stand behind one another.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack
@@ -20,22 +21,28 @@ from numpy.typing import NDArray
 
 from znni_dask.behind import Behind
 from znni_dask.choices import chosen_primitives
+from znni_dask.devices.base import Device
+from znni_dask.devices.opening import opened
+from znni_dask.errors import DeviceError
 from znni_dask.executors.columns import ColumnBlocks
 from znni_dask.executors.patches import PatchBlocks
 from znni_dask.geometry import Box, Size, volume
-from znni_dask.machine import MemoryMeter, own_bytes
+from znni_dask.machine import GPU, MemoryMeter, own_bytes
 from znni_dask.patches import Layout
 from znni_dask.patchwise import WindowBlocks
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import Array
 from znni_dask.reading import Order, Reads
+from znni_dask.resources import SLOTS
 from znni_dask.selection import Selection
 from znni_dask.storage.chunk_cache import ChunkCache
 from znni_dask.storage.output import Image, OutputLayout
 from znni_dask.storage.volume import Volume
+from znni_dask.timeline import Span, Spans
 from znni_dask.turnstile import Turnstile
 from znni_dask.windows import Laid
 
+LOG = logging.getLogger(__name__)
 PLUGIN = "znni blocks of "  # and where they go: what a plugin that makes blocks is called
 _LONGEST_RUN = 64  # blocks: a worker that takes them holds as many boxes
 
@@ -59,7 +66,9 @@ class Target:
 class Job:
     """Everything a worker needs to make any block; it travels to the workers once. The ``plan`` is
     that of the weakest workers; ``others`` of kinds of workers that have more make the same blocks
-    in the same order."""
+    in the same order; ``smaller`` are those for each kind that take less of a device, for where
+    others have taken its memory meanwhile. Where a ``timeline`` is wanted blocks tell when what was
+    done."""
 
     laid: Laid
     volume: Volume
@@ -68,6 +77,8 @@ class Job:
     plan: Plan
     others: tuple[Plan, ...] = ()
     targets: tuple[Target, ...] = ()
+    timeline: bool = False
+    smaller: tuple[tuple[Plan, ...], ...] = ()
 
     @cached_property
     def reads(self) -> Reads:
@@ -120,12 +131,25 @@ Blocks: TypeAlias = PatchBlocks | ColumnBlocks | WindowBlocks
 
 def blocks_by(laid: Laid, plan: Plan, column_of: Callable[[Box], Box]) -> Blocks:
     """What computes the blocks of an answer, of which ``column_of`` are made in one go; it holds
-    threads and memory until it is closed."""
+    threads and memory, perhaps a device, until it is closed. Raises `DeviceError`."""
+    if plan.granules:
+        assert isinstance(laid, Layout)
+        return ColumnBlocks(laid, plan, column_of)
+    with ExitStack() as failing:
+        device = None
+        if plan.device == GPU:
+            device = failing.enter_context(opened(plan.allowed_device_bytes))
+        made = _blocks_of(laid, plan, device)
+        failing.pop_all()  # what computes closes it from now on
+    return made
+
+
+def _blocks_of(laid: Laid, plan: Plan, device: Device | None) -> Blocks:
     if isinstance(laid, Layout):
-        return ColumnBlocks(laid, plan, column_of) if plan.granules else PatchBlocks(laid, plan)
+        return PatchBlocks(laid, plan, device)
     (stage,) = plan.stages
     primitives = chosen_primitives(laid.layout, plan)
-    return WindowBlocks(laid, primitives, plan.threads, stage.samples)
+    return WindowBlocks(laid, primitives, plan.threads, stage.samples, device)
 
 
 @dataclass(frozen=True)
@@ -134,8 +158,10 @@ class Made:
 
     ``decoded_voxels`` of the volume's chunks were decoded for it; ``needed_voxels`` are those that
     it reads and no block before it, which over all blocks are those needed. Every layer took so
-    many ``layer_seconds`` to compute, all threads working. ``peak_bytes`` is the anonymous memory
-    that the worker's process took at most, so far.
+    many ``layer_seconds`` to compute, all threads working; of blocks that are computed at once, as
+    on a device, some may be told with the next one. ``peak_bytes`` is the anonymous memory
+    that the worker's process took at most, so far. ``spans`` are what was done, on ``worker``.
+    ``shrunk``: whether its device had less room than was planned for.
     """
 
     voxels: int
@@ -143,6 +169,9 @@ class Made:
     needed_voxels: int = 0
     layer_seconds: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
+    worker: str = ""
+    spans: tuple[Span, ...] = ()
+    shrunk: bool = False
 
 
 class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
@@ -158,21 +187,35 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
         self.job = job
 
     def setup(self, worker: Any) -> None:
-        """Prepare what needs no plan."""
+        """Prepare what needs no plan, and the order of blocks, lest the first ones wait for it."""
+        _ = self.job.order
+        self._worker = str(worker.name)
         self._computing = Turnstile(in_order=self.job.plan.blocks_in_column > 1)
         self._open, self._lock = ExitStack(), threading.Lock()
         self._meter = self._open.enter_context(MemoryMeter(measure=own_bytes))
         self._shared: tuple[Blocks, ChunkCache] | None = None
+        self._shrunk = False
 
     def _prepared(self, kind: int) -> tuple[Blocks, ChunkCache]:
         """What all blocks share on a worker of this kind."""
         with self._lock:
             if self._shared is None:
-                job, plan = self.job, self.job.plans[kind]
-                blocks = blocks_by(job.laid, plan, job.reads.column)
-                self._open.callback(blocks.close)
-                self._shared = blocks, job.cache(plan)
+                self._shared = self._blocks(kind), self.job.cache(self.job.plans[kind])
+                self._open.callback(self._shared[0].close)
             return self._shared
+
+    def _blocks(self, kind: int) -> Blocks:
+        """What computes them, by a smaller plan where a device has no more room for its own."""
+        job = self.job
+        smaller = job.smaller[kind] if job.smaller else ()
+        for plan in (job.plans[kind], *smaller):
+            try:
+                return blocks_by(job.laid, plan, job.reads.column)
+            except DeviceError as error:
+                refused = error
+                self._shrunk = True
+                LOG.warning("%s", error)
+        raise refused
 
     async def teardown(self, worker: Any) -> None:
         """End the executor's threads, once the blocks that are under way are made or given up."""
@@ -181,13 +224,18 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
 
     def make(self, time: int, block: Box, kind: int = 0) -> Made:
         """Read, compute and write one block, as far as it is selected, on a worker of this kind."""
+        place = self.job.reads.place(block)
+        turn = self.job.turn(time, place)
+        with self._computing.coming(turn):  # before all that takes time: others keep their order
+            return self._make(time, block, place, turn, kind)
+
+    def _make(self, time: int, block: Box, place: Size, turn: int, kind: int) -> Made:
         job = self.job
         wanted = job.selection.wanted(job.laid, block, time)
         if wanted is not None and not wanted.any():
             return Made(0)
         blocks, cache = self._prepared(kind)
-        place, region = job.reads.place(block), blocks.region(block, wanted)
-        turn = job.turn(time, place)
+        region = blocks.region(block, wanted)
         made = [(target, target.empty(block)) for target in job.targets]
 
         def take(box: Box, answer: Array) -> None:
@@ -201,19 +249,22 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
                 if left_out is not None:
                     np.copyto(here, 0, where=left_out)
 
-        with self._computing.coming(turn):
-            with cache.turn(turn) as reader:
+        spans = Spans(job.timeline)
+        with cache.turn(turn) as reader:
 
-                def read(box: Box) -> NDArray[np.generic]:
-                    volume, boundary = job.volume, job.laid.boundary
-                    return volume.read_extended(box, boundary, job.nan, time, reader.read)
+            def read(box: Box) -> NDArray[np.generic]:
+                volume, boundary = job.volume, job.laid.boundary
+                return volume.read_extended(box, boundary, job.nan, time, reader.read)
 
+            with spans.of("reading"):
                 behind = Behind.of(time, blocks.ahead(block, region), read)
-                with self._computing.through(turn):
-                    before = blocks.layer_seconds
-                    blocks.make(block, behind, take, wanted)
-                    spent = blocks.layer_seconds
-                del behind  # it makes room for what writing takes
+            at_once = SLOTS if job.plans[kind].device == GPU else 1
+            with self._computing.through(turn, at_once), spans.of("computing"):
+                blocks.make(block, behind, take, wanted)
+            del behind  # it makes room for what writing takes
+        spent = blocks.taken_seconds()
+        spans.add(blocks.taken_spans())
+        with spans.of("writing"):
             for target, stored in made:
                 self._computing.check()  # another run may have taken its place
                 target.image.write(block, stored, time)
@@ -221,8 +272,11 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
             block.voxels if wanted is None else int(wanted.sum()),
             reader.decoded_voxels,
             job.reads.needed_voxels(place, region),
-            {layer: seconds - before.get(layer, 0.0) for layer, seconds in spent.items()},
+            spent,
             self._meter.peak_bytes,
+            self._worker,
+            tuple(spans.found),
+            self._shrunk,
         )
 
 

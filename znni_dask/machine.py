@@ -18,6 +18,8 @@ from dask.system import cpu_count
 
 from znni_dask.errors import OptionError
 
+CPU, GPU = "cpu", "gpu"  # devices that compute
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _NODES = Path("/sys/devices/system/node")

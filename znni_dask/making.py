@@ -18,6 +18,7 @@ from znni_dask.passes import PlannedPass
 from znni_dask.plan import Plan
 from znni_dask.pyramid import make_levels, voxels
 from znni_dask.recompute import MeasuredError
+from znni_dask.timeline import Timeline
 
 Progress = Callable[[int, int], None]
 _SHOWN_FAILURES = 3
@@ -32,7 +33,7 @@ class Pass:
     ``needed_voxels`` lie behind the blocks that were made, each counted once. Computing took so
     many ``layer_seconds``. No worker's process took more than ``peak_bytes`` of anonymous memory
     while it made blocks. ``levels`` are the sizes of the coarser levels, ``level_blocks`` the
-    blocks made of them.
+    blocks made of them. Of ``shrunk`` blocks a device had less room than was planned for.
     """
 
     outputs: tuple[str, ...]
@@ -49,6 +50,7 @@ class Pass:
     measured_error: MeasuredError | None = None
     levels: tuple[Size, ...] = ()
     level_blocks: int = 0
+    shrunk: int = 0
 
     @property
     def read_amplification(self) -> float:
@@ -93,6 +95,7 @@ class _Tally:
     needed_voxels: int = 0
     layer_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     peak_bytes: int = 0
+    shrunk: int = 0
 
     def add(self, made: Made) -> None:
         """Count one block."""
@@ -102,6 +105,7 @@ class _Tally:
         self.decoded_voxels += made.decoded_voxels
         self.needed_voxels += made.needed_voxels
         self.peak_bytes = max(self.peak_bytes, made.peak_bytes)
+        self.shrunk += made.shrunk
         for layer, seconds in made.layer_seconds.items():
             self.layer_seconds[layer] += seconds
 
@@ -112,6 +116,7 @@ def make_all(
     passes: list[PlannedPass],
     journal: Journal,
     progress: Progress | None,
+    timeline: Timeline | None = None,
 ) -> tuple[Pass, ...]:
     """Make the blocks of all passes that are missing, one pass after another."""
     total = sum(_hull(one.job).voxels * one.job.volume.times for one in passes)
@@ -145,6 +150,8 @@ def make_all(
             if isinstance(outcome, Made):
                 journal.add(number, moment, block)
                 tally.add(outcome)
+                if timeline:
+                    timeline.add(outcome.worker, outcome.spans)
             else:
                 failures.append((block, outcome))
             told(block.shared_voxels(within))

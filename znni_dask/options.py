@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from znni_dask.devices.opening import DEVICES, Wanted
 from znni_dask.errors import OptionError
 from znni_dask.geometry import Size, triple
-from znni_dask.machine import available_bytes, cores, parse_bytes
+from znni_dask.machine import CPU, available_bytes, cores, parse_bytes
 from znni_dask.normalization import Normalization
 from znni_dask.plan import Plan
 from znni_dask.windows import Patchwise
@@ -90,6 +91,15 @@ def check_means(memory: str | float | None, threads: int | None) -> None:
     if memory is not None:
         parse_bytes(memory)
     computing_threads(threads)
+
+
+def device(name: str, memory: str | float | None) -> Wanted:
+    """The device asked for; raises `OptionError`."""
+    if name not in DEVICES:
+        raise OptionError(f"device {name!r} is not known: choose {', '.join(DEVICES)}")
+    if memory is not None and name == CPU:
+        raise OptionError("device_memory is the GPU's, and device='cpu' uses none")
+    return Wanted(name, None if memory is None else parse_bytes(memory))
 
 
 def allowed_bytes(memory: str | float | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,10 +11,12 @@ from znni_dask import column_planner, planner, pyramid, timings, window_planner
 from znni_dask.application import Application
 from znni_dask.cluster import Crew, Means
 from znni_dask.costs import Costs
+from znni_dask.devices.opening import Wanted
 from znni_dask.errors import MemoryLimitError, OptionError, OutputError
 from znni_dask.geometry import Size
 from znni_dask.job import Job, Target
 from znni_dask.journal import in_json, is_unfinished
+from znni_dask.machine import CPU, GPU
 from znni_dask.plan import Alternative, Plan
 from znni_dask.pyramid import Pyramid
 from znni_dask.recompute import MeasuredError, measured_error
@@ -28,14 +31,15 @@ from znni_dask.windows import Laid, WindowGrid
 _CHUNKS = (64, 64, 64)
 _CHUNKS_OF_VECTORS = (8, 8, 8)  # of a classifier, whose every voxel is a window computed
 _FOUND = ("measured_error", "statistics")  # what metadata tell that was not asked for
+_SMALLER = (0.5, 0.2)  # of the memory of a GPU that was planned for
 _SEARCHED_SECONDS = 30.0  # of a run in patches: of a shorter one slabs are not tried
 _WANTED_BYTES = 2  # of a voxel: whether it is wanted, kept, and once more where that is found out
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
-    """What a run was asked for beside the answer: ``memory`` and ``threads`` if they were said;
-    ``plans`` that were given back for its passes."""
+    """What a run was asked for beside the answer: ``memory`` and ``threads`` if they were said, the
+    ``device``; ``plans`` that were given back for its passes."""
 
     encoding: Encoding
     patch: Size | None
@@ -43,6 +47,7 @@ class Request:
     shards: Size | None
     memory: str | float | None
     threads: int | None
+    device: Wanted
     version: str
     pyramid: bool
     plans: tuple[Plan, ...] = ()
@@ -103,14 +108,53 @@ def plan_pass(
         costs=Costs(timings.kept()),
     )
     whole_blocks = selection.mask is None  # of which slabs leave nothing out
-    plan, others = plan_for(laid, resources, request.patch, given, slabs=whole_blocks)
+    ways = _ways(resources, means, request, given)
+    plan, others = _fastest(laid, ways, request.patch, given, slabs=whole_blocks)
     held = OVERHEAD_BYTES + network_bytes(laid.network)
     coarser = pyramid.plan(stored, resources.baseline_bytes + held, means.allowed_bytes)
     needed = max(plan.predicted_bytes, coarser.predicted_bytes)
     plan = replace(plan, predicted_bytes=needed)
     more = [] if given else [_for_others(laid, resources, plan, kind, request) for kind in stronger]
-    job = Job(laid, source, selection, application.nan, plan, tuple(more))
+    smaller = [_smaller(laid, resources, one, request) for one in (plan, *more)]
+    job = Job(
+        *(laid, source, selection, application.nan, plan, tuple(more)), smaller=tuple(smaller)
+    )
+    resources = next(way for way in ways if way.device == plan.device)
     return PlannedPass(names, stored, job, coarser, resources, others)
+
+
+def _ways(
+    resources: Resources, means: Means, request: Request, given: Plan | None = None
+) -> list[Resources]:
+    """What workers may compute with: the CPU, their GPU if they have one, as was asked for; or what
+    the plan that was ``given`` is for. Raises `OptionError` where that is not there."""
+    on_gpu = replace(resources, device_bytes=means.device_bytes)
+    if given is not None:
+        if given.device == GPU and not means.device_bytes:
+            raise OptionError(f"the plan is for a GPU, and there is none: {means.no_device}")
+        return [on_gpu if given.device == GPU else resources]
+    ways = [] if request.device.name == GPU else [resources]
+    return [*ways, on_gpu] if means.device_bytes else ways
+
+
+def _fastest(
+    laid: Laid,
+    ways: list[Resources],
+    patch: Size | None,
+    given: Plan | None = None,
+    slabs: bool = True,
+) -> tuple[Plan, tuple[Alternative, ...]]:
+    """The fastest plan of all ways, and others that it could have been. Raises what `plan_for` does
+    where there is none."""
+    found, refused = [], []
+    for way in ways:
+        try:
+            found.append(plan_for(laid, way, patch, given, slabs))
+        except MemoryLimitError as error:
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    return max(found, key=lambda one: one[0].voxels_per_second)
 
 
 def _for_others(
@@ -127,20 +171,39 @@ def _for_others(
         in_order=plan.blocks_in_column > 1,
     )
     try:
-        found, _ = plan_for(laid, others, request.patch, slabs=bool(plan.granules))
+        ways = _ways(others, means, request)
+        found, _ = _fastest(laid, ways, request.patch, slabs=bool(plan.granules))
     except MemoryLimitError:  # more threads need more of it
         return plan
     columns = found.blocks_in_column, found.axis
     return found if columns in ((1, 0), (plan.blocks_in_column, plan.axis)) else plan
 
 
-def read_by(application: Application, planned: list[PlannedPass]) -> list[PlannedPass]:
+def _smaller(laid: Laid, resources: Resources, plan: Plan, request: Request) -> tuple[Plan, ...]:
+    """Plans for the same blocks in the same order that take less and less of a GPU's memory; none
+    of a plan for the CPU."""
+    found = []
+    for part in _SMALLER if plan.device == GPU else ():
+        room = replace(
+            resources,
+            block=plan.block,
+            device_bytes=int(part * plan.allowed_device_bytes),
+            allowed_bytes=plan.allowed_bytes,
+        )
+        with suppress(MemoryLimitError):
+            found.append(plan_for(laid, room, request.patch, slabs=False)[0])
+    return tuple(found)
+
+
+def read_by(
+    application: Application, planned: list[PlannedPass], timeline: bool
+) -> list[PlannedPass]:
     """The passes with the application's volume, whose statistics are known by now, and measured
-    in it what a halo of one's own, or a lower precision, costs."""
+    in it what a halo of one's own, or a lower precision, costs; with a ``timeline`` if wanted."""
     return [
         replace(
             one,
-            job=replace(one.job, volume=application.volume),
+            job=replace(one.job, volume=application.volume, timeline=timeline),
             measured_error=(
                 measured_error(application, one.outputs, one.resources, one.job.plan)
                 if application.approximate
@@ -207,11 +270,13 @@ def plan_for(
     try:
         in_patches, others = planner.search(asked)
     except MemoryLimitError:
-        in_slabs = column_planner.search(laid, resources) if slabs and patch is None else None
+        slabs = slabs and patch is None and resources.device == CPU
+        in_slabs = column_planner.search(laid, resources) if slabs else None
         if in_slabs is None:
             raise
         return in_slabs, ()
-    if not slabs or patch is not None or not _is_long(in_patches, resources):
+    in_patches_only = not slabs or patch is not None or resources.device != CPU
+    if in_patches_only or not _is_long(in_patches, resources):
         return in_patches, others
     plans = in_patches, column_planner.search(laid, resources)
     found = (plan for plan in plans if plan is not None)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from math import prod
+from queue import SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +14,17 @@ from numpy.typing import NDArray
 from znni_dask.behind import Behind
 from znni_dask.choices import choose_primitives
 from znni_dask.closing import Closing
-from znni_dask.executors.serial import SerialExecutor
+from znni_dask.devices.base import Device
+from znni_dask.executors.device import executor_of
+from znni_dask.executors.serial import by_layer
 from znni_dask.geometry import Box, hull, triple
 from znni_dask.kernels.memory import allocate
 from znni_dask.network.network import Network
 from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive
-from znni_dask.schedule import Schedule, Schedules
+from znni_dask.resources import SLOTS
+from znni_dask.schedule import Schedule, Schedules, Stored
 from znni_dask.selection import Wanted
+from znni_dask.timeline import Span
 from znni_dask.windows import WholeWindow, WindowGrid
 
 
@@ -33,14 +38,15 @@ class WindowExecutor(Closing):
         primitives: Mapping[str, Primitive],
         threads: int,
         samples: int = 1,
+        device: Device | None = None,
     ) -> None:
         self.samples = samples
         self.output_shape = (layout.network.out_channels, *layout.output_size)
         self._whole = Box((0, 0, 0), layout.output_size)
         self._schedules = Schedules(layout, primitives, samples)
         self._made: dict[int, Schedule] = {}
-        arena = self._schedules.arena(layout.sizes)
-        self._executor = SerialExecutor(layout.network, primitives, arena, threads)
+        size = layout.output_size
+        self._executor = executor_of(self._schedules, layout.sizes, size, threads, device)
 
     def apply(self, windows: Sequence[NDArray[np.generic]]) -> Array:
         """The network's outputs (sample, channel, z, y, x) for any number of arrays (channel, z,
@@ -59,10 +65,13 @@ class WindowExecutor(Closing):
             self._made[samples] = schedules.schedule(self._whole)
         self._executor.run(self._made[samples], windows, outs)
 
-    @property
-    def layer_seconds(self) -> dict[str, float]:
-        """The seconds that every layer took so far."""
-        return self._executor.layer_seconds
+    def taken_seconds(self) -> dict[Stored, float]:
+        """The seconds that every array took to compute since this was last asked."""
+        return self._executor.taken_seconds()
+
+    def taken_spans(self) -> list[Span]:
+        """What a device did, lane by lane, since this was last asked."""
+        return self._executor.taken_spans()
 
     def close(self) -> None:
         """End the threads and free the memory."""
@@ -91,11 +100,15 @@ class WindowBlocks(Closing):
         primitives: Mapping[str, Primitive],
         threads: int,
         samples: int = 1,
+        device: Device | None = None,
     ) -> None:
         self._grid = grid
-        self._executor = WindowExecutor(grid.layout, primitives, threads, samples)
+        self._executor = WindowExecutor(grid.layout, primitives, threads, samples, device)
         shape = samples, *self._executor.output_shape
-        self._answers = allocate(ITEM_BYTES * prod(shape)).view(np.float32).reshape(shape)
+        self._answers: SimpleQueue[Array] = SimpleQueue()
+        for _ in range(SLOTS if device else 1):
+            memory = allocate(ITEM_BYTES * prod(shape))
+            self._answers.put(memory.view(np.float32).reshape(shape))
 
     def region(self, block: Box, wanted: Wanted | None = None) -> Box:
         """The box of the volume behind the windows of a block that touch something wanted."""
@@ -144,12 +157,15 @@ class WindowBlocks(Closing):
     ) -> Iterator[tuple[Box, Box, Array]]:
         """The windows of a block in the grid's order, what they cover of it, and their answers,
         which are overwritten by later ones."""
-        windows = self._windows(block, wanted)
-        while some := list(islice(windows, self._executor.samples)):
-            answers = list(self._answers[: len(some)])
-            self._executor.run([behind.within(window) for window, _ in some], answers)
-            for (window, here), answer in zip(some, answers, strict=True):
-                yield window, here, answer
+        windows, memory = self._windows(block, wanted), self._answers.get()
+        try:
+            while some := list(islice(windows, self._executor.samples)):
+                answers = list(memory[: len(some)])
+                self._executor.run([behind.within(window) for window, _ in some], answers)
+                for (window, here), answer in zip(some, answers, strict=True):
+                    yield window, here, answer
+        finally:
+            self._answers.put(memory)
 
     def _windows(self, block: Box, wanted: Wanted | None) -> Iterator[tuple[Box, Box]]:
         """The windows of a block that touch something wanted, and what they cover of it, in
@@ -158,12 +174,17 @@ class WindowBlocks(Closing):
             if wanted is None or wanted[here.slices].any():
                 yield window, here
 
-    @property
-    def layer_seconds(self) -> dict[str, float]:
-        """The seconds that every layer took so far, changes of its output's form included."""
-        return self._executor.layer_seconds
+    def taken_seconds(self) -> dict[str, float]:
+        """The seconds that every layer took since this was last asked, changes of its output's form
+        included."""
+        return by_layer(self._executor.taken_seconds())
+
+    def taken_spans(self) -> list[Span]:
+        """What a device did, lane by lane, since this was last asked."""
+        return self._executor.taken_spans()
 
     def close(self) -> None:
         """End the threads and free the memory."""
         self._executor.close()
-        self._answers = np.empty((0, 0, 0, 0, 0), np.float32)
+        while not self._answers.empty():
+            self._answers.get()

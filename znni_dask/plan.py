@@ -74,8 +74,9 @@ class Plan:
     which goes on where the one before it ended. Up to ``blocks_in_flight`` blocks are read,
     computed and written at the same time, one of them computed, by ``threads`` threads, in the
     order that ``reading`` says. ``predicted_bytes`` is the peak of the whole process,
-    ``allowed_bytes`` the limit it was planned for. ``voxels_per_second`` of the output are expected
-    to be made, reading and writing included.
+    ``allowed_bytes`` the limit it was planned for; where a GPU computes, ``device_bytes`` are the
+    peak of its memory, and ``allowed_device_bytes`` the limit. ``voxels_per_second`` of the output
+    are expected to be made, reading and writing included.
     """
 
     patch: Size
@@ -90,6 +91,13 @@ class Plan:
     voxels_per_second: float
     blocks_in_column: int = 1
     axis: int = 0
+    device_bytes: int = 0
+    allowed_device_bytes: int = 0
+
+    @property
+    def device(self) -> str:
+        """Where all is computed: "cpu" or "gpu"."""
+        return self.stages[0].device
 
     def turned(self, axis: int) -> Plan:
         """The plan for where axes 0 and ``axis`` are swapped."""
@@ -167,6 +175,8 @@ class Plan:
             )
             for stage in values["stages"]
         )
+        if not stages:
+            raise ValueError("it has no stages")
         return cls(
             patch=triple(values["patch"]),
             block=triple(values["block"]),
@@ -185,6 +195,8 @@ class Plan:
             voxels_per_second=float(values["voxels_per_second"]),
             blocks_in_column=_at_least_one(values, "blocks_in_column"),
             axis=_axis(values),
+            device_bytes=int(values.get("device_bytes", 0)),
+            allowed_device_bytes=int(values.get("allowed_device_bytes", 0)),
         )
 
 

@@ -7,9 +7,8 @@ whole output chunks, computed in one patch, and single chunks, cut into smaller 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import product
 from math import inf, log, prod
 
@@ -21,10 +20,11 @@ from znni_dask.patches import Layout, largest_box, region_of, spans
 from znni_dask.plan import Alternative, Plan, Reading, Stage
 from znni_dask.reading import Reads
 from znni_dask.resources import (
+    Need,
     Resources,
     check_given,
     check_room,
-    computing_bytes,
+    computing_need,
     most_in_flight,
     moving_seconds,
     shared_reading,
@@ -73,7 +73,8 @@ def search(request: Request) -> tuple[Plan, tuple[Alternative, ...]]:
     primitives are tried with every patch.
     """
     sizes = _sizes(request)
-    plain = _Fits(request, Schedules(request.layout, choose_primitives(request.layout)))
+    primitives = choose_primitives(request.layout, device=request.device)
+    plain = _Fits(request, Schedules(request.layout, primitives))
     fast = list(_fast(plain, sizes))
     tried = [(fits, near) for near, own, _ in fast for fits in (plain, own) if fits is not None]
     found = [best for fits, some in tried if (best := _best(fits, some)) is not None]
@@ -103,7 +104,7 @@ def checked(request: Request, given: Plan) -> Plan:
         raise OptionError("the plan computes several windows at once, and here are patches")
     fits = _Fits(request, Schedules(request.layout, chosen_primitives(request.layout, given)))
     candidate = _rate(request, fits.schedules, block, patch)
-    check_room(request, predicted_bytes(request, fits.schedules, block, patch, in_flight))
+    check_room(request, predicted_need(request, fits.schedules, block, patch, in_flight))
     return _told(fits, fits.with_reading(candidate, in_flight), in_flight)
 
 
@@ -116,14 +117,16 @@ def _told(fits: _Fits, fit: _Fit, in_flight: int) -> Plan:
     return Plan(
         patch=fit.candidate.patch,
         block=fit.candidate.block,
-        stages=(Stage("cpu", choices),),
+        stages=(Stage(request.device, choices),),
         threads=request.threads,
         blocks_in_flight=in_flight,
         reading=fit.reading,
-        predicted_bytes=fit.needed_bytes,
+        predicted_bytes=fit.need.process_bytes,
         allowed_bytes=request.allowed_bytes,
         flops_per_voxel=_flops_per_voxel(fits, fit.candidate.patch),
         voxels_per_second=1 / fit.candidate.seconds_per_voxel,
+        device_bytes=fit.need.device_bytes,
+        allowed_device_bytes=request.device_bytes or 0,
     )
 
 
@@ -169,11 +172,10 @@ def _fastest(plain: _Fits, block: Size, patch: Size) -> tuple[_Fits | None, Alte
     patches = request.hull.voxels / box.voxels
     menu = Menu.of_patches(plain.schedules, box, patches, request.threads, request.costs)
     schedules = Schedules(request.layout, menu.fastest())
-    needed = predicted_bytes(request, schedules, block, patch, 1)
+    need = predicted_need(request, schedules, block, patch, 1)
     rate = 1 / _rate(request, schedules, block, patch).seconds_per_voxel
-    alternative = Alternative(patch, block, 1, rate, needed)
-    over = needed - request.allowed_bytes
-    if over > 0:
+    alternative = Alternative(patch, block, 1, rate, need.process_bytes)
+    if (over := request.limit(need).over_bytes) > 0:
         spent = schedules.spent_bytes(schedules.sizes(box), request.threads)
         primitives = menu.fastest_within(spent - over)
         if primitives is None:
@@ -198,11 +200,11 @@ def _best(fits: _Fits, sizes: list[_Pair]) -> _Found | None:
 
 @dataclass(frozen=True)
 class _Fit:
-    """A candidate that fits, how its blocks share reading, and its predicted bytes."""
+    """A candidate that fits, how its blocks share reading, and the memory that it needs."""
 
     candidate: _Candidate
     reading: Reading
-    needed_bytes: int
+    need: Need
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +213,7 @@ class _Fits:
 
     request: Request
     schedules: Schedules
-    _least: dict[Size, int] = field(default_factory=dict)
+    _least: dict[Size, Need] = field(default_factory=dict)
     _reads: dict[Size, Reads] = field(default_factory=dict)
 
     def best(self, ranked: list[_Candidate], in_flight: int) -> _Fit | None:
@@ -238,21 +240,21 @@ class _Fits:
     def _fits(self, candidate: _Candidate, in_flight: int) -> bool:
         """What one patch inside the volume needs is a lower bound that is cheap to have, so the
         exact figure, over all patches of the run, is computed only for those that pass it."""
-        allowed = self.request.allowed_bytes
-        if self.least_bytes(candidate.patch) > allowed:
+        limit = self.request.limit
+        if limit(self.least(candidate.patch)).over_bytes > 0:
             return False
-        return self._needed_bytes(candidate, in_flight, by_cells=False) <= allowed
+        return limit(self._need(candidate, in_flight, by_cells=False)).over_bytes <= 0
 
-    def least_bytes(self, patch: Size) -> int:
-        """Memory of the process that one patch inside the volume takes, blocks not counted."""
+    def least(self, patch: Size) -> Need:
+        """Memory that one patch inside the volume takes, blocks not counted."""
         if patch not in self._least:
             sizes = self.schedules.sizes(largest_box(self.request.layout, patch))
-            self._least[patch] = _computing_bytes(self.request, self.schedules, sizes, patch)
+            self._least[patch] = computing_need(self.request, self.schedules, sizes, patch)
         return self._least[patch]
 
-    def _needed_bytes(self, candidate: _Candidate, in_flight: int, by_cells: bool) -> int:
+    def _need(self, candidate: _Candidate, in_flight: int, by_cells: bool) -> Need:
         block, patch = candidate.block, candidate.patch
-        return predicted_bytes(self.request, self.schedules, block, patch, in_flight, by_cells)
+        return predicted_need(self.request, self.schedules, block, patch, in_flight, by_cells)
 
     def with_reading(self, candidate: _Candidate, in_flight: int) -> _Fit:
         """A candidate with the order of its blocks, and the memory that it needs; its seconds with
@@ -261,37 +263,32 @@ class _Fits:
         if block not in self._reads:
             request = self.request
             self._reads[block] = Reads(request.layout, block, request.cells, request.hull)
-        needed = partial(self._needed_bytes, candidate, in_flight)
-        reading, nbytes = shared_reading(self.request, self._reads[block], needed)
+        by_cells, directly = (self._need(candidate, in_flight, cells) for cells in (True, False))
+        needed = {True: by_cells.process_bytes, False: directly.process_bytes}
+        reading, nbytes = shared_reading(self.request, self._reads[block], needed.__getitem__)
         again = moving_seconds(self.request.layout, self.request, reading.amplification - 1, 0)
         fresh = self.request.costs.touching_seconds(nbytes - self.request.baseline_bytes)
         once = again + fresh / self.request.hull.voxels
         slower = replace(candidate, seconds_per_voxel=candidate.seconds_per_voxel + once)
-        return _Fit(slower, reading, nbytes)
+        return _Fit(slower, reading, Need(nbytes, directly.device_bytes))
 
 
-def predicted_bytes(
+def predicted_need(
     request: Request,
     schedules: Schedules,
     block: Size,
     patch: Size,
     in_flight: int,
     by_cells: bool = False,
-) -> int:
-    """Peak memory of the whole process for this block and patch, cells that are kept apart."""
+) -> Need:
+    """Peak memory for this block and patch, cells that are kept apart."""
     sizes = schedules.envelope(spans(request.layout, block, patch))
     largest = largest_box(request.layout, block)
     region = region_of(request.layout, largest, patch)
     per_block = request.block_bytes(largest.size, region.size, by_cells)
     encoded = request.encoding_bytes * volume(patch)
-    return _computing_bytes(request, schedules, sizes, patch) + encoded + in_flight * per_block
-
-
-def _computing_bytes(
-    request: Request, schedules: Schedules, sizes: Mapping[str, Size], patch: Size
-) -> int:
-    """Memory of the process while it computes a patch, blocks in flight not counted."""
-    return request.baseline_bytes + computing_bytes(schedules, sizes, patch, request.threads)
+    computing = computing_need(request, schedules, sizes, patch)
+    return computing.plus(request.answers * encoded + in_flight * per_block)
 
 
 def _sizes(request: Request) -> list[_Pair]:
@@ -344,7 +341,8 @@ def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _
     steps = schedules.steps(schedules.sizes(box))
     seconds = schedules.repeats * request.costs.estimated_seconds(steps, request.threads)
     computing = seconds / _useful_voxels(request, block, patch)
-    return _Candidate(block, patch, computing + moving_seconds(request.layout, request, 1, 1))
+    moving = moving_seconds(request.layout, request, 1, 1)
+    return _Candidate(block, patch, request.together(computing, moving))
 
 
 def _useful_voxels(request: Request, block: Size, patch: Size) -> float:
@@ -382,18 +380,20 @@ def _patches(start: int, stop: int, block: int, patch: int) -> int:
 
 def _refusal(fits: _Fits, sizes: list[_Pair]) -> str:
     request, schedules = fits.request, fits.schedules
-    block, patch = min(sizes, key=lambda s: (fits.least_bytes(s[1]), volume(s[0])))
+    block, patch = min(
+        sizes, key=lambda s: (request.limit(fits.least(s[1])).over_bytes, volume(s[0]))
+    )
     layer = schedules.largest_layer(schedules.sizes(largest_box(request.layout, patch)))
-    needed = predicted_bytes(request, schedules, block, patch, 1)
-    remedy = f"allow at least {show_bytes(needed)}"
+    limit = request.limit(predicted_need(request, schedules, block, patch, 1))
+    remedy = f"allow at least {show_bytes(limit.needed_bytes)}{limit.where}"
     if request.patch is not None:
         remedy += ", or a smaller patch"
     elif volume(request.unit) > 32**3:
         remedy += ", or choose smaller chunks for the output"
+    used = f", of which {show_bytes(request.baseline_bytes)} the process already uses"
     return (
-        f"no plan fits {show_bytes(request.allowed_bytes)}: the smallest patch "
+        f"no plan fits {show_bytes(limit.allowed_bytes)}{limit.where}: the smallest patch "
         f"(output {text(patch)}, in blocks of {text(block)}) needs "
-        f"{show_bytes(needed)}, of which {show_bytes(request.baseline_bytes)} the process already "
-        f"uses; its largest layer is {layer!r} ({request.layout.network[layer].layer.kind}). "
-        f"To go on, {remedy}"
+        f"{show_bytes(limit.needed_bytes)}{'' if limit.where else used}; its largest layer is "
+        f"{layer!r} ({request.layout.network[layer].layer.kind}). To go on, {remedy}"
     )

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from znni_dask.geometry import AXES, Size, text, triple, volume
-from znni_dask.machine import show_bytes
+from znni_dask.machine import CPU, show_bytes
 from znni_dask.network.field_of_view import NetworkGeometry
 from znni_dask.network.layers import FULL
 from znni_dask.network.network import Network
@@ -195,13 +195,26 @@ def forecast_lines(found: Forecast) -> list[str]:
     return [
         f"{channels}{text(found.size)} voxels, {show_bytes(found.stored_bytes)} as stored, in "
         f"{volume(found.blocks)} blocks of {text(plan.block)}, {_pieces(plan)}, "
-        f"{plan.threads} threads, {_in_flight(plan)}",
+        f"{_by_whom(plan)}, {_in_flight(plan)}",
         f"direct arithmetic would be {found.work_ratio:.2f} times that of outputs without borders; "
         f"voxels needed are decoded {plan.reading.amplification:.2f} times at most",
         f"{plan.voxels_per_second:,.0f} voxels/s, {show_seconds(found.seconds)} in all ({known})",
         f"memory: {show_bytes(plan.predicted_bytes)} predicted, "
-        f"{show_bytes(plan.allowed_bytes)} allowed",
+        f"{show_bytes(plan.allowed_bytes)} allowed{_device_memory(plan)}",
     ]
+
+
+def _by_whom(plan: Plan) -> str:
+    """Who computes."""
+    return f"{plan.threads} threads" if plan.device == CPU else "by the GPU"
+
+
+def _device_memory(plan: Plan) -> str:
+    """Memory of the device that computes, if one does."""
+    if plan.device == CPU:
+        return ""
+    predicted, allowed = map(show_bytes, (plan.device_bytes, plan.allowed_device_bytes))
+    return f"; of the GPU {predicted} predicted, {allowed} allowed"
 
 
 def _pieces(plan: Plan) -> str:
@@ -232,7 +245,7 @@ def run_lines(summary: Summary) -> list[str]:
             f"{summary.output}{names}: {times}{channels}{text(one.size)} voxels, "
             f"{one.voxels:,} made in {one.blocks} blocks of {text(plan.block)}, {_pieces(plan)}"
             f"{at_once}, "
-            f"{plan.flops_per_voxel:,.0f} operations per voxel, {plan.threads} threads, "
+            f"{plan.flops_per_voxel:,.0f} operations per voxel, {_by_whom(plan)}, "
             f"{_in_flight(plan)}"
             + (f"; levels of {', '.join(map(text, one.levels))}" if one.levels else "")
         )
@@ -246,6 +259,10 @@ def run_lines(summary: Summary) -> list[str]:
             f"{plan.reading.amplification:.2f} predicted), with up to "
             f"{show_bytes(plan.reading.cache_bytes)} of decoded chunks kept"
         )
+        if one.shrunk:
+            lines.append(
+                f"others took of the GPU's memory: {one.shrunk} blocks were made by a smaller plan"
+            )
         lines.extend(_computing_lines(one))
         if one.measured_error is not None:
             lines.append(_error_line(one.measured_error))
@@ -255,7 +272,7 @@ def run_lines(summary: Summary) -> list[str]:
         f"{show_seconds(summary.seconds)}, {summary.voxels_per_second:,.0f} voxels/s"
         f"{_by(summary)}: "
         f"{show_bytes(summary.peak_bytes)} measured, {show_bytes(predicted)} predicted, "
-        f"{show_bytes(summary.plan.allowed_bytes)} allowed",
+        f"{show_bytes(summary.plan.allowed_bytes)} allowed{_device_memory(summary.plan)}",
     ]
 
 

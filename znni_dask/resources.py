@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Box, Size, text, turned, volume
 from znni_dask.kernels.memory import allocated_bytes
-from znni_dask.machine import show_bytes
+from znni_dask.machine import CPU, GPU, show_bytes
 from znni_dask.network.network import Network
 from znni_dask.plan import Plan, Reading
 from znni_dask.primitives.base import ITEM_BYTES
@@ -23,12 +23,38 @@ from znni_dask.schedule import Schedules
 from znni_dask.storage.cells import Cells
 from znni_dask.windows import Laid
 
+SLOTS = 2  # patches under way on a device at once: one computed, one copied there or back
+DEVICE_SLACK_BYTES = 4 << 20  # what is lost between arrays of a device
 OVERHEAD_BYTES = 48 << 20  # scheduler, messages and allocator slack beside what is counted
 _WEIGHT_COPIES = 3  # the plugin as sent, as kept by the scheduler, as received
 MOST_BLOCKS_IN_FLIGHT = 3  # one being read, one computed, one written
 _WORTH_FEWER_IN_FLIGHT = 1.1  # times slower that overlapping reads and writes may make computing
 
 C = TypeVar("C")
+
+
+class Need(NamedTuple):
+    """Memory that is needed: of the whole process, and of a device that computes, if one does."""
+
+    process_bytes: int
+    device_bytes: int = 0
+
+    def plus(self, nbytes: int) -> Need:
+        """With so much more of the process."""
+        return Need(self.process_bytes + nbytes, self.device_bytes)
+
+
+class Limit(NamedTuple):
+    """Memory ``where`` so much is needed and so much allowed."""
+
+    where: str
+    needed_bytes: int
+    allowed_bytes: int
+
+    @property
+    def over_bytes(self) -> int:
+        """How much more is needed than there is; not positive where there is enough."""
+        return self.needed_bytes - self.allowed_bytes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -42,7 +68,8 @@ class Resources:
     process uses before it computes. ``block`` is that of a run that is resumed; ``in_order``
     whether who made a block makes the next one, too. Only the outputs within ``hull`` are made; to
     tell which of them are selected takes ``selected_bytes`` for each voxel of a block. ``costs``
-    are what the machine takes.
+    are what the machine takes. A device that computes has ``device_bytes`` of memory; None where
+    the CPU does.
     """
 
     unit: Size
@@ -59,6 +86,30 @@ class Resources:
     in_order: bool = True
     selected_bytes: int = 0
     costs: Costs = field(default_factory=Costs)
+    device_bytes: int | None = None
+
+    @property
+    def device(self) -> str:
+        """Who computes."""
+        return CPU if self.device_bytes is None else GPU
+
+    def limit(self, need: Need) -> Limit:
+        """Of the process's memory and the device's what is exceeded most, or nearly."""
+        process = Limit("", need.process_bytes, self.allowed_bytes)
+        if self.device_bytes is None:
+            return process
+        device = Limit(f" of the {GPU}'s memory", need.device_bytes, self.device_bytes)
+        return max(process, device, key=lambda limit: limit.over_bytes)
+
+    def together(self, computing: float, moving: float) -> float:
+        """Seconds of what is computed and of what is read and written meanwhile: one after another
+        where the same cores do both."""
+        return computing + moving if self.device == CPU else max(computing, moving)
+
+    @property
+    def answers(self) -> int:
+        """Patches whose answers are there at once."""
+        return 1 if self.device == CPU else SLOTS
 
     def turned(self, axis: int, weights_bytes: int) -> Resources:
         """The same where axes 0 and ``axis`` are swapped, and so are weights of so many bytes."""
@@ -143,24 +194,56 @@ def check_given(resources: Resources, given: Plan) -> None:
         raise OptionError(
             f"the plan has {given.blocks_in_flight} blocks in flight: 1 to {MOST_BLOCKS_IN_FLIGHT}"
         )
-    devices = {stage.device for stage in given.stages}
-    if len(given.stages) != 1 or devices != {"cpu"}:
-        raise OptionError(f"the plan is for {', '.join(sorted(devices))}: there is one cpu")
-
-
-def check_room(resources: Resources, needed_bytes: int) -> None:
-    """Raise `MemoryLimitError` where a plan that was given back needs more than is allowed."""
-    if needed_bytes > resources.allowed_bytes:
-        raise MemoryLimitError(
-            f"the plan needs {show_bytes(needed_bytes)}, {show_bytes(resources.allowed_bytes)} are "
-            "allowed: allow as much, or run without the plan"
+    devices = [stage.device for stage in given.stages]
+    if devices != [resources.device]:
+        raise OptionError(
+            f"the plan is for {', '.join(sorted(devices)) or 'no device'}: here one "
+            f"{resources.device} computes"
         )
+
+
+def check_room(resources: Resources, need: Need) -> None:
+    """Raise `MemoryLimitError` where a plan that was given back needs more than is allowed."""
+    limit = resources.limit(need)
+    if limit.over_bytes > 0:
+        raise MemoryLimitError(
+            f"the plan needs {show_bytes(limit.needed_bytes)}{limit.where}, "
+            f"{show_bytes(limit.allowed_bytes)} are allowed: allow as much, or run without the plan"
+        )
+
+
+def computing_need(
+    resources: Resources, schedules: Schedules, sizes: Mapping[str, Size], patch: Size
+) -> Need:
+    """Memory that the process takes while it computes patches, blocks in flight not counted."""
+    if resources.device_bytes is None:
+        computing = computing_bytes(schedules, sizes, patch, resources.threads)
+        return Need(resources.baseline_bytes + computing)
+    given, made = slot_bytes(schedules, sizes, patch)
+    network = network_bytes(schedules.layout.network)
+    slots = SLOTS * (allocated_bytes(given) + 2 * allocated_bytes(made))  # answers once more, taken
+    process = resources.baseline_bytes + OVERHEAD_BYTES + network + slots
+    scratch = schedules.workspace_bytes(sizes, threads=1)
+    computing = scratch + schedules.workspace_bytes(sizes, threads=1, beside=True)
+    held = schedules.prepared_bytes + schedules.arena(sizes).bytes + SLOTS * (given + made)
+    return Need(process, DEVICE_SLACK_BYTES + held + computing)
+
+
+def slot_bytes(schedules: Schedules, sizes: Mapping[str, Size], patch: Size) -> tuple[int, int]:
+    """Memory of the input of patches, moved by all offsets, and of their answers, on a device or
+    beside it."""
+    network = schedules.layout.network
+    first, moves = sizes[network.input.name], schedules.offsets(patch)
+    reach = (n + max(move[axis] for move in moves) for axis, n in enumerate(first))
+    values = network.in_channels * prod(reach), network.out_channels * volume(patch)
+    given, made = (schedules.samples * ITEM_BYTES * n for n in values)
+    return given, made
 
 
 def computing_bytes(
     schedules: Schedules, sizes: Mapping[str, Size], patch: Size, threads: int
 ) -> int:
-    """Memory that computing patches takes, and what the network takes all the time."""
+    """Memory that computing patches on the CPU takes, and what the network takes all the time."""
     network = schedules.layout.network
     return (
         OVERHEAD_BYTES

@@ -9,6 +9,7 @@ box of their block and return its number of voxels.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
@@ -39,6 +40,7 @@ from znni_dask.statistics import measure
 from znni_dask.storage import output as store
 from znni_dask.storage.urls import Location, location
 from znni_dask.storage.volume import Volume
+from znni_dask.timeline import Timeline
 
 _RECORD = "znni_run"  # of an image's metadata: what its last run took, beside what was predicted
 
@@ -96,6 +98,7 @@ def run(
     client: Client | str | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    timeline: str | Path | None = None,
     **options: Unpack[Options],
 ) -> Summary:
     """Apply ``network`` to the volume at ``input`` and write the answer to ``output`` as OME-Zarr.
@@ -116,6 +119,10 @@ def run(
     patch : size (z, y, x), or one number for all axes, of the output computed at once; by default
         the fastest that fits.
     threads : computing threads; by default all cores this process may use.
+    device : what computes: ``"cpu"``, ``"gpu"`` (through CuPy, the extra ``cuda13`` or ``cuda12``;
+        of a cluster then only workers that have one take part), or ``"auto"``: whatever is faster
+        on a worker. Answers of different devices agree to the precision of float32.
+    device_memory : bound on what is taken of a GPU's memory; by default 90 % of what is free.
     dtype : ``"float32"``, ``"float16"``, ``"uint8"`` (``value_range`` mapped to 0 … 255), or
         ``"labels"``: the number of each output's channel with the largest value.
     chunks, shards : of the output, (z, y, x).
@@ -155,6 +162,8 @@ def run(
         of their limit. Without a client one worker lives in this process.
     workers : that many processes on this machine instead, which share memory and threads.
     progress : called with the voxels done and the voxels in all, after every block.
+    timeline : a file to write when every worker and its device read, copied, computed and wrote
+        what, as Chrome (chrome://tracing) and Perfetto show it.
 
     Raises
     ------
@@ -170,8 +179,9 @@ def run(
     place, journal = _begun(asked_place, found.sources, described, overwrite)
     compile_kernels()
     with (
+        nullcontext() if timeline is None else Timeline(Path(timeline)) as line,
         MemoryMeter() as meter,
-        connected(client, workers, request.memory, request.threads) as cluster,
+        connected(client, workers, request.memory, request.threads, request.device) as cluster,
     ):
         cluster.forget(place)
         crew = cluster.crew()
@@ -183,7 +193,7 @@ def run(
         application, measured_bytes = _normalized(
             cluster, crew, application, found.surveyed, journal
         )
-        planned = read_by(application, planned)
+        planned = read_by(application, planned, timeline is not None)
         if journal is None:
             store.clear(place)  # before its journal: what is half made never looks complete
             forget(place)
@@ -191,7 +201,7 @@ def run(
         with journal:
             ready = create_outputs(application, planned, request, place, journal.resumed)
             begin = time.perf_counter()
-            passes = make_all(cluster, crew, ready, journal, progress)
+            passes = make_all(cluster, crew, ready, journal, progress, line)
             seconds = time.perf_counter() - begin
             images = places((name for one in passes for name in one.outputs), place)
             for one in passes:

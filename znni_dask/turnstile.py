@@ -1,4 +1,4 @@
-"""One at a time, in order."""
+"""One at a time, in order, or a few."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from znni_dask.errors import RunError
 
 
 class Turnstile:
-    """Lets threads through one at a time; those of several that are `coming`, the earliest first,
-    where they go ``in_order``. Once it is shut, who wants through, or asks, is told by a
-    `RunError`."""
+    """Lets threads through one at a time, or a few; those of several that are `coming`, the
+    earliest first, where they go ``in_order``. Once it is shut, who wants through, or asks, is told
+    by a `RunError`."""
 
     def __init__(self, in_order: bool) -> None:
         self._in_order = in_order
         self._free = threading.Condition()
         self._coming: set[int] = set()
-        self._taken = self._shut = False
+        self._shut, self._through = False, 0
         self._inside = 0  # of all who are on the way, or beyond
 
     def shut(self) -> None:
@@ -49,17 +49,20 @@ class Turnstile:
                 self._gone(turn)
 
     @contextmanager
-    def through(self, turn: int) -> Iterator[None]:
-        """Wait until it is one's turn; the next one's is when this is left."""
+    def through(self, turn: int, at_once: int = 1) -> Iterator[None]:
+        """Wait until it is one's turn, no more than so many going through ``at_once``; the next
+        one's is when this is left."""
         with self._free:
-            self._free.wait_for(lambda: self._shut or (not self._taken and self._is_next(turn)))
+            self._free.wait_for(
+                lambda: self._shut or (self._through < at_once and self._is_next(turn))
+            )
             self.check()
-            self._taken = True
+            self._through += 1
         try:
             yield
         finally:
             with self._free:
-                self._taken = False
+                self._through -= 1
                 self._gone(turn)
 
     def _is_next(self, turn: int) -> bool:

@@ -15,7 +15,6 @@ from itertools import product
 from math import prod
 
 from znni_dask.choices import Menu, choose_primitives, chosen_primitives, planned
-from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Box, Size, text, triple, volume
 from znni_dask.machine import show_bytes
@@ -24,10 +23,11 @@ from znni_dask.planner import MULTIPLES
 from znni_dask.primitives.base import ITEM_BYTES
 from znni_dask.reading import Reads
 from znni_dask.resources import (
+    Need,
     Resources,
     check_given,
     check_room,
-    computing_bytes,
+    computing_need,
     most_in_flight,
     moving_seconds,
     shared_reading,
@@ -58,18 +58,18 @@ class _Way:
     schedules: Schedules
     window_seconds: float
     setup_seconds: float
-    computing_bytes: int
+    need: Need
 
     @classmethod
-    def of(cls, schedules: Schedules, grid: WindowGrid, threads: int, costs: Costs) -> _Way:
+    def of(cls, schedules: Schedules, grid: WindowGrid, resources: Resources) -> _Way:
         """Estimates are for one thread, lest answers differ in rounding with their number."""
-        sizes = grid.layout.sizes
+        sizes, costs = grid.layout.sizes, resources.costs
         steps = schedules.steps(sizes)
         return cls(
             schedules,
             costs.estimated_seconds(steps, threads=1) / schedules.samples,
             sum(costs.setup_seconds(s.primitive, s.operation.node.layer) for s in steps),
-            computing_bytes(schedules, sizes, grid.layout.output_size, threads),
+            computing_need(resources, schedules, sizes, grid.layout.output_size),
         )
 
     def seconds(self, candidate: _Candidate) -> float:
@@ -118,9 +118,11 @@ def _alternatives(
             way.schedules.steps(grid.layout.sizes), resources.threads
         )
         computing = candidate.windows * seconds / (resources.hull.voxels * samples)
-        rate = 1 / (computing + moving_seconds(grid, resources, 1, 1))
-        needed = _predicted_bytes(grid, way, resources, candidate, 1, False)
-        yield Alternative(grid.layout.output_size, candidate.block, samples, rate, needed)
+        moving = moving_seconds(grid, resources, 1, 1)
+        rate = 1 / resources.together(computing, moving)
+        need = _predicted_need(grid, way, resources, candidate, 1, False)
+        block, size = candidate.block, grid.layout.output_size
+        yield Alternative(size, block, samples, rate, need.process_bytes)
 
 
 def checked(grid: WindowGrid, resources: Resources, given: Plan) -> Plan:
@@ -138,19 +140,23 @@ def checked(grid: WindowGrid, resources: Resources, given: Plan) -> Plan:
     (stage,) = given.stages
     primitives = chosen_primitives(grid.layout, given)
     schedules = Schedules(grid.layout, primitives, stage.samples)
-    way = _Way.of(schedules, grid, resources.threads, resources.costs)
+    way = _Way.of(schedules, grid, resources)
     (candidate,) = _candidates(grid, replace(resources, block=given.block))
     in_flight = given.blocks_in_flight
-    check_room(resources, _predicted_bytes(grid, way, resources, candidate, in_flight, False))
+    check_room(resources, _predicted_need(grid, way, resources, candidate, in_flight, False))
     return _told(grid, resources, _Fit(way, candidate), in_flight)
 
 
 def _told(grid: WindowGrid, resources: Resources, fit: _Fit, in_flight: int) -> Plan:
     """The plan as a value."""
     way, block = fit.way, fit.candidate.block
-    needed = partial(_predicted_bytes, grid, way, resources, fit.candidate, in_flight)
+    by_cells, directly = (
+        _predicted_need(grid, way, resources, fit.candidate, in_flight, cells)
+        for cells in (True, False)
+    )
     reads = Reads(grid, block, resources.cells, resources.hull)
-    reading, needed_bytes = shared_reading(resources, reads, needed)
+    needed = {True: by_cells.process_bytes, False: directly.process_bytes}
+    reading, needed_bytes = shared_reading(resources, reads, needed.__getitem__)
     schedules = way.schedules
     turns = fit.candidate.windows / schedules.samples
     voxels, sizes = resources.hull.voxels / turns, grid.layout.sizes
@@ -162,14 +168,16 @@ def _told(grid: WindowGrid, resources: Resources, fit: _Fit, in_flight: int) -> 
     return Plan(
         patch=grid.layout.output_size,
         block=block,
-        stages=(Stage("cpu", choices, schedules.samples),),
+        stages=(Stage(resources.device, choices, schedules.samples),),
         threads=resources.threads,
         blocks_in_flight=in_flight,
         reading=reading,
         predicted_bytes=needed_bytes,
         allowed_bytes=resources.allowed_bytes,
         flops_per_voxel=flops / voxels,
-        voxels_per_second=1 / (seconds / voxels + moved),
+        voxels_per_second=1 / resources.together(seconds / voxels, moved),
+        device_bytes=directly.device_bytes,
+        allowed_device_bytes=resources.device_bytes or 0,
     )
 
 
@@ -177,8 +185,8 @@ def _ways(grid: WindowGrid, resources: Resources, candidates: list[_Candidate]) 
     """The plain primitives, which need least memory, window by window; then for every number of
     windows that some block has the fastest ones, and those that are so within the memory that the
     smallest such block leaves."""
-    plain = Schedules(grid.layout, choose_primitives(grid.layout))
-    way = partial(_Way.of, grid=grid, threads=resources.threads, costs=resources.costs)
+    plain = Schedules(grid.layout, choose_primitives(grid.layout, device=resources.device))
+    way = partial(_Way.of, grid=grid, resources=resources)
     yield way(plain)
     window = Box((0, 0, 0), grid.layout.output_size)
     windows = prod(grid.count(axis, 0, n) for axis, n in enumerate(grid.output_size))
@@ -193,8 +201,8 @@ def _ways(grid: WindowGrid, resources: Resources, candidates: list[_Candidate]) 
         fast = way(replace(together, primitives=menu.fastest()))
         yield fast
         smallest = min(some, key=lambda c: volume(c.block))
-        over = _predicted_bytes(grid, fast, resources, smallest, 1, False) - resources.allowed_bytes
-        if over > 0:
+        need = _predicted_need(grid, fast, resources, smallest, 1, False)
+        if (over := resources.limit(need).over_bytes) > 0:
             spent = fast.schedules.spent_bytes(grid.layout.sizes, resources.threads)
             if (within := menu.fastest_within(spent - over)) is not None:
                 yield way(replace(together, primitives=within))
@@ -214,8 +222,8 @@ def _best(
         for candidate in candidates:
             if candidate.most < way.schedules.samples:
                 continue
-            needed = _predicted_bytes(grid, way, resources, candidate, in_flight, False)
-            if needed <= resources.allowed_bytes:
+            need = _predicted_need(grid, way, resources, candidate, in_flight, False)
+            if resources.limit(need).over_bytes <= 0:
                 found.append(_Fit(way, candidate))
                 break
     limit = _WORTH_MORE_SAMPLES * min((fit.seconds for fit in found), default=0.0)
@@ -227,14 +235,14 @@ def _best(
 
 
 def _refusal(grid: WindowGrid, plain: _Way, resources: Resources, smallest: _Candidate) -> str:
-    needed = _predicted_bytes(grid, plain, resources, smallest, 1, False)
+    limit = resources.limit(_predicted_need(grid, plain, resources, smallest, 1, False))
     layer = plain.schedules.largest_layer(grid.layout.sizes)
     return (
-        f"windows of {text(grid.window)} need {show_bytes(needed)}, "
-        f"{show_bytes(resources.allowed_bytes)} are allowed; the largest layer is {layer!r} "
+        f"windows of {text(grid.window)} need {show_bytes(limit.needed_bytes)}{limit.where}, "
+        f"{show_bytes(limit.allowed_bytes)} are allowed; the largest layer is {layer!r} "
         f"({grid.network[layer].layer.kind}); a block of {text(smallest.block)} reads "
         f"{text(smallest.region)} voxels. To go on, allow at least "
-        f"{show_bytes(needed)}, or choose smaller windows or chunks"
+        f"{show_bytes(limit.needed_bytes)}, or choose smaller windows or chunks"
     )
 
 
@@ -269,20 +277,20 @@ def _blocks(grid: WindowGrid, resources: Resources, axis: int) -> list[tuple[int
     return found
 
 
-def _predicted_bytes(
+def _predicted_need(
     grid: WindowGrid,
     way: _Way,
     resources: Resources,
     candidate: _Candidate,
     in_flight: int,
     by_cells: bool,
-) -> int:
-    """Peak memory of the whole process for this block, cells that are kept apart."""
+) -> Need:
+    """Peak memory for this block, cells that are kept apart."""
     channels = grid.network.out_channels
     largest = triple(min(b, n) for b, n in zip(candidate.block, grid.output_size, strict=True))
     per_block = resources.block_bytes(largest, candidate.region, by_cells)
     # the sums and the weights of a block, and what it becomes when it is stored
     blending = (ITEM_BYTES * (channels + 1) + resources.encoding_bytes) * volume(largest)
     weights = 2 * ITEM_BYTES * volume(grid.layout.output_size)  # of a window, and making them
-    computing = way.computing_bytes + blending + weights
-    return resources.baseline_bytes + computing + in_flight * per_block
+    beside = resources.answers * (blending + weights)
+    return way.need.plus(beside + in_flight * per_block)

@@ -1,4 +1,4 @@
-"""Workers for a dask scheduler: one for every NUMA node, on its cores alone.
+"""Workers for a dask scheduler: one for every NUMA node, or GPU, on its cores alone.
 
 A worker's few task threads read, compress and write beside the one that computes, which has all
 cores of its node; so its `nthreads` say nothing of its cores, which its environment tells instead.
@@ -17,40 +17,55 @@ import dask
 from distributed import Nanny
 
 from znni_dask.cluster import Means
+from znni_dask.devices.opening import gpus
 from znni_dask.errors import OptionError
 from znni_dask.machine import cores, nodes
 from znni_dask.options import allowed_bytes, computing_threads
 from znni_dask.resources import MOST_BLOCKS_IN_FLIGHT
 
-DEVICE = "CPU"  # the resource that tasks may ask for which must run on one
-
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker lives: its cores (None: wherever it may), and what it has."""
+    """Where a worker lives: its cores (None: wherever it may), what it has, and by what CUDA knows
+    its GPU (None: it has none)."""
 
     cores: frozenset[int] | None
     means: Means
+    gpu: str | None = None
 
     @property
     def environment(self) -> dict[str, str]:
         """What tells the worker's process, when it begins."""
+        told = self.means.environment | {"CUDA_VISIBLE_DEVICES": self.gpu or ""}
         if self.cores is None:
-            return self.means.environment
-        cores = " ".join(map(str, sorted(self.cores)))
-        return self.means.environment | {"DASK_ZNNI__CORES": cores}
+            return told
+        return told | {"DASK_ZNNI__CORES": " ".join(map(str, sorted(self.cores)))}
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What tasks may ask for that must run on such a worker, as dask counts it."""
+        return {"CPU": 1} if self.gpu is None else {"CPU": 1, "GPU": 1}
 
 
 def places(memory: str | float | None = None, threads: int | None = None) -> list[Place]:
-    """One for every NUMA node of this machine, which share ``memory``; or a single one with so
-    many ``threads``. Raises `OptionError`."""
-    allowed = allowed_bytes(memory)
-    found = nodes()
-    whole = len(found) < 2 or cores() < sum(map(len, found))  # or limited to fewer by its cgroup
-    if threads is not None or whole:
-        return [Place(None, Means(computing_threads(threads), allowed, 0))]
-    each = allowed // len(found)
-    return [Place(node, Means(len(node), each, 0)) for node in found]
+    """One for every NUMA node of this machine, or for every GPU where there are more of these,
+    which share ``memory``; or a single one with so many ``threads``. Raises `OptionError`."""
+    allowed, known = allowed_bytes(memory), gpus()
+    found: list[frozenset[int] | None] = [*nodes()]
+    if len(found) < 2 or cores() < sum(len(node or ()) for node in found):
+        found = [None]  # or limited to fewer by its cgroup
+    if threads is not None:
+        return [Place(None, Means(computing_threads(threads), allowed, 0), next(iter(known), None))]
+    count = max(len(found), len(known))
+    whose = [found[i * len(found) // count] for i in range(count)]
+    workers = []
+    for number, node in enumerate(whose):
+        first, beside = whose.index(node), whose.count(node)
+        own = None if node is None else frozenset(sorted(node)[number - first :: beside])
+        has = max(1, cores() // beside) if own is None else len(own)
+        gpu = known[number] if number < len(known) else None
+        workers.append(Place(own, Means(has, allowed // count, 0), gpu))
+    return workers
 
 
 def serve(
@@ -78,7 +93,7 @@ async def _serve(address: str, wanted: list[Place], name: str | None) -> None:
                     address,
                     nthreads=MOST_BLOCKS_IN_FLIGHT,
                     memory_limit=0,  # what is planned is what is used: dask has nothing to bound
-                    resources={DEVICE: 1},
+                    resources=place.resources,
                     name=f"{name}-{number}" if name and len(wanted) > 1 else name,
                     env=place.environment,
                     preload=[__name__],

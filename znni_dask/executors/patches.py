@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 
 import numpy as np
 
 from znni_dask.behind import Behind
 from znni_dask.choices import chosen_primitives
 from znni_dask.closing import Closing
-from znni_dask.executors.serial import SerialExecutor
+from znni_dask.devices.base import Device
+from znni_dask.executors.device import executor_of
+from znni_dask.executors.serial import by_layer
 from znni_dask.geometry import Box, hull, volume
 from znni_dask.kernels.memory import allocate
 from znni_dask.patches import Layout, patches_of, region_of, spans
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import ITEM_BYTES, Array
+from znni_dask.resources import SLOTS
 from znni_dask.schedule import Schedules
 from znni_dask.selection import Wanted
+from znni_dask.timeline import Span
 
 
 class PatchBlocks(Closing):
-    """Runs a plan on the patches of blocks; prepared once, for blocks one after another."""
+    """Runs a plan on the patches of blocks; prepared once, for blocks one after another, or on a
+    ``device`` for as many at once as it has slots."""
 
-    def __init__(self, layout: Layout, plan: Plan) -> None:
+    def __init__(self, layout: Layout, plan: Plan, device: Device | None = None) -> None:
         self._layout, self._plan = layout, plan
-        primitives = chosen_primitives(layout, plan)
-        self._schedules = Schedules(layout, primitives)
+        self._schedules = Schedules(layout, chosen_primitives(layout, plan))
         sizes = self._schedules.envelope(spans(layout, plan.block, plan.patch))
-        arena = self._schedules.arena(sizes)
         largest = ITEM_BYTES * layout.network.out_channels * volume(plan.patch)
-        self._answer = allocate(largest).view(np.float32)
-        self._executor = SerialExecutor(layout.network, primitives, arena, plan.threads)
+        self._answers: SimpleQueue[Array] = SimpleQueue()
+        for _ in range(SLOTS if device else 1):
+            self._answers.put(allocate(largest).view(np.float32))
+        self._executor = executor_of(self._schedules, sizes, plan.patch, plan.threads, device)
 
     def region(self, block: Box, wanted: Wanted | None = None) -> Box:
         """The box of the volume behind the patches of a block that hold something wanted."""
@@ -51,12 +57,15 @@ class PatchBlocks(Closing):
     ) -> None:
         """Compute a block. ``take`` is handed each part of it that holds something wanted with its
         answer (channel, z, y, x), which it may overwrite and must not keep."""
-        channels = self._layout.network.out_channels
-        for box in self._patches(block, wanted):
-            todo = self._schedules.schedule(box)
-            answer = self._answer[: channels * volume(box.size)].reshape(channels, *box.size)
-            self._executor.run(todo, [behind.within(todo.input)], [answer])
-            take(box, answer)
+        channels, memory = self._layout.network.out_channels, self._answers.get()
+        try:
+            for box in self._patches(block, wanted):
+                todo = self._schedules.schedule(box)
+                answer = memory[: channels * volume(box.size)].reshape(channels, *box.size)
+                self._executor.run(todo, [behind.within(todo.input)], [answer])
+                take(box, answer)
+        finally:
+            self._answers.put(memory)
 
     def _patches(self, block: Box, wanted: Wanted | None) -> Iterator[Box]:
         """The patches of a block that hold something wanted."""
@@ -64,12 +73,17 @@ class PatchBlocks(Closing):
             if wanted is None or wanted[box.seen_from(block.start).slices].any():
                 yield box
 
-    @property
-    def layer_seconds(self) -> dict[str, float]:
-        """The seconds that every layer took so far, changes of its output's form included."""
-        return self._executor.layer_seconds
+    def taken_seconds(self) -> dict[str, float]:
+        """The seconds that every layer took since this was last asked, changes of its output's form
+        included."""
+        return by_layer(self._executor.taken_seconds())
+
+    def taken_spans(self) -> list[Span]:
+        """What a device did, lane by lane, since this was last asked."""
+        return self._executor.taken_spans()
 
     def close(self) -> None:
         """End the threads and free the memory."""
         self._executor.close()
-        self._answer = np.empty(0, np.float32)
+        while not self._answers.empty():
+            self._answers.get()

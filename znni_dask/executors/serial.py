@@ -23,20 +23,20 @@ from znni_dask.network.network import Network
 from znni_dask.primitives.base import Array, Form, Primitive, Shape
 from znni_dask.primitives.fragments import recombine
 from znni_dask.schedule import Arena, Schedule, Stored
+from znni_dask.timeline import Span
 
 
 class SerialExecutor(Closing):
     """Computes patches of one network on the CPU; prepared weights are kept between patches.
 
-    ``seconds`` are those that every array took to compute so far. Not for use by several threads
-    at once. Use it as a context manager, or `close` it.
+    Not for use by several threads at once. Use it as a context manager, or `close` it.
     """
 
     def __init__(
         self, network: Network, primitives: Mapping[str, Primitive], arena: Arena, threads: int
     ) -> None:
         self.network = network
-        self.seconds: defaultdict[Stored, float] = defaultdict(float)
+        self._seconds: defaultdict[Stored, float] = defaultdict(float)
         self._team = Team(threads)
         self._prepared = prepared(network, primitives)
         self._places = arena.places
@@ -68,17 +68,21 @@ class SerialExecutor(Closing):
                     arrays[output],
                     self._team,
                 )
-                self.seconds[output] += perf_counter() - begin
+                self._seconds[output] += perf_counter() - begin
             numbers = {add(position, offset): i for i, position in enumerate(todo.positions)}
             made = arrays[Stored(self.network.output, Form.PLAIN)]
             for sample, out in enumerate(outs):
                 fragments = made[sample :: len(outs)]
                 recombine(fragments, numbers, todo.spacing, out, self._team)
 
-    @property
-    def layer_seconds(self) -> dict[str, float]:
-        """The seconds that every layer took so far, changes of its output's form included."""
-        return by_layer(self.seconds)
+    def taken_seconds(self) -> dict[Stored, float]:
+        """The seconds that every array took to compute since this was last asked."""
+        seconds, self._seconds = self._seconds, defaultdict(float)
+        return seconds
+
+    def taken_spans(self) -> list[Span]:
+        """When a device did what: there is none."""
+        return []
 
     def close(self) -> None:
         """End the threads and free the arena."""

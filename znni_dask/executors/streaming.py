@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from znni_dask.closing import Closing
 from znni_dask.columns import Column, Part, Strand, Turn
-from znni_dask.executors.serial import by_layer, prepared
+from znni_dask.executors.serial import prepared
 from znni_dask.geometry import Box, Size, add
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.memory import Bytes, allocate, odd_lines
@@ -28,6 +28,7 @@ from znni_dask.primitives.base import Array, Primitive, Problem, Shape
 from znni_dask.primitives.fragments import recombine
 from znni_dask.primitives.planes import Planes, step_bytes, takes_planes
 from znni_dask.schedule import Stored
+from znni_dask.timeline import Span
 
 Numbers = NDArray[np.int64]
 
@@ -36,8 +37,7 @@ class ColumnExecutor(Closing):
     """Computes columns of one network on the CPU, whose memory is no larger than ``memory``;
     prepared weights are kept between columns.
 
-    ``seconds`` are those that every array took to compute so far. Not for use by several threads
-    at once. Use it as a context manager, or `close` it.
+    Not for use by several threads at once. Use it as a context manager, or `close` it.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ColumnExecutor(Closing):
         threads: int,
     ) -> None:
         self.network = network
-        self.seconds: defaultdict[Stored, float] = defaultdict(float)
+        self._seconds: defaultdict[Stored, float] = defaultdict(float)
         self._team = Team(threads)
         self._prepared = prepared(network, primitives)
         self._pool = _Pool(memory.pages)
@@ -71,7 +71,7 @@ class ColumnExecutor(Closing):
                 if turn.operation is not None:
                     begin = perf_counter()
                     self._compute(run, turn)
-                    self.seconds[turn.operation.output] += perf_counter() - begin
+                    self._seconds[turn.operation.output] += perf_counter() - begin
                 elif turn.makes:
                     run.load(turn.makes[0], read)
                 elif (made := run.give(turn.reads[0])) and number == len(column.offsets):
@@ -96,10 +96,14 @@ class ColumnExecutor(Closing):
         primitive.apply(ready, problem, inputs, made, self._team)
         run.copy(SCATTER, turn.makes, made)
 
-    @property
-    def layer_seconds(self) -> dict[str, float]:
-        """The seconds that every layer took so far, changes of its output's form included."""
-        return by_layer(self.seconds)
+    def taken_seconds(self) -> dict[Stored, float]:
+        """The seconds that every array took to compute since this was last asked."""
+        seconds, self._seconds = self._seconds, defaultdict(float)
+        return seconds
+
+    def taken_spans(self) -> list[Span]:
+        """When a device did what: there is none."""
+        return []
 
     def close(self) -> None:
         """End the threads and free the memory."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from znni_dask.devices.base import Device
 from znni_dask.geometry import Size, ceil_divide
 from znni_dask.kernels.code import LANES
+from znni_dask.machine import CPU, GPU
 from znni_dask.network.layers import FULL, ONES, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives.work import LOOPS, Work
@@ -28,7 +29,6 @@ from znni_dask.primitives.work import LOOPS, Work
 Array = NDArray[np.float32]
 Shape = tuple[int, int, int, int, int]
 ITEM_BYTES = 4
-CPU, GPU = "cpu", "gpu"
 FEWEST_PRODUCTS = 27  # of a sum; of fewer the sum itself is faster than transforms, and loses less
 _PLANE_OVERHEAD = 64  # voxels: what starting a plane costs plain loops
 
@@ -78,12 +78,14 @@ class Primitive(ABC):
     a library takes that it computes with, once in a process; ``setup_seconds`` what this takes
     before the first patch, compiling for a layer included. ``takes``: where `fits` holds not for
     all layers of its kind, in words. ``precision``: what it computes in. ``device``: where, "cpu"
-    or "gpu".
+    or "gpu". ``beside``: whether what it computes in is not all scratch memory, which others keep
+    meanwhile.
     """
 
     name: ClassVar[str]
     layer: ClassVar[type[Layer]]
     device: ClassVar[str] = CPU
+    beside: ClassVar[bool] = False
     in_place: ClassVar[bool] = False
     fragments: ClassVar[bool] = False
     library_bytes: ClassVar[int] = 0

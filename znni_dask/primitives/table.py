@@ -9,8 +9,9 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import entry_points
 
+from znni_dask.machine import CPU
 from znni_dask.network.layers import LOWER, Layer
-from znni_dask.primitives.base import CPU, Primitive
+from znni_dask.primitives.base import Primitive
 from znni_dask.primitives.conv_depthwise import ConvDepthwise
 from znni_dask.primitives.conv_direct import ConvDirect
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked

@@ -47,6 +47,7 @@ class GpuConvCudnn(DevicePrimitive):
 
     precision: str = FULL  # type: ignore[misc]
     layer: ClassVar[type[Layer]] = Conv
+    beside: ClassVar[bool] = True
     library_bytes: ClassVar[int] = LIBRARY_BYTES
     setup_seconds: ClassVar[float] = 5.0
 

@@ -30,11 +30,11 @@ from znni_dask.kernels.codelets import LONGEST, operations, refusal
 from znni_dask.kernels.cuda.layouts import PAIR_BYTES, GpuTile, Rows
 from znni_dask.kernels.cuda.tiles import blocks, forward_kernel, inverse_kernel
 from znni_dask.kernels.tiles import Tile
+from znni_dask.machine import GPU
 from znni_dask.network.layers import ONES, Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives.base import (
     FEWEST_PRODUCTS,
-    GPU,
     ITEM_BYTES,
     DevicePrimitive,
     Problem,

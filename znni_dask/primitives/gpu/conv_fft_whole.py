@@ -43,6 +43,7 @@ class GpuConvWholeFFT(DevicePrimitive):
 
     name: ClassVar[str] = "whole fft"
     layer: ClassVar[type[Layer]] = Conv
+    beside: ClassVar[bool] = True
     takes: ClassVar[str] = f"a single group, and sums of at least {FEWEST_PRODUCTS} products"
 
     def fits(self, layer: Layer) -> bool:

@@ -80,6 +80,7 @@ class GpuReducing(DevicePrimitive):
 
     name: ClassVar[str] = "reduction"
     layer: ClassVar[type[Layer]] = Reduce
+    beside: ClassVar[bool] = True
 
     def flops(self, problem: Problem) -> int:
         return prod(problem.inputs[0])
@@ -113,6 +114,7 @@ class GpuSoftmax(DevicePrimitive):
 
     name: ClassVar[str] = "pointwise"
     layer: ClassVar[type[Layer]] = Softmax
+    beside: ClassVar[bool] = True
     in_place: ClassVar[bool] = True
 
     def flops(self, problem: Problem) -> int:
@@ -153,6 +155,7 @@ class GpuNormalization(DevicePrimitive):
 
     name: ClassVar[str] = "normalisation"
     layer: ClassVar[type[Layer]] = Normalize
+    beside: ClassVar[bool] = True
     in_place: ClassVar[bool] = True
 
     def flops(self, problem: Problem) -> int:
