@@ -34,6 +34,8 @@ bench-full: bench
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/feeding.py
+	$(BIN)/python benchmarks/simulation.py
+	$(BIN)/python benchmarks/simulation.py --real
 	$(BIN)/python pipelines/study.py
 	$(BIN)/python benchmarks/chart.py
 

@@ -180,6 +180,19 @@ def study(result: Row) -> Iterator[Line]:
             yield [name, algorithm, size, *_plan(found)[1:3], shown]
 
 
+def simulation(result: Row) -> Iterator[Line]:
+    """Runs on paper beside those that sleep, and real ones."""
+    yield ["workers", "case", "blocks", "in flight", "predicted", "measured", "ratio", "limits"]
+    for row in result["rows"]:
+        if "seconds" not in row:
+            continue
+        seconds, predicted = row["seconds"], row["predicted_seconds"]
+        about = "≈ " if "unsteady" in row else ""
+        counts = (str(row[key]) for key in ("blocks", "in_flight"))
+        times = f"{predicted:.1f} s", f"{about}{seconds:.1f} s", f"{seconds / predicted:.2f}"
+        yield [str(row["workers"]), row["case"], *counts, *times, row["limits"]]
+
+
 def _plan(found: Row) -> Line:
     """What it makes at once, the memory that it took, its rate (about, where the machine gave more
     or less meanwhile), and that over the one predicted for what the machine gave."""
@@ -202,6 +215,7 @@ TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
     "complete": complete,
     "streaming": streaming,
     "study": study,
+    "simulation": simulation,
 }
 
 

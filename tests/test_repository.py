@@ -22,7 +22,9 @@ STAIRS = [
         "cli",
         "arguments",
         "page",
+        "report_cluster",
         "report",
+        "outlook",
         "forecast",
         "inspection",
         "worker",
@@ -64,6 +66,8 @@ STAIRS = [
         "kernels",
     ),
     *(
+        "simulation",
+        "sketch",
         "turnstile",
         "timeline",
         "behind",

@@ -88,6 +88,9 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     _add_input(plan)
     plan.add_argument("--format", choices=("table", "json"), default="table")
     plan.add_argument("--html", metavar="FILE", help="a page with pictures to make, too")
+    plan.add_argument(
+        "--cluster", metavar="FILE", help="what workers, store and scheduler there are to be (YAML)"
+    )
     _add_options(plan)
 
 

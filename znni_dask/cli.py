@@ -25,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from znni_dask import report, timings
+from znni_dask import report, report_cluster, timings
 from znni_dask.arguments import asked, parser
 from znni_dask.calibration import calibrate
 from znni_dask.devices.opening import Wanted, gpu_of
@@ -36,8 +36,10 @@ from znni_dask.inspection import facts
 from znni_dask.kernels import compiled
 from znni_dask.machine import GPU, cores
 from znni_dask.options import computing_threads
+from znni_dask.outlook import Outlook, outlooks
 from znni_dask.page import page
 from znni_dask.running import run
+from znni_dask.sketch import Sketch
 from znni_dask.storage.urls import without_secrets
 from znni_dask.verify import verify
 from znni_dask.worker import serve
@@ -106,20 +108,37 @@ def _infer(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    found = forecasts(options.network, options.input, **asked(options))
+    asked_for = options.network, options.input
+    expected: list[Outlook | None]
+    if options.cluster:
+        both = outlooks(*asked_for, Sketch.read(options.cluster), **asked(options))
+        found, expected = [one for one, _ in both], [there for _, there in both]
+    else:
+        found = [*forecasts(*asked_for, **asked(options))]
+        expected = [None] * len(found)
     if options.html:
         title = f"{options.network} on {without_secrets(options.input)}"
         _write(options.html, page(title, found))
-    console = _console()
+    told = [*zip(found, expected, strict=True)]
     if options.format == "json":
-        sys.stdout.write(json.dumps([one.described() for one in found], indent=2) + "\n")
+        described = [
+            one.described() | ({"cluster": there.described()} if there else {})
+            for one, there in told
+        ]
+        sys.stdout.write(json.dumps(described, indent=2) + "\n")
         return 0
-    for one in found:
+    console = _console()
+    for one, there in told:
         console.print(report.forecast_table(one))
         if one.others:
             console.print(report.alternatives_table(one))
         for line in report.forecast_lines(one):
             console.print(line, soft_wrap=True)
+        if there:
+            console.print(report_cluster.groups_table(there))
+            console.print(report_cluster.outlook_table(there))
+            for line in report_cluster.outlook_lines(there):
+                console.print(line, soft_wrap=True)
     return 0
 
 

@@ -8,9 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, Unpack
 
-from znni_dask.asking import Options, asked
+from znni_dask.asking import Asked, Options, asked
 from znni_dask.choices import chosen_primitives
-from znni_dask.cluster import connected
+from znni_dask.cluster import Crew, connected
 from znni_dask.cut import Cut
 from znni_dask.geometry import Size, triple, turned, volume
 from znni_dask.inspection import multiply_adds
@@ -89,12 +89,16 @@ def forecasts(
     compile_kernels()  # which a run does too, before its process is measured
     request = found.request
     with connected(None, None, request.memory, request.threads, request.device) as cluster:
-        crew = cluster.crew()
-        planned = [
-            plan_pass(found.application, names, found.request, crew, None, given)
-            for names, given in found.request.planned(found.groups)
-        ]
+        planned = plan_all(found, cluster.crew())
     return tuple(map(forecast, planned))
+
+
+def plan_all(found: Asked, crew: Crew) -> list[PlannedPass]:
+    """All passes of what is asked, planned for a crew."""
+    return [
+        plan_pass(found.application, names, found.request, crew, None, given)
+        for names, given in found.request.planned(found.groups)
+    ]
 
 
 def forecast(planned: PlannedPass) -> Forecast:

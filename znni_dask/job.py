@@ -44,7 +44,7 @@ from znni_dask.windows import Laid
 
 LOG = logging.getLogger(__name__)
 PLUGIN = "znni blocks of "  # and where they go: what a plugin that makes blocks is called
-_LONGEST_RUN = 64  # blocks: a worker that takes them holds as many boxes
+LONGEST_RUN = 64  # blocks: a worker that takes them holds as many boxes
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ class Job:
         time, block = at
         if self.plan.blocks_in_column > 1:
             return time, self.reads.column(block)
-        return self.turn(time, self.reads.place(block)) // _LONGEST_RUN
+        return self.turn(time, self.reads.place(block)) // LONGEST_RUN
 
     @property
     def plans(self) -> tuple[Plan, ...]:
