@@ -90,6 +90,7 @@ def valid_chain():
     )
 
 
+THOROUGH = pytest.mark.thorough
 NETWORKS = {
     **{
         f"U-Net, {poolings} poolings, {up}": (lambda p=poolings, u=up: UNet(p, u))
@@ -132,7 +133,10 @@ def patches_at_corners_and_inside(network, size):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+@pytest.mark.parametrize(
+    "dynamo",
+    [pytest.param(False, id="torchscript"), pytest.param(True, id="dynamo", marks=THOROUGH)],
+)
 @pytest.mark.parametrize("label", NETWORKS)
 def test_patches_equal_pytorch_on_the_whole_volume(label, dynamo, tmp_path):
     reference = trained(label)

@@ -68,7 +68,16 @@ def run(network, folder, name, client, **options):
     return summary, full(folder / f"{name}.zarr")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+REPEATING = ("strided", "finer", "valid")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=[pytest.mark.thorough] if kind in REPEATING else [])
+        for kind in KINDS
+    ],
+)
 def complete(request, tmp_path_factory, client):
     """A network, its options, and what a full run stored, as by these options and as uint8."""
     network, options = KINDS[request.param]

@@ -199,14 +199,13 @@ class Schedules:
 
     def spent_bytes(self, sizes: Mapping[str, Size], threads: int) -> int:
         """Memory of what the primitives prepare of the weights, of the libraries that they compute
-        with, and of the largest workspace of any of them on boxes of ``sizes``, of those beside the
-        scratch memory once more; also where the last samples are fewer, of which a primitive may
-        compute more in one pass."""
-        largest = allocated_bytes(self.workspace_bytes(sizes, threads))
-        return self.prepared_bytes + largest + self.workspace_bytes(sizes, threads, beside=True)
+        with, and of the largest workspace of any on boxes of ``sizes``, of those beside the scratch
+        memory once more; also of fewer samples, of which one may compute more in a pass."""
+        largest, beside = (self.workspace_bytes(sizes, threads, b) for b in (False, True))
+        return self.prepared_bytes + allocated_bytes(largest) + beside
 
     def workspace_bytes(self, sizes: Mapping[str, Size], threads: int, beside: bool = False) -> int:
-        """The largest workspace, or that of those which is ``beside`` the scratch memory."""
+        """The largest workspace, or of those ``beside`` the scratch memory."""
         workspaces = (
             step.primitive.workspace_bytes(step.problem, threads)
             for some in (self, *(replace(self, samples=n) for n in range(1, self.samples)))
