@@ -23,7 +23,7 @@ import znni_dask
 from kills import failing_after
 from test_identity import assert_same, at_once
 from znni_dask import cluster as cluster_module
-from znni_dask import costs, feeding
+from znni_dask import costs, feeding, passes
 from znni_dask import worker as worker_module
 from znni_dask.cli import main
 from znni_dask.cluster import Cluster, Crew, Means, connected, share
@@ -150,6 +150,18 @@ def test_a_mixed_cluster_makes_one_answer_by_several_plans(files, two, strong, m
     }
     assert {plan.block for plan in plans.values()} == {summary.plan.block}
     assert_same(stored(places[2]), want)
+
+
+def test_plans_are_made_for_all_workers(files, two, monkeypatch):
+    planned, honest = [], passes.plan_for
+
+    def plan_for(laid, resources, *told, **more):
+        planned.append(resources.workers)
+        return honest(laid, resources, *told, **more)
+
+    monkeypatch.setattr(passes, "plan_for", plan_for)
+    znni_dask.run(*files[0], client=two.client, chunks=16, memory="8GiB")
+    assert set(planned) == {2}
 
 
 def test_a_plan_that_was_given_is_that_of_all_workers(files, two, strong):

@@ -252,3 +252,19 @@ def test_a_plan_survives_json_and_edited_plans_are_checked():
 def test_unknown_primitives_are_unknown():
     with pytest.raises(KeyError, match="no primitive 'magic'"):
         named("magic", n337()["conv_1"].layer)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 8])
+def test_there_is_work_for_all_workers(workers):
+    """Of a volume that one worker makes in a few large blocks; of 2·2·3 chunks 8 wait a third of
+    the time, however they are put together."""
+    wanted = replace(request(graphs.graph("unet", 0), (120, 120, 130), 4 << 30), workers=workers)
+    made = plan(wanted)
+    assert wanted.waiting(made.block) == pytest.approx(4 / 3 if workers == 8 else 1)
+
+
+def test_workers_that_wait_are_counted():
+    wanted = request(graphs.graph("unet", 0), (128, 128, 128), 4 << 30)
+    for workers, block, waiting in ((2, 128, 2.0), (3, 64, 9 / 8), (8, 64, 1.0), (12, 64, 1.5)):
+        several = replace(wanted, workers=workers)
+        assert several.waiting((block,) * 3) == pytest.approx(waiting)

@@ -106,6 +106,7 @@ def plan_pass(
         hull=selection.hull(laid),
         selected_bytes=0 if selection.everything else _WANTED_BYTES,
         costs=Costs(timings.kept()),
+        workers=len(crew.kind),
     )
     whole_blocks = selection.mask is None  # of which slabs leave nothing out
     ways = _ways(resources, means, request, given)

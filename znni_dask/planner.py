@@ -342,7 +342,8 @@ def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _
     seconds = schedules.repeats * request.costs.estimated_seconds(steps, request.threads)
     computing = seconds / _useful_voxels(request, block, patch)
     moving = moving_seconds(request.layout, request, 1, 1)
-    return _Candidate(block, patch, request.together(computing, moving))
+    working = request.together(computing, moving)
+    return _Candidate(block, patch, request.waiting(block) * working)
 
 
 def _useful_voxels(request: Request, block: Size, patch: Size) -> float:

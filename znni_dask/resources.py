@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import ceil, prod
 from typing import NamedTuple, TypeVar
 
 from znni_dask.costs import Costs
@@ -69,7 +69,7 @@ class Resources:
     whether who made a block makes the next one, too. Only the outputs within ``hull`` are made; to
     tell which of them are selected takes ``selected_bytes`` for each voxel of a block. ``costs``
     are what the machine takes. A device that computes has ``device_bytes`` of memory; None where
-    the CPU does.
+    the CPU does. So many ``workers`` make the blocks.
     """
 
     unit: Size
@@ -87,6 +87,7 @@ class Resources:
     selected_bytes: int = 0
     costs: Costs = field(default_factory=Costs)
     device_bytes: int | None = None
+    workers: int = 1
 
     @property
     def device(self) -> str:
@@ -100,6 +101,20 @@ class Resources:
             return process
         device = Limit(f" of the {GPU}'s memory", need.device_bytes, self.device_bytes)
         return max(process, device, key=lambda limit: limit.over_bytes)
+
+    def waiting(self, block: Size) -> float:
+        """How many times longer workers are there than they work, on blocks of a size: the last
+        ones may be fewer than they are, as may be all.
+
+        >>> ceil(5 / 4) * 4 / 5  # of five blocks on four workers
+        1.6
+        """
+        hull = self.hull
+        count = prod(
+            (stop - 1) // b - start // b + 1
+            for start, stop, b in zip(hull.start, hull.stop, block, strict=True)
+        )
+        return ceil(count / self.workers) * self.workers / count
 
     def together(self, computing: float, moving: float) -> float:
         """Seconds of what is computed and of what is read and written meanwhile: one after another

@@ -179,7 +179,7 @@ class Slabs:
             predicted_bytes=needed_bytes,
             allowed_bytes=resources.allowed_bytes,
             flops_per_voxel=flops,
-            voxels_per_second=1 / a_voxel,
+            voxels_per_second=1 / (resources.waiting(self.cut.block) * a_voxel),
             blocks_in_column=self.cut.in_column,
         )
 

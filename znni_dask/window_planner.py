@@ -41,13 +41,15 @@ _WORTH_MORE_SAMPLES = 1.05  # times faster that twice the memory must make it
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A block, the windows that all blocks touch together, the most that any of them does, and the
-    largest region of the volume that any of them reads."""
+    """A block, the windows that all blocks touch together, the most that any of them does, the
+    largest region of the volume that any of them reads, and how much longer than they work all
+    workers are there."""
 
     block: Size
     windows: int
     most: int
     region: Size
+    waiting: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,8 @@ class _Way:
 
     def seconds(self, candidate: _Candidate) -> float:
         """Of a whole run."""
-        return self.setup_seconds + candidate.windows * self.window_seconds
+        computing = candidate.waiting * candidate.windows * self.window_seconds
+        return self.setup_seconds + computing
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def _told(grid: WindowGrid, resources: Resources, fit: _Fit, in_flight: int) -> 
         predicted_bytes=needed_bytes,
         allowed_bytes=resources.allowed_bytes,
         flops_per_voxel=flops / voxels,
-        voxels_per_second=1 / resources.together(seconds / voxels, moved),
+        voxels_per_second=1 / (fit.candidate.waiting * resources.together(seconds / voxels, moved)),
         device_bytes=directly.device_bytes,
         allowed_device_bytes=resources.device_bytes or 0,
     )
@@ -247,14 +250,17 @@ def _refusal(grid: WindowGrid, plain: _Way, resources: Resources, smallest: _Can
 
 
 def _candidates(grid: WindowGrid, resources: Resources) -> list[_Candidate]:
-    """All blocks, those first whose windows are fewest."""
+    """All blocks, those first whose windows take workers least, those that wait included."""
     per_axis = [_blocks(grid, resources, axis) for axis in range(3)]
     found = [
-        _Candidate(triple(block), prod(windows), prod(most), triple(region))
+        _Candidate(
+            *(triple(block), prod(windows), prod(most), triple(region)),
+            resources.waiting(triple(block)),
+        )
         for along in product(*per_axis)
-        for block, windows, most, region in [zip(*along, strict=True)]
+        for block, windows, most, region in (map(tuple, zip(*along, strict=True)),)
     ]
-    return sorted(found, key=lambda c: (c.windows, volume(c.block)))
+    return sorted(found, key=lambda c: (c.waiting * c.windows, volume(c.block)))
 
 
 def _blocks(grid: WindowGrid, resources: Resources, axis: int) -> list[tuple[int, int, int, int]]:
