@@ -253,6 +253,7 @@ class _Told:
 
 def _told(device: Wanted, dask_worker: Any) -> _Told:
     """Runs on the worker."""
+    gpu = gpu_of(device)  # before memory is looked at: CUDA takes some of the process's
     threads, memory = dask.config.get("znni.threads", None), dask.config.get("znni.memory", None)
     limit = dask_worker.memory_manager.memory_limit
     return _Told(
@@ -263,7 +264,7 @@ def _told(device: Wanted, dask_worker: Any) -> _Told:
         allowed_bytes=int(memory or _SHARE_OF_LIMIT * limit) if memory or limit else None,
         available_bytes=available_bytes(),
         baseline_bytes=anonymous_bytes(),
-        gpu=gpu_of(device),
+        gpu=gpu,
     )
 
 

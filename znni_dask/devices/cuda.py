@@ -64,8 +64,9 @@ class CudaDevice(Device):
             return self.xp.empty(nbytes, np.uint8)
 
     def pinned(self, nbytes: int) -> Bytes:
-        with self.current():
-            memory = self._cuda.alloc_pinned_memory(nbytes)
+        cuda = self._cuda
+        with self.current():  # not from CuPy's pool, which rounds up to powers of two
+            memory = cuda.PinnedMemoryPointer(cuda.PinnedMemory(nbytes), 0)
         return np.frombuffer(memory, np.uint8, nbytes)
 
     def copy(self, target: Any, source: Any) -> None:
