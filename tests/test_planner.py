@@ -263,6 +263,14 @@ def test_there_is_work_for_all_workers(workers):
     assert wanted.waiting(made.block) == pytest.approx(4 / 3 if workers == 8 else 1)
 
 
+def test_blocks_are_in_flight_while_a_device_computes():
+    wanted = request(graphs.graph("unet", 0), (500, 500, 500), 60 << 30, device_bytes=4 << 30)
+    made = plan(wanted)
+    assert made.device == "gpu"
+    assert made.blocks_in_flight > 1
+    assert 0 < made.device_bytes <= made.allowed_device_bytes == 4 << 30
+
+
 def test_workers_that_wait_are_counted():
     wanted = request(graphs.graph("unet", 0), (128, 128, 128), 4 << 30)
     for workers, block, waiting in ((2, 128, 2.0), (3, 64, 9 / 8), (8, 64, 1.0), (12, 64, 1.5)):

@@ -53,9 +53,13 @@ class Request(Resources):
 
 @dataclass(frozen=True)
 class _Candidate:
+    """A block, its patch, and seconds for a voxel; of these ``hidden`` ones are not seen only as
+    long as several blocks are in flight."""
+
     block: Size
     patch: Size
     seconds_per_voxel: float
+    hidden_seconds: float = 0.0
 
 
 def plan(request: Request) -> Plan:
@@ -267,8 +271,8 @@ class _Fits:
         needed = {True: by_cells.process_bytes, False: directly.process_bytes}
         reading, nbytes = shared_reading(self.request, self._reads[block], needed.__getitem__)
         again = moving_seconds(self.request.layout, self.request, reading.amplification - 1, 0)
-        fresh = self.request.costs.touching_seconds(nbytes - self.request.baseline_bytes)
-        once = again + fresh / self.request.hull.voxels
+        once = again + self.request.touching_seconds(nbytes) / self.request.hull.voxels
+        once += candidate.hidden_seconds if in_flight == 1 else 0.0
         slower = replace(candidate, seconds_per_voxel=candidate.seconds_per_voxel + once)
         return _Fit(slower, reading, Need(nbytes, directly.device_bytes))
 
@@ -342,8 +346,8 @@ def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _
     seconds = schedules.repeats * request.costs.estimated_seconds(steps, request.threads)
     computing = seconds / _useful_voxels(request, block, patch)
     moving = moving_seconds(request.layout, request, 1, 1)
-    working = request.together(computing, moving)
-    return _Candidate(block, patch, request.waiting(block) * working)
+    working, waiting = request.together(computing, moving), request.waiting(block)
+    return _Candidate(block, patch, waiting * working, waiting * (computing + moving - working))
 
 
 def _useful_voxels(request: Request, block: Size, patch: Size) -> float:

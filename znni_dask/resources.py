@@ -121,6 +121,11 @@ class Resources:
         where the same cores do both."""
         return computing + moving if self.device == CPU else max(computing, moving)
 
+    def touching_seconds(self, nbytes: int) -> float:
+        """Until the process came to hold so many bytes; none where a device computes meanwhile."""
+        fresh = nbytes - self.baseline_bytes if self.device == CPU else 0
+        return self.costs.touching_seconds(fresh)
+
     @property
     def answers(self) -> int:
         """Patches whose answers are there at once."""
