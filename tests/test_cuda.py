@@ -8,7 +8,7 @@ import pytest
 
 from cuda_source import ARCHITECTURES, SHARED_BYTES, compiled, emulated
 from znni_dask.kernels.codelets import LONGEST, refusal
-from znni_dask.kernels.cuda import layouts, pooling, weaving
+from znni_dask.kernels.cuda import direct, layouts, pooling, weaving
 from znni_dask.kernels.cuda import tiles as cuda_tiles
 from znni_dask.kernels.cuda.kernel import Kernel
 
@@ -210,3 +210,31 @@ def test_weaving(step):
     told = 2, *parts, *size, *step
     check(weaving.WEAVE, weaving.blocks(2, *size), 2, fragments, numbers, out, *told)
     check_compiles(weaving.WEAVE)
+
+
+DIRECTS = [
+    direct.Direct.of((2, 3, 3), (1, 1, 1), (1, 1, 1), 3, 5, True),
+    direct.Direct.of((3, 2, 4), (2, 1, 3), (1, 2, 1), 1, 21, False),
+    direct.Direct.of((3, 3, 3), (1, 1, 1), (1, 1, 2), 90, 3, False),
+]
+
+
+@pytest.mark.parametrize("kind", DIRECTS, ids=str)
+@pytest.mark.parametrize(
+    ("size", "made", "offset"),
+    [((5, 9, 23), (3, 4, 6), (0, 1, 0)), ((4, 5, 9), (4, 5, 9), (-1, 0, -2))],
+)
+def test_direct_convolution(kind, size, made, offset):
+    random = np.random.default_rng(0)
+    outputs = {5: 5, 11: 21, 3: 3}[kind.made]
+    weights = filled(random, outputs, kind.channels, *kind.kernel)
+    x, bias = filled(random, 2, kind.channels, *size), filled(random, outputs)
+    out = np.full((2, outputs, *made), np.nan, np.float32)
+    given = x, direct.taps(kind, weights), bias, out
+    told = outputs, *size, *made, *offset
+    want = out.copy()
+    kernel = direct.direct_kernel(kind)
+    kernel.plain(*given[:3], want, *told)
+    emulated(kernel, direct.blocks(kind, out.shape), *given, *told)
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5 * want.std())
+    check_compiles(kernel)

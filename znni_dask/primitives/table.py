@@ -28,6 +28,7 @@ from znni_dask.primitives.conv_transpose_direct import ConvTransposeDirect
 from znni_dask.primitives.conv_winograd import ConvWinograd
 from znni_dask.primitives.gpu.conv_cudnn import TENSOR, GpuConvCudnn
 from znni_dask.primitives.gpu.conv_direct import GpuConvDirect
+from znni_dask.primitives.gpu.conv_direct_few import GpuConvDirectFew
 from znni_dask.primitives.gpu.conv_fft_tiles import GpuTiledFFT
 from znni_dask.primitives.gpu.conv_fft_whole import GpuConvWholeFFT
 from znni_dask.primitives.gpu.conv_matrix import GpuConvMatrix
@@ -69,6 +70,7 @@ from znni_dask.primitives.reducing import Normalization, Reducing, SoftmaxOverAx
 
 _OF_GPUS: tuple[Primitive, ...] = (
     GpuConvDirect(),
+    GpuConvDirectFew(),
     GpuConvMatrix(),
     GpuConvWholeFFT(),
     GpuConvCudnn(),

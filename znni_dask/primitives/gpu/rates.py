@@ -8,6 +8,7 @@ from znni_dask.primitives.work import Rate, Work
 
 MEMORY = Rate("gpu memory", 3e12)  # bytes to and from it
 PRODUCTS = Rate("gpu products", 3.5e13)  # operations, of complex numbers in single precision
+SUMS = Rate("gpu sums", 1e13)  # operations of products that are summed one by one
 TRANSFORMS = Rate("gpu transforms", 1e13)  # operations
 LAUNCHES = Rate("gpu launches", 2e5)  # kernels begun
 
