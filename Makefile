@@ -1,10 +1,12 @@
-# Every target works on a fresh machine that has Python 3.11 or later and make.
+# Every target works on a fresh machine that has Python 3.11 or later and make; those of GPUs use
+# what is installed for $(PYTHON), and end in time to tell what they found.
 
 PYTHON ?= python3
+GPU_SECONDS ?= 570
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-full train clean
+.PHONY: demo test lint bench bench-full gpu-test gpu-bench train clean
 
 demo: $(VENV)/installed-core
 	$(BIN)/python examples/demo.py
@@ -38,6 +40,13 @@ bench-full: bench
 	$(BIN)/python benchmarks/simulation.py --real
 	$(BIN)/python pipelines/study.py
 	$(BIN)/python benchmarks/chart.py
+
+gpu-test:
+	PYTHONPATH=. timeout --signal=INT $(GPU_SECONDS) $(PYTHON) -m pytest tests/test_gpu.py -m gpu \
+		-p no:xdist -p no:cacheprovider --durations=10
+
+gpu-bench:
+	PYTHONPATH=. timeout --signal=INT $(GPU_SECONDS) $(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

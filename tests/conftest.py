@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from distributed import Client
+
+import cuda_source
+from znni_dask.devices.simulated import SimulatedDevice
 
 collect_ignore = ["data"]  # what makes it needs TensorFlow
 
@@ -47,6 +52,31 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def device():
+    """What primitives of a GPU are tried on; `test_gpu` has a GPU for it, and for what follows."""
+    with SimulatedDevice(1 << 30) as found:
+        yield found
+
+
+@pytest.fixture
+def launch():
+    """Runs a kernel's CUDA source on numpy's arrays, as `Device.launch` would."""
+    return cuda_source.emulated
+
+
+@pytest.fixture
+def check(launch):
+    """Runs a kernel, and compares what it makes with what the same in numpy makes."""
+    return partial(cuda_source.check, launch, 1e-6)
+
+
+@pytest.fixture
+def check_compiles():
+    """Compiles a kernel for GPUs that are not there."""
+    return cuda_source.check_compiles
 
 
 @pytest.fixture(scope="session")

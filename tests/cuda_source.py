@@ -104,6 +104,23 @@ def compiled(source, name, architecture):
     return Compiled(registers, spilled, stack)
 
 
+def check(launch, tolerance, kernel, blocks, made, *arguments):
+    """What ``launch`` makes in ``arguments[made]`` is what the same in numpy makes."""
+    want = arguments[made].copy()
+    kernel.plain(*arguments[:made], want, *arguments[made + 1 :])
+    launch(kernel, blocks, *arguments)
+    limit = tolerance * max(1.0, np.abs(want[np.isfinite(want)]).max(initial=0))
+    np.testing.assert_allclose(arguments[made], want, rtol=tolerance, atol=limit)
+
+
+def check_compiles(kernel, spilled_bytes=0):
+    """GPUs have room for the kernel."""
+    for architecture in ARCHITECTURES:
+        made = compiled(kernel.source, kernel.name, architecture)
+        assert made.registers * kernel.threads <= 1 << 16
+        assert made.spilled_bytes <= spilled_bytes
+
+
 class EmulatedDevice(SimulatedDevice):
     """A simulated device that runs the kernels' CUDA source."""
 

@@ -71,22 +71,6 @@ def test_a_kernel_is_compiled_for_gpus_that_are_not_there(architecture):
         compiled(TURN.replace("by;", "missing;"), "turn", architecture)
 
 
-def check(kernel, blocks, made, *arguments):
-    """What the kernel makes in ``arguments[made]`` is what the same in numpy makes."""
-    want = arguments[made].copy()
-    kernel.plain(*arguments[:made], want, *arguments[made + 1 :])
-    emulated(kernel, blocks, *arguments)
-    limit = 1e-6 * max(1.0, np.abs(want[np.isfinite(want)]).max(initial=0))
-    np.testing.assert_allclose(arguments[made], want, rtol=1e-6, atol=limit)
-
-
-def check_compiles(kernel, spilled_bytes=0):
-    for architecture in ARCHITECTURES:
-        made = compiled(kernel.source, kernel.name, architecture)
-        assert made.registers * kernel.threads <= 1 << 16
-        assert made.spilled_bytes <= spilled_bytes
-
-
 POOLS = [
     pooling.Pool((2, 2, 2), (2, 3, 2), (1, 1, 1), (2, 3, 2), False),
     pooling.Pool((3, 2, 3), (2, 1, 3), (1, 2, 1), (1, 1, 3), False),
@@ -97,7 +81,7 @@ POOLS = [
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_pooling(pool):
+def test_pooling(pool, check, check_compiles):
     random = np.random.default_rng(0)
     for size, made, offset in [
         ((7, 9, 23), (2, 3, 6), (0, 0, 0)),
@@ -137,7 +121,7 @@ def complexes(random, *shape):
 
 @pytest.mark.parametrize(("tile", "channels"), TILES)
 @pytest.mark.parametrize(("rows", "size"), PLACES)
-def test_tiles_are_transformed(tile, channels, rows, size):
+def test_tiles_are_transformed(tile, channels, rows, size, check, launch):
     random = np.random.default_rng(1)
     layout, count = tile.before(channels), 2 * rows.of_sample - 1
     kernel = cuda_tiles.forward_kernel(tile.size, layout)
@@ -148,13 +132,13 @@ def test_tiles_are_transformed(tile, channels, rows, size):
     blocks = cuda_tiles.blocks(layout, count, channels)
     check(kernel, blocks, 1, x, spectra, *told, *steps)
     turned = np.full((tile.frequencies, channels, count), np.nan, np.complex64)
-    emulated(kernel, blocks, x, turned, *told, count * channels, 1, count)
+    launch(kernel, blocks, x, turned, *told, count * channels, 1, count)
     np.testing.assert_array_equal(turned, spectra.swapaxes(1, 2))
 
 
 @pytest.mark.parametrize(("tile", "channels"), TILES)
 @pytest.mark.parametrize(("rows", "size"), PLACES)
-def test_tiles_are_transformed_back(tile, channels, rows, size):
+def test_tiles_are_transformed_back(tile, channels, rows, size, check):
     random, relu = np.random.default_rng(2), channels > 3
     rows = rows._replace(offset=(0, 0, 0), advance=tile.made)
     layout, count = tile.behind(channels), 2 * rows.of_sample - 1
@@ -175,7 +159,7 @@ def lengths(shown, *all_of_them):
 
 
 @pytest.mark.parametrize("length", lengths((16, 24, 32), 8, 34, 2))
-def test_gpus_have_registers_for_tiles(length):
+def test_gpus_have_registers_for_tiles(length, check_compiles):
     tile = layouts.GpuTile((length,) * 3, (length - 4,) * 3)
     for kernel in (
         cuda_tiles.forward_kernel(tile.size, tile.before(80)),
@@ -186,7 +170,7 @@ def test_gpus_have_registers_for_tiles(length):
 
 
 @pytest.mark.parametrize("length", lengths((1, 2, 9, 13, 22, 25, 28), 1, LONGEST + 1))
-def test_lines_of_every_length_are_transformed(length):
+def test_lines_of_every_length_are_transformed(length, check):
     """Along x those that are even, along y all."""
     wide = 2 if length % 2 else length
     tile = layouts.GpuTile((1, length, wide), (1, max(1, length - 3), max(1, wide - 2)))
@@ -202,7 +186,7 @@ def test_lines_of_every_length_are_transformed(length):
 
 
 @pytest.mark.parametrize("step", [(1, 1, 1), (2, 1, 3), (1, 2, 8)])
-def test_weaving(step):
+def test_weaving(step, check, check_compiles):
     random, size = np.random.default_rng(3), (5, 7, 90)
     numbers = random.permutation(int(np.prod(step))) - 1  # one place has no fragment
     parts = [-(-n // s) for n, s in zip(size, step, strict=True)]

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_cuda import check, check_compiles
 
-from cuda_source import emulated
 from znni_dask.kernels.cuda import pointwise, resampling
 from znni_dask.network.layers import FUNCTIONS
 
@@ -15,7 +13,7 @@ SPECIAL = (0.0, -0.0, np.inf, -np.inf, np.nan, 90.0, -90.0, 1e-20, -1e-20, 0.7, 
 
 
 @pytest.mark.parametrize("function", [f for f in FUNCTIONS if f != "prelu"])
-def test_functions_of_values(function):
+def test_functions_of_values(function, check, launch, check_compiles):
     kernel = pointwise.of_values(function)
     count = 2 * pointwise.PIECE + 77
     x = 3 * np.random.default_rng(0).standard_normal(count, np.float32)
@@ -25,14 +23,14 @@ def test_functions_of_values(function):
         check(kernel, pointwise.blocks_of(count), 1, x, out, count, alpha, beta)
         assert (out[count:] == 0.5).all()
     there = x.copy()
-    emulated(kernel, pointwise.blocks_of(count), there, there, count, 3.0, np.inf)
+    launch(kernel, pointwise.blocks_of(count), there, there, count, 3.0, np.inf)
     np.testing.assert_array_equal(there, out[:count])
     check_compiles(kernel)
 
 
 @pytest.mark.parametrize("function", ["prelu", "affine"])
 @pytest.mark.parametrize("voxels", [5, 2 * pointwise.PIECE + 77])
-def test_functions_with_numbers_of_channels(function, voxels):
+def test_functions_with_numbers_of_channels(function, voxels, check, check_compiles):
     kernel, random = pointwise.of_channels(function), np.random.default_rng(0)
     x = random.standard_normal((2, 3, voxels)).astype(np.float32)
     scale, shift = (random.standard_normal(3).astype(np.float32) for _ in range(2))
@@ -46,7 +44,7 @@ SIZES = [((3, 4, 5), (4, 3, 7)), ((2, 9, 60), (3, 50, 91))]
 
 
 @pytest.mark.parametrize(("size", "made"), SIZES)
-def test_values_are_fetched(size, made):
+def test_values_are_fetched(size, made, check, check_compiles):
     random = np.random.default_rng(0)
     x = random.standard_normal((2, 3, *size)).astype(np.float32)
     out = np.full((2, 3, *made), np.nan, np.float32)
@@ -58,7 +56,7 @@ def test_values_are_fetched(size, made):
 
 
 @pytest.mark.parametrize(("size", "made"), SIZES)
-def test_values_are_interpolated(size, made):
+def test_values_are_interpolated(size, made, check, check_compiles):
     random = np.random.default_rng(0)
     x = random.standard_normal((2, 3, *size)).astype(np.float32)
     out = np.full((2, 3, *made), np.nan, np.float32)

@@ -10,7 +10,6 @@ import pytest
 from test_gpu_primitives import CASES, check_boxes, on
 
 from test_primitives import LAYERS, SIZE, cut, expected, inputs_of, problem_of, weights_of
-from znni_dask.devices.simulated import SimulatedDevice
 from znni_dask.geometry import Box, volume
 from znni_dask.primitives.base import GPU
 from znni_dask.primitives.gpu import (
@@ -45,12 +44,11 @@ IN_PIECES = [
 
 @pytest.mark.parametrize("nbytes", [8_000, 40_000])
 @pytest.mark.parametrize(("label", "name"), IN_PIECES)
-def test_pieces_of_any_size_are_the_same(label, name, nbytes, monkeypatch):
+def test_pieces_of_any_size_are_the_same(label, name, nbytes, monkeypatch, device):
     monkeypatch.setattr(*BOUNDS[name], nbytes)
     monkeypatch.setattr(conv_direct, "SUMMED", nbytes // 500)
     monkeypatch.setattr(conv_fft_whole, "BLOCK_BYTES", 100 * nbytes)
-    with SimulatedDevice(1 << 30) as device:
-        check_boxes(device, label, name, SIZE)
+    check_boxes(device, label, name, SIZE)
 
 
 LOCAL = [
@@ -61,7 +59,7 @@ LOCAL = [
 
 
 @pytest.mark.parametrize(("label", "name"), LOCAL)
-def test_inputs_may_be_larger_than_what_is_looked_at(label, name):
+def test_inputs_may_be_larger_than_what_is_looked_at(label, name, device):
     layer, count = LAYERS[label]
     primitive, random = named(name, layer, GPU), np.random.default_rng(6)
     channels, arrays = inputs_of(layer, count, random)
@@ -77,8 +75,7 @@ def test_inputs_may_be_larger_than_what_is_looked_at(label, name):
     given = [np.ascontiguousarray(cut(a, wider)) for a in arrays]
     shapes = tuple(a.shape for a in given)
     problem = replace(problem, inputs=shapes, offsets=(tuple(offset),) * count)
-    with SimulatedDevice(1 << 30) as device:
-        made = on(device, primitive, primitive.placed(layer, weights, device), problem, given)
+    made = on(device, primitive, primitive.placed(layer, weights, device), problem, given)
     moves = list(np.ndindex(*primitive.fragments_of(layer)))
     for got, move in zip(made.reshape(len(moves), 2, *made.shape[1:]), moves, strict=True):
         want = expected(layer, arrays, weights, move)

@@ -50,21 +50,29 @@ class LaunchesNothing(SimulatedDevice):
         pass
 
 
+def fetched(device, array):
+    """A copy of a device's array on the host."""
+    here = device.pinned(array.nbytes)
+    there = array.reshape(-1).view(np.uint8)
+    device.lanes.compute.do(lambda: device.copy(here, there)).wait()
+    return here.view(array.dtype).reshape(array.shape)
+
+
 def on(device, primitive, prepared, problem, arrays):
     """What a primitive makes on a device."""
     given = [device.put(array) for array in arrays]
     memory = device.empty(4 * int(np.prod(problem.output)))
     out = memory.view(np.float32).reshape(problem.output)
-    out[...] = np.nan
 
     def work():
+        out[...] = np.nan
         primitive.apply(prepared, problem, given, out, device)
 
     device.lanes.compute.do(work).wait()
     for before, after in zip(arrays, given, strict=True):
         if not primitive.in_place:
-            np.testing.assert_array_equal(before, after)
-    return out
+            np.testing.assert_array_equal(before, fetched(device, after))
+    return fetched(device, out)
 
 
 def check_boxes(device, label, name, part):
@@ -91,9 +99,8 @@ def check_boxes(device, label, name, part):
 
 
 @pytest.mark.parametrize(("label", "name"), CASES)
-def test_any_box_of_the_output_equals_the_oracle(label, name):
-    with SimulatedDevice(1 << 30) as device:
-        check_boxes(device, label, name, (3, 5, 20))
+def test_any_box_of_the_output_equals_the_oracle(label, name, device):
+    check_boxes(device, label, name, (3, 5, 20))
 
 
 @pytest.mark.parametrize(("label", "name"), ONE_OF_EACH.values())
@@ -106,7 +113,7 @@ def test_kernels_in_cuda_make_the_same(label, name):
     ("label", "name"),
     [(label, name) for label, name in CASES if named(name, LAYERS[label][0], GPU).in_place],
 )
-def test_in_place_gives_the_same(label, name):
+def test_in_place_gives_the_same(label, name, device):
     layer, count = LAYERS[label]
     primitive = named(name, layer, GPU)
     random = np.random.default_rng(4)
@@ -114,15 +121,14 @@ def test_in_place_gives_the_same(label, name):
     weights = weights_of(layer, random)
     problem, _ = problem_of(layer, primitive, 2, channels, SIZE, Box((0, 0, 0), SIZE))
     want = expected(layer, arrays, weights)
-    with SimulatedDevice(1 << 30) as device:
-        prepared = primitive.placed(layer, weights, device)
-        given = [device.put(a) for a in arrays]
+    prepared = primitive.placed(layer, weights, device)
+    given = [device.put(a) for a in arrays]
 
-        def work():
-            primitive.apply(prepared, problem, given, given[0], device)
+    def work():
+        primitive.apply(prepared, problem, given, given[0], device)
 
-        device.lanes.compute.do(work).wait()
-    np.testing.assert_allclose(given[0], want, rtol=1e-5, atol=2e-5)
+    device.lanes.compute.do(work).wait()
+    np.testing.assert_allclose(fetched(device, given[0]), want, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in")  # memory that nothing was written to
@@ -188,14 +194,13 @@ def test_fragments_refuse_padding():
 
 @pytest.mark.parametrize("label", ["conv padded", "conv dilated padded", "conv blocks"])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_tiles_are_computed_in_batches_of_any_size(label, rows, monkeypatch):
+def test_tiles_are_computed_in_batches_of_any_size(label, rows, monkeypatch, device):
     tiled, layer = TILES[0], LAYERS[label][0]
     row_bytes = 8 * 5 * 8 * 7 * (layer.in_channels + layer.out_channels)
     monkeypatch.setattr(conv_fft_tiles, "WORKSPACE_BYTES", rows * row_bytes + 3)
     problem = Problem(layer, ((2, 1, *SIZE),), (2, 1, *SIZE), ((0, 0, 0),), (0, 0, 0), SIZE)
     assert 0 < tiled.workspace_bytes(problem, threads=1) <= rows * row_bytes + 256
-    with SimulatedDevice(1 << 30) as device:
-        check_boxes(device, label, tiled.name, (9, 14, 37))
+    check_boxes(device, label, tiled.name, (9, 14, 37))
 
 
 def test_tiles_that_have_no_room_are_refused():
@@ -236,13 +241,8 @@ def test_no_tiles_are_worth_trying_for_few_products():
     assert not list(conv_fft_tiles.gpu_tiles(problem))
 
 
-@pytest.mark.parametrize("device_of", [SimulatedDevice, EmulatedDevice])
-@pytest.mark.parametrize("spacing", [(1, 1, 1), (2, 2, 2), (1, 3, 4), (2, 1, 5)])
-@pytest.mark.parametrize("size", [(3, 4, 7), (2, 3, 171)])
-@pytest.mark.parametrize("missing", [False, True])
-def test_woven_fragments_lie_interleaved_and_leave_other_places_alone(
-    device_of, spacing, size, missing
-):
+def check_woven(device, spacing, size, missing):
+    """Fragments lie interleaved in the answer; where one is missing nothing is written."""
     random = np.random.default_rng(8)
     want = random.standard_normal((3, *size)).astype(np.float32)
     places = list(np.ndindex(*spacing))[missing:][::-1]
@@ -251,17 +251,39 @@ def test_woven_fragments_lie_interleaved_and_leave_other_places_alone(
     for fragment, place in zip(fragments, places, strict=True):
         part = want[:, *(slice(p, None, s) for p, s in zip(place, spacing, strict=True))]
         fragment[:, *(slice(n) for n in part.shape[1:])] = part
-    out = np.full_like(want, 7)
+    there, out = device.put(fragments), device.put(np.full_like(want, 7))
     numbers = {place: i for i, place in enumerate(places)}
-    with device_of(1 << 30) as device:
-        device.lanes.compute.do(lambda: weave(fragments, numbers, spacing, out, device)).wait()
+    device.lanes.compute.do(lambda: weave(there, numbers, spacing, out, device)).wait()
     if missing:
         want[:, *(slice(None, None, s) for s in spacing)] = 7
-    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(fetched(device, out), want)
+
+
+@pytest.fixture
+def emulated():
+    """A device that runs the kernels' CUDA source."""
+    with EmulatedDevice(1 << 30) as found:
+        yield found
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2, 2, 2), (1, 3, 4), (2, 1, 5)])
+@pytest.mark.parametrize("size", [(3, 4, 7), (2, 3, 171)])
+@pytest.mark.parametrize("missing", [False, True])
+def test_woven_fragments_lie_interleaved_and_leave_other_places_alone(
+    spacing, size, missing, device
+):
+    check_woven(device, spacing, size, missing)
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2, 2, 2), (1, 3, 4), (2, 1, 5)])
+@pytest.mark.parametrize("size", [(3, 4, 7), (2, 3, 171)])
+@pytest.mark.parametrize("missing", [False, True])
+def test_weaving_in_cuda_is_the_same(spacing, size, missing, emulated):
+    check_woven(emulated, spacing, size, missing)
 
 
 @pytest.mark.parametrize("deviation", [1, 50])
-def test_raw_grey_values_lose_little_by_transforms(deviation):
+def test_raw_grey_values_lose_little_by_transforms(deviation, emulated):
     layer, size = layers.Conv(1, 4, (5, 5, 5), bias=False), (20, 20, 28)
     random = np.random.default_rng(7)
     x = 1000 + deviation * random.standard_normal((1, 1, *size), np.float32)
@@ -269,6 +291,6 @@ def test_raw_grey_values_lose_little_by_transforms(deviation):
     want = expected(layer, [x], weights)
     problem = Problem(layer, (x.shape,), want.shape, ((0, 0, 0),), (0, 0, 0), size)
     tiled = GpuTiledFFT((20, 20, 28))
-    with EmulatedDevice(1 << 30) as device:
-        made = on(device, tiled, tiled.placed(layer, weights, device), problem, [x])
+    prepared = tiled.placed(layer, weights, emulated)
+    made = on(emulated, tiled, prepared, problem, [x])
     assert np.linalg.norm(made - want) < 1e-6 * np.linalg.norm(want)

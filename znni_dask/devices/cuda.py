@@ -96,6 +96,7 @@ class CudaDevice(Device):
         super().close()
         with self.current():
             self._device.synchronize()
+            self.xp.fft.config.clear_plan_cache()  # plans have memory of the pool
             self._pool.free_all_blocks()
 
 
