@@ -29,10 +29,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from networks import OUTPUTS, layers_by_torch
 from numpy.typing import NDArray
 
 from machine import keep, kept
+from networks import OUTPUTS, layers_by_torch
 from planning import calibrated, steady, unet
 from znni_dask import column_planner, planner, timings
 from znni_dask.choices import chosen_primitives

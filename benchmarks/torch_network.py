@@ -26,18 +26,28 @@ FORMATS = {"": torch.contiguous_format, " channels last": torch.channels_last_3d
 
 
 class TorchNetwork:
-    """A network with its weights in one memory format, on so many threads."""
+    """A network with its weights in one memory format, on so many threads (0: as many as PyTorch
+    likes), or on a GPU."""
 
-    def __init__(self, network: Network, threads: int, memory: torch.memory_format) -> None:
+    def __init__(
+        self,
+        network: Network,
+        threads: int,
+        memory: torch.memory_format,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._network, self._memory = network, memory
-        torch.set_num_threads(threads)
+        self._device, self._dtype = device, dtype
+        if threads:
+            torch.set_num_threads(threads)
         self._weights = {
             name: {key: self._placed(array) for key, array in weights.items()}
             for name, weights in network.weights.items()
         }
 
     def _placed(self, array: Array) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self._device, self._dtype)
         return tensor.contiguous(memory_format=self._memory) if tensor.dim() == 5 else tensor
 
     @torch.inference_mode()
@@ -52,7 +62,7 @@ class TorchNetwork:
                 for name in set(node.inputs):
                     if last_use[name] == node.name:
                         del values[name]
-        return cast("Array", values[self._network.output].contiguous().numpy())
+        return _on_host(values[self._network.output])
 
     @torch.inference_mode()
     def fragments(self, x: Array) -> list[Array]:
@@ -61,7 +71,7 @@ class TorchNetwork:
         every pooling goes to the end before the next, or memory would not suffice for large inputs;
         the order is that of fragments that join a batch."""
         layers = [node for node in self._network if node.inputs]
-        return [made.numpy() for made in self._to_the_end(layers, self._placed(x))]
+        return [_on_host(made) for made in self._to_the_end(layers, self._placed(x))]
 
     def _to_the_end(self, layers: list[Node], x: torch.Tensor) -> list[torch.Tensor]:
         for number, node in enumerate(layers):
@@ -97,6 +107,12 @@ class TorchNetwork:
             case Reduce(function="mean", axes="zyx"):
                 return x.mean((2, 3, 4), keepdim=True)
         raise NotImplementedError(f"{layer.kind} ({layer.summary})")
+
+
+def _on_host(made: torch.Tensor) -> Array:
+    """As an array; bfloat16, which numpy has not, as float32."""
+    wide = made.float() if made.dtype == torch.bfloat16 else made
+    return cast("Array", wide.contiguous().cpu().numpy())
 
 
 def convolved(layer: Conv, x: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -14,8 +14,12 @@ import accuracy
 import bandwidth
 import chart
 import convolution
+import gpu
+import gpu_layers
+import gpu_rates
 import oracle
 import peers
+from gpu_device import Bench
 from layer import Point, Ready, fastest
 from rounds import Timing
 from znni_dask.kernels.team import Team
@@ -163,6 +167,79 @@ def test_errors_are_measured_for_whole_networks(monkeypatch):
         (row,) = accuracy.errors_of_networks(["small"], team)
     assert row["input"] == 18 + 3 * 4 - 1
     assert 0 < row["error"] < 1e-6
+
+
+def test_all_that_is_measured_on_a_gpu_runs_on_a_simulated_one(tmp_path):
+    parts = [*gpu.PARTS, gpu.RATES]
+    path = gpu.run(Bench(simulated=True, quick=True), parts, None, tmp_path)
+    assert path.name == "gpu-simulated.json"
+    found = json.loads(path.read_text())
+    assert found["device"]["device"] == "simulated"
+    for part in parts:
+        assert "failed" not in found[part], found[part]
+        assert not found[part].get("left_out"), found[part]
+    assert found["floors"]["floors"].keys() == {"copy", "products"}
+    assert all(row["whole_float32"] for row in found["floors"]["products"])
+    for point in (*found["layers"]["rows"], *found["ends"]["rows"]):
+        assert not point["wrong"]
+        assert point["best"] in point["rows"]
+        for name, row in point["rows"].items():
+            assert not row["reason"]
+            assert row["error"] < (2e-2 if "bfloat16" in name else 1e-5)
+        assert all(peer["times"] > 0 for peer in point["peers"].values())
+    tiled = next(row for name, row in found["layers"]["rows"][0]["rows"].items() if "tiled" in name)
+    assert tiled["kernels"].keys() == {"forward", "product", "inverse"}
+    assert all(not row["reason"] and row["seconds"] > 0 for row in found["moving"]["rows"])
+    assert {"weave", "fragments", "normalisation"} <= {
+        row["primitive"] for row in found["moving"]["rows"]
+    }
+    for network in found["networks"]["rows"].values():
+        assert network["right"]
+        assert network["times"].keys() == {"float32", "tf32", "bfloat16"}
+    for name, row in found["unets"]["rows"].items():
+        assert not row["reason"]
+        assert row["error"] < (3e-2 if "bfloat16" in name else 1e-5)
+    for made in found["overlap"]["rows"].values():
+        assert made["largest_difference"] <= 1
+        assert 0 < made["busy_share"] <= made["busy_share_between_patches"] <= 1.01
+    assert len(found["rates"]["lines"]) == 6
+
+
+def test_a_part_that_fails_leaves_the_others_and_what_was_kept(tmp_path, monkeypatch):
+    def fail(bench):
+        raise RuntimeError("no more")
+
+    parts = {"one": (lambda bench: {"rows": [1]}, 1), "two": (fail, 1)}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    bench = Bench(simulated=True, quick=True)
+    gpu.run(bench, ["one"], None, tmp_path)
+    found = json.loads(gpu.run(bench, ["two"], None, tmp_path).read_text())
+    assert found["one"]["rows"] == [1]
+    assert "no more" in found["two"]["failed"]
+
+
+def test_what_there_is_no_time_for_is_left_out():
+    found = gpu_layers.middle(Bench(simulated=True, quick=True, end=0.0))
+    assert found == {"rows": [], "left_out": ["3 → 4, 3³, 2 × 9³"]}
+
+
+def test_rates_are_those_by_which_rows_were_made():
+    random, names = np.random.default_rng(0), ("gpu memory", "gpu products", "gpu transforms")
+    speeds, rows = (2e12, 3e13, 1e13), []
+    for amounts in random.uniform(1e9, 1e12, (20, 3)):
+        seconds = float(sum(amounts / speeds))
+        told = {"seconds": seconds, "estimated_seconds": seconds / 2, "family": "gpu tiled fft"}
+        rows.append(told | {"amounts": dict(zip(names, amounts, strict=True))})
+    found = gpu_rates.rates_from({"layers": {"rows": [point_of(rows)]}})
+    assert found["fitted"] == pytest.approx(dict(zip(names, speeds, strict=True)))
+    assert found["off_by"] == {"gpu tiled fft": pytest.approx(2)}
+    assert found["lines"][0] == 'MEMORY = Rate("gpu memory", 2e+12)'
+
+
+def point_of(rows):
+    """A point of a benchmark that has these rows, and peers that took a second."""
+    peers = {precision: {"seconds": 1.0} for precision in ("tf32", "bfloat16")}
+    return {"flops": 1e12, "peers": peers, "rows": {str(i): row for i, row in enumerate(rows)}}
 
 
 def test_the_tables_of_the_documents_are_those_of_the_results():
