@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -96,7 +97,9 @@ class CudaDevice(Device):
         super().close()
         with self.current():
             self._device.synchronize()
-            self.xp.fft.config.clear_plan_cache()  # plans have memory of the pool
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # that this is new in CuPy
+                self.xp.fft.config.clear_plan_cache()  # plans of this thread hold memory of it
             self._pool.free_all_blocks()
 
 
