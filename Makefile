@@ -42,11 +42,11 @@ bench-full: bench
 	$(BIN)/python benchmarks/chart.py
 
 gpu-test:
-	PYTHONPATH=. timeout --signal=INT $(GPU_SECONDS) $(PYTHON) -m pytest tests/test_gpu.py -m gpu \
+	PYTHONPATH=".:$$PYTHONPATH" timeout --signal=INT $(GPU_SECONDS) $(PYTHON) -m pytest tests/test_gpu.py -m gpu \
 		-p no:xdist -p no:cacheprovider --durations=10
 
 gpu-bench:
-	PYTHONPATH=. timeout --signal=INT $(GPU_SECONDS) $(PYTHON) benchmarks/gpu.py
+	PYTHONPATH=".:$$PYTHONPATH" timeout --signal=INT $(GPU_SECONDS) $(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info
