@@ -43,7 +43,7 @@ bench-full: bench
 
 gpu-test:
 	PYTHONPATH=".:$$PYTHONPATH" timeout --signal=INT $(GPU_SECONDS) $(PYTHON) -m pytest tests/test_gpu.py -m gpu \
-		-p no:xdist -p no:cacheprovider --durations=10
+		-p no:xdist -p no:cacheprovider -rfEs --durations=10
 
 gpu-bench:
 	PYTHONPATH=".:$$PYTHONPATH" timeout --signal=INT $(GPU_SECONDS) $(PYTHON) benchmarks/gpu.py
