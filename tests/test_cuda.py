@@ -208,7 +208,7 @@ DIRECTS = [
     ("size", "made", "offset"),
     [((5, 9, 23), (3, 4, 6), (0, 1, 0)), ((4, 5, 9), (4, 5, 9), (-1, 0, -2))],
 )
-def test_direct_convolution(kind, size, made, offset):
+def test_direct_convolution(kind, size, made, offset, launch, check_compiles):
     random = np.random.default_rng(0)
     outputs = {5: 5, 11: 21, 3: 3}[kind.made]
     weights = filled(random, outputs, kind.channels, *kind.kernel)
@@ -219,6 +219,6 @@ def test_direct_convolution(kind, size, made, offset):
     want = out.copy()
     kernel = direct.direct_kernel(kind)
     kernel.plain(*given[:3], want, *told)
-    emulated(kernel, direct.blocks(kind, out.shape), *given, *told)
+    launch(kernel, direct.blocks(kind, out.shape), *given, *told)
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5 * want.std())
     check_compiles(kernel)
