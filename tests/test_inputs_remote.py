@@ -181,7 +181,7 @@ def test_a_server_that_is_restarted_is_asked_again(served, monkeypatch):
             threading.Thread(target=again[0].serve_forever, daemon=True).start()
 
     monkeypatch.setattr(volume_module, "_PATIENCE", Patience(is_passing))
-    monkeypatch.setattr(patience.time, "sleep", restarted)
+    monkeypatch.setattr(patience, "sleep", restarted)
     try:
         np.testing.assert_array_equal(volume.read(BOX)[0], DATA[BOX.slices])
         assert again

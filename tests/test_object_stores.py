@@ -344,7 +344,7 @@ def test_a_journal_that_may_not_be_written_any_more_ends_the_run(
     ],
 )
 def test_what_may_pass_is_asked_again_and_nothing_else(error, passes, monkeypatch):
-    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(patience, "sleep", lambda seconds: None)
     answers = iter([error, None])
 
     def do():

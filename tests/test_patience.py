@@ -17,12 +17,11 @@ from znni_dask.storage.patience import Patience
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes where it is waited for, alone; from now on, in seconds."""
+    """Time that passes where it is waited for, alone; from now on, in seconds. Others, like the
+    event loop of a cluster, keep theirs: it would sleep for good."""
     passed = [0.0]
-    monkeypatch.setattr(patience.time, "monotonic", lambda: 1000 + passed[0])
-    monkeypatch.setattr(
-        patience.time, "sleep", lambda seconds: passed.append(passed.pop() + seconds)
-    )
+    monkeypatch.setattr(patience, "monotonic", lambda: 1000 + passed[0])
+    monkeypatch.setattr(patience, "sleep", lambda seconds: passed.append(passed.pop() + seconds))
     return passed
 
 

@@ -4,8 +4,8 @@ a moment, a server that is restarted."""
 from __future__ import annotations
 
 import errno
-import time
 from collections.abc import Callable
+from time import monotonic, sleep
 from typing import TypeVar
 
 from znni_dask.errors import is_full
@@ -48,12 +48,12 @@ class Patience:
             except refusals() as error:
                 if is_full(error) or not self._passing(error):
                     raise
-                now = time.monotonic()
+                now = monotonic()
                 first = first or now
                 since = self._refused = self._refused or first
                 if now + pause > min(first, since) + _SECONDS:
                     raise
-                time.sleep(pause)
+                sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:
                 self._refused = None
