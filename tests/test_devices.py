@@ -331,7 +331,7 @@ def test_windows_are_computed_on_the_gpu_too(paths, tmp_path):
 
 
 def test_a_plan_that_does_not_fit_the_gpu_is_refused_with_the_layer(paths):
-    with simulated(), pytest.raises(MemoryLimitError, match=r"2 MiB of the gpu's memory.*layer"):
+    with simulated(), pytest.raises(MemoryLimitError, match=r"2 MiB of the GPU's memory.*layer"):
         znni_dask.run(same_size(), *paths, device="gpu", device_memory="2MiB", chunks=16)
 
 

@@ -99,7 +99,7 @@ class Resources:
         process = Limit("", need.process_bytes, self.allowed_bytes)
         if self.device_bytes is None:
             return process
-        device = Limit(f" of the {GPU}'s memory", need.device_bytes, self.device_bytes)
+        device = Limit(" of the GPU's memory", need.device_bytes, self.device_bytes)
         return max(process, device, key=lambda limit: limit.over_bytes)
 
     def waiting(self, block: Size) -> float:
