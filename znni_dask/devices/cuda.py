@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -97,9 +96,6 @@ class CudaDevice(Device):
         super().close()
         with self.current():
             self._device.synchronize()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # that this is new in CuPy
-                self.xp.fft.config.clear_plan_cache()  # plans of this thread hold memory of it
             self._pool.free_all_blocks()
 
 
