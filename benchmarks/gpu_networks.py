@@ -116,10 +116,10 @@ def _dense(bench: Bench, network: Network) -> dict[str, Any]:
         begin = time.perf_counter()
         executor.run(todo, [x], outs[:1])
         first = time.perf_counter() - begin
-        executor.taken_seconds(), executor.taken_spans()
+        executor.taken()
         alone = wall(None, lambda: executor.run(todo, [x], outs[:1]))
-        layers = {array.name: s for array, s in executor.taken_seconds().items()}
-        spent = {s.what: s.seconds for s in executor.taken_spans()}
+        told = executor.taken()
+        layers, spent = told.layer_seconds, {s.what: s.seconds for s in told.spans}
         patches = max(2, min(_PATCHES, int(_PATCHES_SECONDS / alone)))
         together = _together(executor, todo, x, outs, patches)
         alike = all(np.array_equal(out, outs[0]) for out in outs[:patches])
@@ -223,10 +223,7 @@ def unets(bench: Bench) -> dict[str, Any]:
         for name, timing in timings.items():
             if timing.rounds:
                 answers[name] = np.asarray(calls[name]())
-        layers = {
-            name: {array.name: s for array, s in executor.taken_seconds().items()}
-            for name, executor in executors.items()
-        }
+        layers = {name: executor.taken().layer_seconds for name, executor in executors.items()}
         for executor in executors.values():
             executor.close()
     bench.take_back()

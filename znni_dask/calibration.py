@@ -92,9 +92,9 @@ def _seconds(
             executor.run(todo, [x], [out])
         runs = []
         for _ in range(RUNS):
-            executor.taken_seconds()  # those before do not count
+            executor.taken()  # those before do not count
             executor.run(todo, [x], [out])
-            runs.append(executor.taken_seconds())
+            runs.append(executor.taken().seconds)
     return {array: median(run[array] for run in runs) / schedules.repeats for array in runs[0]}
 
 

@@ -262,8 +262,8 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
             with self._computing.through(turn, at_once), spans.of("computing"):
                 blocks.make(block, behind, take, wanted)
             del behind  # it makes room for what writing takes
-        spent = blocks.taken_seconds()
-        spans.add(blocks.taken_spans())
+        spent = blocks.taken()
+        spans.add(spent.spans)
         with spans.of("writing"):
             for target, stored in made:
                 self._computing.check()  # another run may have taken its place
@@ -272,7 +272,7 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
             block.voxels if wanted is None else int(wanted.sum()),
             reader.decoded_voxels,
             job.reads.needed_voxels(place, region),
-            spent,
+            spent.layer_seconds,
             self._meter.peak_bytes,
             self._worker,
             tuple(spans.found),

@@ -16,15 +16,14 @@ from znni_dask.choices import choose_primitives
 from znni_dask.closing import Closing
 from znni_dask.devices.base import Device
 from znni_dask.executors.device import executor_of
-from znni_dask.executors.serial import by_layer
+from znni_dask.executors.spent import Spent
 from znni_dask.geometry import Box, hull, triple
 from znni_dask.kernels.memory import allocate
 from znni_dask.network.network import Network
 from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive
 from znni_dask.resources import SLOTS
-from znni_dask.schedule import Schedule, Schedules, Stored
+from znni_dask.schedule import Schedule, Schedules
 from znni_dask.selection import Wanted
-from znni_dask.timeline import Span
 from znni_dask.windows import WholeWindow, WindowGrid
 
 
@@ -65,13 +64,9 @@ class WindowExecutor(Closing):
             self._made[samples] = schedules.schedule(self._whole)
         self._executor.run(self._made[samples], windows, outs)
 
-    def taken_seconds(self) -> dict[Stored, float]:
-        """The seconds that every array took to compute since this was last asked."""
-        return self._executor.taken_seconds()
-
-    def taken_spans(self) -> list[Span]:
-        """What a device did, lane by lane, since this was last asked."""
-        return self._executor.taken_spans()
+    def taken(self) -> Spent:
+        """The time spent since this was last asked."""
+        return self._executor.taken()
 
     def close(self) -> None:
         """End the threads and free the memory."""
@@ -174,14 +169,9 @@ class WindowBlocks(Closing):
             if wanted is None or wanted[here.slices].any():
                 yield window, here
 
-    def taken_seconds(self) -> dict[str, float]:
-        """The seconds that every layer took since this was last asked, changes of its output's form
-        included."""
-        return by_layer(self._executor.taken_seconds())
-
-    def taken_spans(self) -> list[Span]:
-        """What a device did, lane by lane, since this was last asked."""
-        return self._executor.taken_spans()
+    def taken(self) -> Spent:
+        """The time spent since this was last asked."""
+        return self._executor.taken()
 
     def close(self) -> None:
         """End the threads and free the memory."""

@@ -12,7 +12,7 @@ from znni_dask.choices import chosen_primitives
 from znni_dask.closing import Closing
 from znni_dask.columns import Column
 from znni_dask.cut import Cut
-from znni_dask.executors.serial import by_layer
+from znni_dask.executors.spent import Spent
 from znni_dask.executors.streaming import ColumnExecutor
 from znni_dask.geometry import Box
 from znni_dask.network.field_of_view import Interval
@@ -22,7 +22,6 @@ from znni_dask.plan import Plan
 from znni_dask.primitives.base import Array
 from znni_dask.schedule import Schedules
 from znni_dask.selection import Wanted
-from znni_dask.timeline import Span
 
 Take = Callable[[Box, Array], None]
 
@@ -73,14 +72,9 @@ class ColumnBlocks(Closing):
         if not going.ended:
             self._going = going  # not where it failed: then nobody knows how far it is
 
-    def taken_seconds(self) -> dict[str, float]:
-        """The seconds that every layer took since this was last asked, changes of its output's form
-        included."""
-        return by_layer(self._executor.taken_seconds())
-
-    def taken_spans(self) -> list[Span]:
-        """What a device did, lane by lane, since this was last asked."""
-        return self._executor.taken_spans()
+    def taken(self) -> Spent:
+        """The time spent since this was last asked."""
+        return self._executor.taken()
 
     def close(self) -> None:
         """End the threads and free the memory."""

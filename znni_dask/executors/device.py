@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from znni_dask.closing import Closing
 from znni_dask.devices.base import Device, Lane, Mark
 from znni_dask.executors.serial import SerialExecutor
+from znni_dask.executors.spent import Spent
 from znni_dask.geometry import Size, add
 from znni_dask.network.network import Network
 from znni_dask.primitives.base import ITEM_BYTES, Array, DevicePrimitive, Form, Primitive, Shape
@@ -45,7 +46,7 @@ class DeviceExecutor(Closing):
         given_bytes, made_bytes = slot_bytes(schedules, sizes, patch)
         self.network, self._device = network, device
         self._seconds: defaultdict[Stored, float] = defaultdict(float)
-        self._spans: list[Span] = []
+        self._spans: deque[Span] = deque(maxlen=_SPANS_KEPT)
         self._lock, self._clock = threading.Lock(), _Clock(device)
         self._placed: dict[str, Any] = placed(network, schedules.primitives, device)
         self._places = arena.places
@@ -81,7 +82,7 @@ class DeviceExecutor(Closing):
             self._slots.put(slot)
         spans = [self._clock.span(one) for one in (sent, computed, back)]
         with self._lock:
-            self._spans = [*self._spans, *spans][-_SPANS_KEPT:]
+            self._spans.extend(spans)
             for array, begin, end in marks:
                 self._seconds[array] += end.seconds_since(begin)
 
@@ -122,17 +123,13 @@ class DeviceExecutor(Closing):
             for sample, out in enumerate(made):
                 weave(fragments[sample :: len(made)], numbers, todo.spacing, out, device)
 
-    def taken_seconds(self) -> dict[Stored, float]:
-        """The seconds that every array took to compute since this was last asked."""
+    def taken(self) -> Spent:
+        """The time spent since this was last asked; of what lanes did the last."""
         with self._lock:
-            seconds, self._seconds = self._seconds, defaultdict(float)
-        return seconds
-
-    def taken_spans(self) -> list[Span]:
-        """What the device did last, lane by lane, since this was last asked."""
-        with self._lock:
-            spans, self._spans = self._spans, []
-        return spans
+            spent = Spent(self._seconds, [*self._spans])
+            self._seconds = defaultdict(float)
+            self._spans.clear()
+        return spent
 
     def close(self) -> None:
         """Give the device's memory back, and close it."""

@@ -12,7 +12,7 @@ from znni_dask.choices import chosen_primitives
 from znni_dask.closing import Closing
 from znni_dask.devices.base import Device
 from znni_dask.executors.device import executor_of
-from znni_dask.executors.serial import by_layer
+from znni_dask.executors.spent import Spent
 from znni_dask.geometry import Box, hull, volume
 from znni_dask.kernels.memory import allocate
 from znni_dask.patches import Layout, patches_of, region_of, spans
@@ -21,7 +21,6 @@ from znni_dask.primitives.base import ITEM_BYTES, Array
 from znni_dask.resources import SLOTS
 from znni_dask.schedule import Schedules
 from znni_dask.selection import Wanted
-from znni_dask.timeline import Span
 
 
 class PatchBlocks(Closing):
@@ -73,14 +72,9 @@ class PatchBlocks(Closing):
             if wanted is None or wanted[box.seen_from(block.start).slices].any():
                 yield box
 
-    def taken_seconds(self) -> dict[str, float]:
-        """The seconds that every layer took since this was last asked, changes of its output's form
-        included."""
-        return by_layer(self._executor.taken_seconds())
-
-    def taken_spans(self) -> list[Span]:
-        """What a device did, lane by lane, since this was last asked."""
-        return self._executor.taken_spans()
+    def taken(self) -> Spent:
+        """The time spent since this was last asked."""
+        return self._executor.taken()
 
     def close(self) -> None:
         """End the threads and free the memory."""

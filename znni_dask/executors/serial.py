@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.closing import Closing
+from znni_dask.executors.spent import Spent
 from znni_dask.geometry import add
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.memory import allocate
@@ -23,7 +24,6 @@ from znni_dask.network.network import Network
 from znni_dask.primitives.base import Array, Form, Primitive, Shape
 from znni_dask.primitives.fragments import recombine
 from znni_dask.schedule import Arena, Schedule, Stored
-from znni_dask.timeline import Span
 
 
 class SerialExecutor(Closing):
@@ -75,14 +75,10 @@ class SerialExecutor(Closing):
                 fragments = made[sample :: len(outs)]
                 recombine(fragments, numbers, todo.spacing, out, self._team)
 
-    def taken_seconds(self) -> dict[Stored, float]:
-        """The seconds that every array took to compute since this was last asked."""
+    def taken(self) -> Spent:
+        """The time spent since this was last asked."""
         seconds, self._seconds = self._seconds, defaultdict(float)
-        return seconds
-
-    def taken_spans(self) -> list[Span]:
-        """When a device did what: there is none."""
-        return []
+        return Spent(seconds)
 
     def close(self) -> None:
         """End the threads and free the arena."""
@@ -102,11 +98,3 @@ def prepared(network: Network, primitives: Mapping[str, Primitive]) -> dict[str,
         for node in network
         if node.inputs
     }
-
-
-def by_layer(seconds: Mapping[Stored, float]) -> dict[str, float]:
-    """The seconds of every layer, in whatever form its output was made."""
-    found: defaultdict[str, float] = defaultdict(float)
-    for array, own in seconds.items():
-        found[array.name] += own
-    return found

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from znni_dask.closing import Closing
 from znni_dask.columns import Column, Part, Strand, Turn
 from znni_dask.executors.serial import prepared
+from znni_dask.executors.spent import Spent
 from znni_dask.geometry import Box, Size, add
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.memory import Bytes, allocate, odd_lines
@@ -28,7 +29,6 @@ from znni_dask.primitives.base import Array, Primitive, Problem, Shape
 from znni_dask.primitives.fragments import recombine
 from znni_dask.primitives.planes import Planes, step_bytes, takes_planes
 from znni_dask.schedule import Stored
-from znni_dask.timeline import Span
 
 Numbers = NDArray[np.int64]
 
@@ -96,14 +96,10 @@ class ColumnExecutor(Closing):
         primitive.apply(ready, problem, inputs, made, self._team)
         run.copy(SCATTER, turn.makes, made)
 
-    def taken_seconds(self) -> dict[Stored, float]:
-        """The seconds that every array took to compute since this was last asked."""
+    def taken(self) -> Spent:
+        """The time spent since this was last asked."""
         seconds, self._seconds = self._seconds, defaultdict(float)
-        return seconds
-
-    def taken_spans(self) -> list[Span]:
-        """When a device did what: there is none."""
-        return []
+        return Spent(seconds)
 
     def close(self) -> None:
         """End the threads and free the memory."""
