@@ -440,7 +440,7 @@ def test_memory_measured_stays_within_memory_predicted(label, name, threads):
         primitive.apply(prepared, problem, given, out, team)
         peak = traced_peak(lambda: primitive.apply(prepared, problem, given, out, team))
         scratch = team.scratch_bytes
-    objects = 128 << 10  # python's own: views, closures, futures
+    objects = 64 << 10  # python's own: views, closures, futures
     assert peak + scratch <= primitive.workspace_bytes(problem, threads) + objects
     assert primitive.memory_bytes(problem, threads) == (
         out.nbytes + primitive.workspace_bytes(problem, threads)
