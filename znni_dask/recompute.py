@@ -11,10 +11,12 @@ import numpy as np
 from znni_dask.application import Application
 from znni_dask.behind import Behind
 from znni_dask.choices import choose_primitives, chosen_primitives
+from znni_dask.devices.base import Device
+from znni_dask.devices.opening import opened_here
 from znni_dask.errors import MemoryLimitError, RunError, VolumeError
-from znni_dask.executors.serial import SerialExecutor
+from znni_dask.executors.device import executor_of
 from znni_dask.geometry import Box, Size, add, text, tiles, triple
-from znni_dask.machine import show_bytes
+from znni_dask.machine import GPU, show_bytes
 from znni_dask.network.layers import FULL
 from znni_dask.patches import Layout, patches_of
 from znni_dask.patchwise import WindowBlocks
@@ -25,6 +27,7 @@ from znni_dask.schedule import Arrangement, Schedules
 from znni_dask.storage.volume import Volume
 from znni_dask.windows import Laid
 
+_MEASURING = "measuring what a lower precision on a GPU costs"
 _PLACES = 4
 _LENGTHS = (32, 16, 8, 4, 1)  # of a place, largest first
 
@@ -39,21 +42,21 @@ def recompute(
     time: int = 0,
     fragments: bool = True,
     primitives: Mapping[str, Primitive] | None = None,
+    device: Device | None = None,
 ) -> Array:
     """The answer within ``box`` (channel, z, y, x), in one patch of its own; by the plain
-    primitives where no others are given."""
+    primitives where no others are given, which may be those of a ``device``: it is closed."""
     behind = Behind.of(
         time, laid.region(box), lambda here: source.read_extended(here, laid.boundary, nan, time)
     )
     if primitives is None:
         primitives = choose_primitives(_arranged(laid), fragments)
     if not isinstance(laid, Layout):
-        with WindowBlocks(laid, primitives, threads) as blocks:
+        with WindowBlocks(laid, primitives, threads, device=device) as blocks:
             return blocks.blended(box, behind)
     schedules = Schedules(laid, primitives)
-    arena = schedules.arena(schedules.sizes(box))
     answer = np.empty((laid.network.out_channels, *box.size), np.float32)
-    with SerialExecutor(laid.network, primitives, arena, threads) as executor:
+    with executor_of(schedules, schedules.sizes(box), box.size, threads, device) as executor:
         executor.run(schedules.schedule(box), [behind.values], [answer])
     return answer
 
@@ -86,12 +89,17 @@ def measured_error(
     the run.
 
     Raises `MemoryLimitError` where not even one voxel can be computed exactly within the memory
-    allowed, `VolumeError` where the volume cannot be read there.
+    allowed, `VolumeError` where the volume cannot be read there, `OptionError` where layers are
+    lowered on a GPU, and this process has none.
     """
     near, source = application.laid(*outputs), application.volume
     exact = application.exact.laid(*outputs)
     length, lower = _length(exact, resources), _lower(near, plan)
-    primitives = choose_primitives(_arranged(near)) | lower
+    on_device = bool(lower) and plan.device == GPU
+    if on_device:  # where other primitives need more memory, perhaps
+        primitives = chosen_primitives(_arranged(near), plan)
+    else:
+        primitives = choose_primitives(_arranged(near)) | lower
     random, hull = np.random.default_rng(0), application.selection.hull(exact)
     largest, answers = 0.0, []
     for _ in range(_PLACES):
@@ -105,7 +113,10 @@ def measured_error(
             answer = recompute(exact, source, box, **how)
             made = np.full_like(answer, np.nan)
             for patch in _made_with(box, near, plan):
-                around = recompute(near, source, patch, primitives=primitives, **how)
+                device = None
+                if on_device:
+                    device = opened_here(plan.allowed_device_bytes, _MEASURING)
+                around = recompute(near, source, patch, primitives=primitives, device=device, **how)
                 part = box.shared(patch)
                 assert part is not None
                 here, there = part.seen_from(box.start), part.seen_from(patch.start)

@@ -102,6 +102,14 @@ def opened(allowed_bytes: int) -> Device:
     return CudaDevice(allowed_bytes)
 
 
+def opened_here(allowed_bytes: int, what_for: str) -> Device:
+    """The same, of a process that need not have a GPU; raises `OptionError`, with ``what_for`` it
+    is wanted, where it has none."""
+    if not (found := gpu_of(Wanted(GPU))).name:
+        raise OptionError(f"{what_for} needs a GPU in this process, and there is none: {found.why}")
+    return opened(allowed_bytes)
+
+
 def _simulated() -> tuple[int, Pace] | None:
     """Memory and pace of a simulated device, if there is to be one; raises `OptionError`."""
     told: Any = dask.config.get(_SIMULATED, None)
