@@ -21,7 +21,7 @@ from test_patchwise import normalised
 import graphs
 import znni_dask
 from test_identity import assert_same, at_once, in_patches, volume_for
-from znni_dask import Builder, job, report, resources
+from znni_dask import Builder, job, recompute, report, resources
 from znni_dask.choices import choose_primitives
 from znni_dask.devices import opening
 from znni_dask.devices.opening import Wanted, gpu_of
@@ -38,6 +38,9 @@ from znni_dask.geometry import Box, tiles
 from znni_dask.kernels.cuda.kernel import Kernel
 from znni_dask.machine import GPU
 from znni_dask.patches import Layout, spans
+from znni_dask.primitives.gpu import conv_cudnn
+from znni_dask.primitives.gpu.conv_cudnn import GpuConvCudnn
+from znni_dask.primitives.work import Rate
 from znni_dask.schedule import Schedules
 from znni_dask.verify import verify
 
@@ -208,10 +211,10 @@ def test_threads_that_ask_at_once_get_their_own_answers(device):
 
     with DeviceExecutor(schedules, sizes, (12, 12, 12), device) as executor:
         want = [made(executor, box) for box in boxes]
-        executor.taken_seconds()
+        executor.taken()
         with ThreadPoolExecutor(4) as pool:
             got = list(pool.map(partial(made, executor), boxes))
-        seconds = executor.taken_seconds()
+        seconds = executor.taken().seconds
     for one, other in zip(got, want, strict=True):
         np.testing.assert_array_equal(one, other)
     assert {array.name for array in seconds} == {node.name for node in network if node.inputs}
@@ -246,7 +249,7 @@ def test_copies_there_and_back_go_on_while_others_are_computed():
         ThreadPoolExecutor(3) as pool,
     ):
         list(pool.map(lambda out: executor.run(schedules.schedule(box), [given], [out]), outs))
-        found = executor.taken_spans()
+        found = executor.taken().spans
     lanes = {span.lane: [s for s in found if s.lane == span.lane] for span in found}
     assert {lane: len(some) for lane, some in lanes.items()} == dict.fromkeys(lanes, 6)
     for some in lanes.values():
@@ -328,6 +331,33 @@ def test_windows_are_computed_on_the_gpu_too(paths, tmp_path):
     np.testing.assert_allclose(
         stored(tmp_path / "gpu.zarr"), want, rtol=1e-5, atol=1e-5 * want.std()
     )
+
+
+def test_what_a_lower_precision_costs_on_the_gpu_is_measured_there(paths, monkeypatch):
+    monkeypatch.setitem(conv_cudnn.RATES, "bfloat16", Rate("fast", 1e16))
+    monkeypatch.setattr(GpuConvCudnn, "setup_seconds", 0.0)
+    source, target = paths
+    b = Builder(1)
+    wide = b.relu(b.conv(b.relu(b.conv(b.input, 48, 3, padding="same")), 48, 3, padding="same"))
+    network = graphs.scaled(b.network(b.conv(wide, 2, 3, padding="same")))
+    how = {"device": "gpu", "precision": "bfloat16", "chunks": 16, "threads": 2}
+    with simulated():
+        (made,) = znni_dask.run(network, source, target, **how).passes
+    assert "cudnn bfloat16" in made.plan.primitives.values()
+    exact = at_once(network, np.load(source)[None], "reflect")
+    found = np.abs(stored(target) - exact).max()
+    assert made.measured_error.lowered > 0
+    assert 1e-4 * exact.std() < made.measured_error.largest <= 1.01 * found
+
+    monkeypatch.setattr(recompute, "opened_here", opened_without_a_gpu)
+    with simulated(), pytest.raises(OptionError, match=r"lower precision.*this process"):
+        znni_dask.run(network, source, target, overwrite=True, **how)
+
+
+def opened_without_a_gpu(*how):
+    """What a client is told that has no GPU where its workers have some."""
+    with dask.config.set({"znni.simulated-gpu": None}):
+        return opening.opened_here(*how)
 
 
 def test_a_plan_that_does_not_fit_the_gpu_is_refused_with_the_layer(paths):

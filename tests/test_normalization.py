@@ -43,7 +43,7 @@ def taken(client, source, nan, way, allowed_bytes=8 << 30):
     """Statistics, by workers that may take so much."""
     means = Means(1, allowed_bytes, anonymous_bytes())
     cluster = Cluster(client)
-    crew = Crew((means,), dict.fromkeys(cluster.workers(), 0))
+    crew = Crew((means,), dict.fromkeys(cluster.workers(), 0), 1)
     return measure(cluster, crew, source, nan, way).statistics
 
 

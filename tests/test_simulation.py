@@ -17,6 +17,7 @@ from machine import RESULTS
 from sleeping import Case
 from znni_dask import Builder, cli, feeding, simulation
 from znni_dask.errors import MemoryLimitError, OptionError
+from znni_dask.geometry import volume
 from znni_dask.importers.to_onnx import save
 from znni_dask.outlook import outlooks, paces, useful_workers
 from znni_dask.plan import Plan
@@ -367,7 +368,8 @@ def test_the_command_tells_of_a_cluster(files, arguments, capsys):
     assert found["seconds"] == pytest.approx(found["alone_seconds"][READING], rel=0.02)
     assert found["bottleneck"] == READING
     weak, strong = found["groups"]
-    assert weak["voxels_per_second"] == pytest.approx(plan.voxels_per_second)
+    waiting = ceil(32**3 / 40) * 40 / 32**3  # in the end
+    assert weak["voxels_per_second"] == pytest.approx(waiting * plan.voxels_per_second)
     assert strong["voxels_per_second"] > 2 * weak["voxels_per_second"]  # by a plan of its own
     hours = [group["there_seconds"] / 3600 for group in found["groups"]]
     assert hours[1] == pytest.approx(10 * (found["seconds"] - 1) / 3600)
@@ -432,3 +434,24 @@ def test_what_a_cluster_tells_is_not_said_twice(files, arguments, capsys):
     tiny = Sketch((Workers(1, 1, 1 << 20),))
     with pytest.raises(MemoryLimitError):
         outlooks(files / "net.onnx", files / "in.zarr", tiny, chunks=64, patch=64)
+
+
+def test_workers_on_paper_have_no_gpu(files, arguments, capsys):
+    cluster = ["--cluster", str(files / "cluster.yml")]
+    assert cli.main(["plan", *arguments, "--device", "gpu", *cluster]) == 2
+    assert "a GPU is asked for, and there is none: a cluster on" in capsys.readouterr().err
+
+
+def test_all_workers_on_paper_are_to_have_work(tmp_path):
+    """Blocks are as small as for as many workers that are there, and what they wait for in the end
+    is counted once."""
+    save(graphs.graph("unet", 0), tmp_path / "net.onnx")
+    zarr.create_array(tmp_path / "in.zarr", shape=(256,) * 3, chunks=(32,) * 3, dtype="uint8")
+    files = tmp_path / "net.onnx", tmp_path / "in.zarr"
+    ((alone, _),) = outlooks(*files, Sketch((Workers(1, 2, 8 << 30),)), chunks=32)
+    ((forecast, found),) = outlooks(*files, Sketch((Workers(100, 2, 8 << 30),)), chunks=32)
+    assert volume(forecast.plan.block) < volume(alone.plan.block)
+    assert found.blocks >= 100
+    (group,) = found.groups
+    assert group.voxels_per_second == pytest.approx(alone.plan.voxels_per_second, rel=0.5)
+    assert group.voxels_per_second >= forecast.plan.voxels_per_second

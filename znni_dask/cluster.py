@@ -81,15 +81,18 @@ class Means:
 
 @dataclass(frozen=True, eq=False)
 class Crew:
-    """The workers that a run is planned for: means of ``kinds`` of them, the first of the weakest,
-    others of those that have more; and the kind of every worker."""
+    """The ``workers`` that a run is planned for: means of ``kinds`` of them, the first of the
+    weakest, others of those that have more; and the kind of every worker, or of every group of
+    workers that are alike."""
 
     kinds: tuple[Means, ...]
     kind: Mapping[str, int]
+    workers: int
 
     @classmethod
-    def of(cls, found: Mapping[str, Means]) -> Crew:
-        """Those of which these are the means."""
+    def of(cls, found: Mapping[str, Means], workers: int | None = None) -> Crew:
+        """Those of which these are the means: of every one, or of groups of so many ``workers``
+        together."""
         weakest = _least(found.values())
         alike: defaultdict[tuple[int, ...], list[str]] = defaultdict(list)
         for worker, means in found.items():
@@ -101,6 +104,7 @@ class Crew:
             (weakest, *(_least(found[worker] for worker in group) for group in groups)),
             dict.fromkeys(found, 0)
             | {worker: 1 + i for i, group in enumerate(groups) for worker in group},
+            workers or len(found),
         )
 
 

@@ -32,6 +32,7 @@ from znni_dask.simulation import (
 )
 from znni_dask.sketch import Sketch, Store, Workers
 
+_NO_DEVICE = "a cluster on paper computes on CPUs"
 BLOCKS = "blocks"  # what limits a volume that has few of them
 
 
@@ -127,9 +128,10 @@ def outlooks(
     baseline = anonymous_bytes()
     crew = Crew.of(
         {
-            str(number): Means(group.threads, group.memory_bytes, baseline)
+            str(number): Means(group.threads, group.memory_bytes, baseline, no_device=_NO_DEVICE)
             for number, group in enumerate(sketch.workers)
-        }
+        },
+        sketch.count,
     )
     told, begun = [], 0.0
     for planned in plan_all(found, crew):
@@ -145,7 +147,7 @@ def outlook(planned: PlannedPass, crew: Crew, sketch: Sketch, begun: float = 0.0
     count = volume(job.reads.blocks) * job.volume.times
     voxels = job.selection.hull(job.laid).voxels * job.volume.times
     blocks = _blocks(planned, store, voxels, count)
-    rates = [_voxels_per_second(job, crew, n, one) for n, one in enumerate(sketch.workers)]
+    rates = [_voxels_per_second(planned, crew, n, one) for n, one in enumerate(sketch.workers)]
     groups = [
         Group(
             one.count,
@@ -165,11 +167,12 @@ def outlook(planned: PlannedPass, crew: Crew, sketch: Sketch, begun: float = 0.0
     return _told(groups, blocks, shared, simulate(groups, blocks, shared), sketch, voxels)
 
 
-def _voxels_per_second(job: Job, crew: Crew, number: int, group: Workers) -> float:
-    """Of a worker of a group: as planned for its kind, decoding and encoding included."""
-    kind = crew.kind[str(number)]
-    plan = job.plans[kind if kind < len(job.plans) else 0]
-    return group.speed * plan.voxels_per_second
+def _voxels_per_second(planned: PlannedPass, crew: Crew, number: int, group: Workers) -> float:
+    """Of a worker of a group while it works: as planned for its kind, decoding and encoding
+    included; that others wait in the end is for the simulation to find."""
+    kind, plans = crew.kind[str(number)], planned.job.plans
+    plan = plans[kind if kind < len(plans) else 0]
+    return group.speed * plan.voxels_per_second * planned.resources.waiting(plan.block)
 
 
 def _blocks(planned: PlannedPass, store: Store, voxels: int, count: int) -> Blocks:

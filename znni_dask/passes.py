@@ -106,7 +106,7 @@ def plan_pass(
         hull=selection.hull(laid),
         selected_bytes=0 if selection.everything else _WANTED_BYTES,
         costs=Costs(timings.kept()),
-        workers=len(crew.kind),
+        workers=crew.workers,
     )
     whole_blocks = selection.mask is None  # of which slabs leave nothing out
     ways = _ways(resources, means, request, given)
@@ -134,6 +134,8 @@ def _ways(
         if given.device == GPU and not means.device_bytes:
             raise OptionError(f"the plan is for a GPU, and there is none: {means.no_device}")
         return [on_gpu if given.device == GPU else resources]
+    if request.device.name == GPU and not means.device_bytes:
+        raise OptionError(f"a GPU is asked for, and there is none: {means.no_device}")
     ways = [] if request.device.name == GPU else [resources]
     return [*ways, on_gpu] if means.device_bytes else ways
 
@@ -188,6 +190,7 @@ def _smaller(laid: Laid, resources: Resources, plan: Plan, request: Request) -> 
         room = replace(
             resources,
             block=plan.block,
+            threads=plan.threads,
             device_bytes=int(part * plan.allowed_device_bytes),
             allowed_bytes=plan.allowed_bytes,
         )
