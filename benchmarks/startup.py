@@ -24,7 +24,7 @@ from llvmlite import ir
 
 from layer import Point, fastest
 from machine import flops_per_second, keep
-from znni_dask.kernels.code import LANES, Function
+from znni_dask.kernels.code import LANES, VECTOR_BYTES, Function
 from znni_dask.kernels.compiled import compiled_library, host
 from znni_dask.kernels.complex_product import PAIR_BYTES, TRIPLE_BYTES, Ahead, Product
 from znni_dask.kernels.memory import allocate
@@ -123,12 +123,12 @@ def product_library():
     (a, b, c), (rows, channels, first, last) = code.addresses, code.numbers
     blocks = (channels + (LANES - 1)) // LANES
     nbytes = channels * PAIR_BYTES
-    groups = (rows // product.rows_at_once).at_least(1)
-    with code.loop(first, last) as frequency, code.loop(0, blocks) as block:
-        kernel = b + (frequency * blocks + block) * nbytes
-        ahead = Ahead(kernel + nbytes * 2, nbytes // 64 // groups + 1)
+    lines = blocks * nbytes // VECTOR_BYTES // product.turns(rows, blocks) + 1
+    with code.loop(first, last) as frequency:
+        kernel = b + frequency * blocks * nbytes
+        ahead = Ahead(kernel + nbytes * (product.blocks_at_once + 1), lines)
         strides = (blocks * TRIPLE_BYTES, blocks * PAIR_BYTES)
-        product.write(code, (a, kernel, c + block * PAIR_BYTES), rows, strides, channels, (ahead,))
+        product.write(code, (a, kernel, c), rows, blocks, strides, channels, (ahead,))
     code.finish()
     return compiled_library(module)
 

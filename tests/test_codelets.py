@@ -106,25 +106,29 @@ def test_rows_come_back_with_bias_and_activation(n, relu):
 
 
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize(("rows", "channels"), [(1, 1), (8, 16), (13, 40), (27, 5)])
-def test_products_are_those_of_complex_matrices(rows, channels, wide):
+@pytest.mark.parametrize(
+    ("rows", "channels", "blocks"), [(1, 1, 1), (8, 16, 2), (13, 40, 3), (27, 5, 5), (3, 17, 4)]
+)
+def test_products_are_those_of_complex_matrices(rows, channels, blocks, wide):
     module = ir.Module()
     product = Product(module, wide)
-    code = Function(module, "multiply", ("a", "b", "c"), ("rows", "a_stride", "c_stride", "n"))
-    count, a_stride, c_stride, n = code.numbers
-    product.write(code, tuple(code.addresses), count, (a_stride, c_stride), n, ())
+    numbers = ("rows", "blocks", "a_stride", "c_stride", "n")
+    code = Function(module, "multiply", ("a", "b", "c"), numbers)
+    count, made, a_stride, c_stride, n = code.numbers
+    product.write(code, tuple(code.addresses), count, made, (a_stride, c_stride), n, ())
     code.finish()
-    random, blocks = np.random.default_rng(0), -(-channels // LANES)
-    a, b = aligned((rows, blocks, 3, LANES)), aligned((channels, 2, LANES))
-    a[:, :, :2] = random.standard_normal((rows, blocks, 2, LANES))
+    random, read = np.random.default_rng(0), -(-channels // LANES)
+    a, b = aligned((rows, read, 3, LANES)), aligned((blocks, channels, 2, LANES))
+    a[:, :, :2] = random.standard_normal((rows, read, 2, LANES))
     a[:, :, 2] = a[:, :, 0] + a[:, :, 1]
     b[...] = random.standard_normal(b.shape)
-    c = aligned((rows, 2, LANES))
-    strides = (3 * VECTOR * blocks, PAIR)
+    c = aligned((rows, blocks, 2, LANES))
+    strides = (3 * VECTOR * read, PAIR * blocks)
     places = (array.ctypes.data for array in (a, b, c))
-    compiled.compiled_library(module)["multiply"](*places, rows, *strides, channels)
+    compiled.compiled_library(module)["multiply"](*places, rows, blocks, *strides, channels)
     left = complexes(a[:, :, :2].swapaxes(1, 2).reshape(rows, 2, -1))[:, :channels]
-    close(complexes(c), left @ complexes(b))
+    for block in range(blocks):
+        close(complexes(c[:, block]), left @ complexes(b[block]))
 
 
 @pytest.mark.parametrize(

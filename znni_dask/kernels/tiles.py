@@ -228,8 +228,9 @@ def _write_planes(module: ir.Module, tile: Tile) -> None:
 
 def _write_columns(module: ir.Module, tile: Tile, product: Product) -> None:
     """From spectra to answers. Items are frequencies of the plane. The thread's buffer holds what
-    goes into the products and, behind that, what comes out: frequency of z, tile (stack by
-    stack), channel block."""
+    goes into the products and what comes out: frequency of z, tile (stack by stack), channel
+    block. What comes out of a frequency of z takes the place of what went into the one before, so
+    that little more than one of both must stay in the cache."""
     nz, made = tile.size[0], tile.made[0]
     there = complex_line(module, nz, nz, nz, sums=True)
     back = complex_line(module, nz, nz, made, inverse=True, streamed=True)
@@ -239,44 +240,43 @@ def _write_columns(module: ir.Module, tile: Tile, product: Product) -> None:
         ("buffer", "spectra", "kernels", "answers"),
         (
             *("stacks", "tiles", "blocks", "channels", "made_blocks", "planes"),
-            *("column_stride", "before_stride", "after_stride", "answer_stride"),
+            *("column_stride", "slot_stride", "answer_stride"),
             *("first", "last"),
         ),
     )
-    before, spectra, kernels, answers = code.addresses
+    after, spectra, kernels, answers = code.addresses
     stacks, tiles, blocks, channels, made_blocks, planes, *numbers = code.numbers
-    column_stride, before_stride, after_stride, answer_stride, first, last = numbers
+    column_stride, slot_stride, answer_stride, first, last = numbers
     rows, row_bytes = stacks * tiles, blocks * TRIPLE_BYTES
-    made_row_bytes, after = made_blocks * PAIR_BYTES, before + before_stride * nz
+    made_row_bytes, before = made_blocks * PAIR_BYTES, after + slot_stride
     with code.loop(first, last) as q:
         source = spectra + q * column_stride
         with _each_tile(code, stacks, blocks, tiles) as (line, row, block, t):
             begin = source + (line * planes + t * made) * PAIR_BYTES
             to = before + row * row_bytes + block * TRIPLE_BYTES
-            code.call(there, begin, to, PAIR_BYTES, before_stride)
-        kernel_bytes = channels * PAIR_BYTES
-        groups = (rows // product.rows_at_once).at_least(1)
-        calls = groups * made_blocks * nz
+            code.call(there, begin, to, PAIR_BYTES, slot_stride)
+        kernel_bytes, turns = channels * PAIR_BYTES, product.turns(rows, made_blocks)
+        soon = kernel_bytes * (product.blocks_at_once + 1)
         kernel_lines, column_lines = (
-            n // VECTOR_BYTES + 1 for n in (kernel_bytes // groups, column_stride // calls)
+            n // VECTOR_BYTES // turns + 1
+            for n in (kernel_bytes * made_blocks, column_stride // nz)
         )
-        with code.loop(0, nz) as z, code.loop(0, made_blocks) as block:
-            turn = z * made_blocks + block
-            kernel = kernels + (q * made_blocks * nz + turn) * kernel_bytes
-            column = source + column_stride + turn * groups * column_lines * VECTOR_BYTES
-            to = after + z * after_stride + block * PAIR_BYTES
+        with code.loop(0, nz) as z:
+            kernel = kernels + (q * nz + z) * made_blocks * kernel_bytes
+            column = source + column_stride + z * turns * column_lines * VECTOR_BYTES
             product.write(
                 code,
-                (before + z * before_stride, kernel, to),
+                (before + z * slot_stride, kernel, after + z * slot_stride),
                 rows,
+                made_blocks,
                 (row_bytes, made_row_bytes),
                 channels,
-                (Ahead(kernel + kernel_bytes * 2, kernel_lines), Ahead(column, column_lines)),
+                (Ahead(kernel + soon, kernel_lines), Ahead(column, column_lines)),
             )
         with _each_tile(code, stacks, made_blocks, tiles) as (line, row, block, t):
             begin = after + row * made_row_bytes + block * PAIR_BYTES
             to = answers + (line * tiles + t) * made * answer_stride + q * PAIR_BYTES
-            code.call(back, begin, to, after_stride, answer_stride)
+            code.call(back, begin, to, slot_stride, answer_stride)
     code.finish()
 
 

@@ -232,8 +232,7 @@ class ConvTiledFFT(OfPlanes):
                     remade if self.remade else kernels,
                     answers + begin * lines * PAIR_BYTES,
                     *(here.stacked, stacks.tiles, blocks, conv.in_channels, made_blocks),
-                    *(stacks.planes, need.column_stride),
-                    *(need.before_stride, need.after_stride, need.answer_stride),
+                    *(stacks.planes, need.column_stride, need.slot_stride, need.answer_stride),
                 )
             share(
                 tiles.RESTORE,
@@ -273,8 +272,7 @@ class _Workspace:
 
     column_stride: int
     answer_stride: int
-    before_stride: int
-    after_stride: int
+    slot_stride: int
     spectra_bytes: int
     answers_bytes: int
     remade_bytes: int
@@ -289,18 +287,14 @@ class _Workspace:
         rows = stacks.batch * stacks.tiles
         column_stride = odd_lines(stacks.batch * blocks * stacks.planes * PAIR_BYTES)
         answer_stride = odd_lines(tile.columns * PAIR_BYTES)
-        before, after = (
-            odd_lines(rows * blocks * TRIPLE_BYTES),
-            odd_lines(rows * made_blocks * PAIR_BYTES),
-        )
-        thread_bytes = max(tile.plane_buffer_bytes, tile.size[0] * (before + after))
+        slot = odd_lines(rows * max(blocks * TRIPLE_BYTES, made_blocks * PAIR_BYTES))
+        thread_bytes = max(tile.plane_buffer_bytes, (tile.size[0] + 1) * slot)
         if remade_bytes:
             thread_bytes = max(thread_bytes, tile.kernels_buffer_bytes)
         return cls(
             column_stride=column_stride,
             answer_stride=answer_stride,
-            before_stride=before,
-            after_stride=after,
+            slot_stride=slot,
             spectra_bytes=tile.columns * column_stride,
             answers_bytes=stacks.batch * made_blocks * stacks.planes_made * answer_stride,
             remade_bytes=remade_bytes,
