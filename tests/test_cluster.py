@@ -23,7 +23,7 @@ import znni_dask
 from kills import failing_after
 from test_identity import assert_same, at_once
 from znni_dask import cluster as cluster_module
-from znni_dask import costs, feeding, passes
+from znni_dask import costs, feeding, passes, tasks
 from znni_dask import worker as worker_module
 from znni_dask.cli import main
 from znni_dask.cluster import Cluster, Crew, Means, connected, share
@@ -331,7 +331,7 @@ def test_what_takes_no_time_is_sent_together_and_blamed_alone(two):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(two.client, "submit", submit)
-        patch.setattr(feeding, "_TASK_SECONDS", 10)  # also where others use the machine
+        patch.setattr(tasks, "TASK_SECONDS", 10)  # also where others use the machine
         runs = (range(n, n + 100) for n in range(0, 1000, 100))
         work = Work(runs, 2, lambda _, n: partial(call, "together", n), finished)
         feed(two, two.crew(), work)

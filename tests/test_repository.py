@@ -67,6 +67,7 @@ STAIRS = [
     ),
     *(
         "simulation",
+        "tasks",
         "sketch",
         "turnstile",
         "timeline",

@@ -15,7 +15,7 @@ import graphs
 import simulation as benchmark
 from machine import RESULTS
 from sleeping import Case
-from znni_dask import Builder, cli, feeding, simulation
+from znni_dask import Builder, cli, simulation
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import volume
 from znni_dask.importers.to_onnx import save
@@ -120,9 +120,14 @@ def test_what_takes_no_time_is_sent_together():
     assert alone.seconds == pytest.approx(200, rel=0.01)
 
 
-def test_tasks_are_made_up_as_where_work_is_handed_out():
-    assert simulation.TASK_SECONDS == feeding._TASK_SECONDS
-    assert simulation.MOST_ITEMS == feeding._MOST_ITEMS
+def test_many_workers_are_sent_several_blocks_in_a_task():
+    """Were every block a task, they would wait for the scheduler."""
+    many, blocks, shared = [Group(400, 2.0)], Blocks(100_000, 64, 3), Shared(task_seconds=0.01)
+    found = simulate(many, blocks, shared)
+    alone = simulate(many, replace(blocks, in_order=True), shared)
+    assert alone.seconds == pytest.approx(1000, rel=0.01)
+    assert found.seconds < 1.1 * 100_000 * 2 / 400
+    assert (found.bottleneck, alone.bottleneck) == (COMPUTING, SCHEDULER)
 
 
 @pytest.mark.parametrize("run", [8, 64])
@@ -224,7 +229,8 @@ def test_more_of_anything_makes_no_run_slower(counts, seconds, after, blocks, ra
     ],
 )
 def test_a_thousand_workers_are_simulated_and_what_limits_them_found(shared, bottleneck):
-    blocks = Blocks(40_000, 64, 3, read_bytes=10)
+    one_a_task = bottleneck == SCHEDULER
+    blocks = Blocks(40_000, 64, 3, read_bytes=10, in_order=one_a_task)
     groups = [Group(900, 6.0), Group(100, 1.5)]
     found = simulate(groups, blocks, shared)
     assert found.bottleneck == bottleneck
@@ -244,7 +250,7 @@ def test_how_many_workers_are_of_use():
     blocks = Blocks(4000, 64, 2, read_bytes=100)
     shared = Shared(read_bytes_per_second=2000, task_seconds=0.02)
     useful = useful_workers([Group(10, 2.0)], blocks, shared)
-    assert useful == {READING: 40, WRITING: inf, SCHEDULER: 100, "blocks": 2000}
+    assert useful == {READING: 40, WRITING: inf, SCHEDULER: 6400, "blocks": 2000}
     found = [simulate([Group(n, 2.0)], blocks, shared).seconds for n in (20, 40, 80)]
     assert found[1] == pytest.approx(found[0] / 2, rel=0.05)
     assert found[2] == pytest.approx(found[1], rel=0.05)
@@ -379,7 +385,7 @@ def test_the_command_tells_of_a_cluster(files, arguments, capsys):
 
 def test_a_scheduler_that_limits_is_told_of(files, arguments, tmp_path, capsys):
     (tmp_path / "many.yml").write_text(
-        "workers: [{count: 1000, threads: 2, memory: 2GiB}]\nscheduler: {tasks_per_second: 50}\n"
+        "workers: [{count: 1000, threads: 2, memory: 2GiB}]\nscheduler: {tasks_per_second: 1}\n"
     )
     assert cli.main(["plan", *arguments, "--cluster", str(tmp_path / "many.yml")]) == 0
     shown = capsys.readouterr().out

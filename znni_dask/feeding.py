@@ -31,12 +31,11 @@ from znni_dask.cluster import Cluster, Crew, Means, on_workers
 from znni_dask.errors import RunError, ZnniError, is_full
 from znni_dask.geometry import Box
 from znni_dask.job import BlockMaker, Job, Made, make_block
+from znni_dask.tasks import together
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 _LOOK_SECONDS = 5.0  # without news, after which it is seen who is there
-_TASK_SECONDS = 0.03  # that items sent together take: to send a task takes some 10 ms
-_MOST_ITEMS = 64  # sent together
 _TRIES = 3  # of an item whose task fails, or whose worker dies
 _LOST = "scheduler-connection-lost"  # why distributed cancels tasks then
 _TOPIC = "all"  # of the scheduler's events: among others workers that come and go
@@ -87,7 +86,7 @@ class Work(Generic[T]):
     ``task`` gives what a worker (by its address) is to call for an item. ``finished`` takes its
     result, or the exception that it raised, and says whether to begin more. ``takes`` says whether
     a worker that is not of the crew, with such means, is to have any: None, if it has what the
-    weakest has. Items that take no time are sent several at once, unless those of a run must be
+    weakest has. Items that take little time are sent several at once, unless those of a run must be
     done ``in_order``.
     """
 
@@ -120,12 +119,14 @@ class _Hand(Generic[T]):
     run: deque[_Item[T]] = field(default_factory=deque)
     sent: dict[Future, list[_Item[T]]] = field(default_factory=dict)
     done: int = 0
+    busy_seconds: float = 0.0  # of tasks, added up
     began: float = field(default_factory=time.monotonic)
 
     @property
     def item_seconds(self) -> float:
-        """What an item takes, as far as is known."""
-        return (time.monotonic() - self.began) / max(self.done, 1)
+        """What an item takes, as far as is known: not what it waits until it is sent."""
+        waited = time.monotonic() - self.began
+        return min(waited, self.busy_seconds) / self.done if self.done else waited
 
     @property
     def seconds_left(self) -> float:
@@ -138,14 +139,13 @@ class _Hand(Generic[T]):
         return [item for items in self.sent.values() for item in items]
 
     def next(self, most: int) -> list[_Item[T]]:
-        """The next of its run: so many that they take some time together. What failed before goes
-        alone, and so that nothing else is blamed if its worker dies; nothing, while it may not."""
+        """The next of its run, ``most`` at most. What failed before goes alone, and so that nothing
+        else is blamed if its worker dies; nothing, while it may not."""
         suspect = bool(self.run[0].failures)
         if self.sent and (suspect or any(item.failures for item in self.in_flight)):
             return []
-        count = int(_TASK_SECONDS / self.item_seconds) if self.done and not suspect else 1
         found = [self.run.popleft()]
-        while self.run and len(found) < min(count, most) and not self.run[0].failures:
+        while self.run and len(found) < most and not (suspect or self.run[0].failures):
             found.append(self.run.popleft())
         return found
 
@@ -159,7 +159,7 @@ class _Feeding(Generic[T]):
         self._asked: set[str] = set()  # what they have: workers that are not of the crew
         self._again: deque[deque[_Item[T]]] = deque()  # what was begun, and must be done elsewhere
         self._hands: dict[str, _Hand[T]] = {}
-        self._going, self._waited = True, False
+        self._going, self._waited, self._all_handed_out = True, False, False
         self._news: SimpleQueue[Callable[[], None]] = SimpleQueue()
 
     @contextmanager
@@ -286,15 +286,21 @@ class _Feeding(Generic[T]):
     def _fill(self, worker: str) -> None:
         """Send a worker what it may have in flight."""
         hand, work = self._hands[worker], self._work
-        most = 1 if work.in_order else _MOST_ITEMS
         while self._going and len(hand.sent) < work.in_flight and self._supply(hand):
-            if not (items := hand.next(most)):
+            if not (items := hand.next(self._together(hand))):
                 break
             calls = [work.task(worker, item.value) for item in items]
             future = self._client.submit(_called, calls, workers=[worker], pure=False)
             hand.sent[future] = items
             outcome = self._client.gather(future, asynchronous=True)
             self._await(outcome, partial(self._ended, worker, future))
+
+    def _together(self, hand: _Hand[T]) -> int:
+        """How many items are sent in one task."""
+        if self._work.in_order or not hand.done:
+            return 1
+        more = bool(self._again) or not self._all_handed_out
+        return together(hand.item_seconds, len(self._hands), len(hand.run), more)
 
     def _supply(self, hand: _Hand[T]) -> bool:
         """Let a hand have something to send, if there is anything for it."""
@@ -306,6 +312,7 @@ class _Feeding(Generic[T]):
         if self._again:
             return self._again.popleft()
         run = next(self._work.runs, None)
+        self._all_handed_out = run is None
         return None if run is None else deque(map(_Item, run))
 
     def _half(self, hand: _Hand[T]) -> deque[_Item[T]]:
@@ -313,7 +320,8 @@ class _Feeding(Generic[T]):
         meanwhile."""
         busiest = max(self._hands.values(), key=lambda one: one.seconds_left)
         ours, theirs = hand.item_seconds, busiest.item_seconds
-        share = theirs / (ours + theirs) if hand.done and busiest.done else 0.5
+        known = hand.done and busiest.done and ours + theirs
+        share = theirs / (ours + theirs) if known else 0.5
         count = min(round(share * (len(busiest.run) + len(busiest.sent))), len(busiest.run))
         return deque(reversed([busiest.run.pop() for _ in range(count)]))
 
@@ -327,7 +335,9 @@ class _Feeding(Generic[T]):
         future.release()
         hand.done += len(items)
         if not isinstance(outcome, BaseException):
-            for item, found in zip(items, outcome, strict=True):
+            made, seconds = outcome
+            hand.busy_seconds += seconds
+            for item, found in zip(items, made, strict=True):
                 self._going = self._work.finished(item.value, found) and self._going
         elif again := deque(item for item in items if self._may_again(item, outcome, items)):
             self._again.append(again)
@@ -349,9 +359,10 @@ class _Feeding(Generic[T]):
         return False
 
 
-def _called(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """The task: runs on a worker."""
-    return [call() for call in calls]
+def _called(calls: Sequence[Callable[[], Any]]) -> tuple[list[Any], float]:
+    """The task: runs on a worker. What came of it, and the seconds that it took."""
+    begin = time.perf_counter()
+    return [call() for call in calls], time.perf_counter() - begin
 
 
 def _left_alone(worker: str) -> Exception:

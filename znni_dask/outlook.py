@@ -31,6 +31,7 @@ from znni_dask.simulation import (
     simulate,
 )
 from znni_dask.sketch import Sketch, Store, Workers
+from znni_dask.tasks import HANDED_OUT, MOST_ITEMS, together
 
 _NO_DEVICE = "a cluster on paper computes on CPUs"
 BLOCKS = "blocks"  # what limits a volume that has few of them
@@ -252,15 +253,32 @@ def _told(
 
 def paces(groups: list[Group], blocks: Blocks, shared: Shared) -> dict[str, float]:
     """Blocks a second that each of computing, reading, writing and the scheduler could do, all
-    workers there and nothing else to wait for; one block in a task."""
+    workers there and nothing else to wait for."""
     read = sum(group.count * group.read_bytes_per_second for group in groups)
     written = sum(group.count * group.write_bytes_per_second for group in groups)
     return {
         COMPUTING: sum(group.count / group.block_seconds for group in groups),
         READING: _over(min(shared.read_bytes_per_second, read), blocks.read_bytes),
         WRITING: _over(min(shared.write_bytes_per_second, written), blocks.write_bytes),
-        SCHEDULER: _over(1, shared.task_seconds),
+        SCHEDULER: _over(_in_a_task(groups, blocks), shared.task_seconds),
     }
+
+
+def _in_a_task(groups: list[Group], blocks: Blocks) -> int:
+    """Blocks that are sent together while there are many left."""
+    if blocks.in_order:
+        return 1
+    workers = sum(group.count for group in groups)
+    seconds = workers / sum(group.count / group.block_seconds for group in groups)
+    return together(seconds, workers, blocks.run, more=True)
+
+
+def _most_in_a_task(blocks: Blocks, shared: Shared) -> int:
+    """The same, were there as many workers as can be sent any: where tasks are handed out no faster
+    than they are meant to be, more workers do not make more of it."""
+    if blocks.in_order or shared.task_seconds * HANDED_OUT > 1:
+        return 1
+    return min(MOST_ITEMS, blocks.run)
 
 
 def useful_workers(groups: list[Group], blocks: Blocks, shared: Shared) -> dict[str, float]:
@@ -278,7 +296,7 @@ def useful_workers(groups: list[Group], blocks: Blocks, shared: Shared) -> dict[
     return {
         READING: _over(shared.read_bytes_per_second, blocks.read_bytes) / each,
         WRITING: _over(shared.write_bytes_per_second, blocks.write_bytes) / each,
-        SCHEDULER: _over(1, shared.task_seconds) / each,
+        SCHEDULER: _over(_most_in_a_task(blocks, shared), shared.task_seconds) / each,
         BLOCKS: float(max(blocks.count // blocks.in_flight, 1)),
     }
 

@@ -15,8 +15,8 @@ from heapq import heapify, heappop, heappush
 from math import ceil, inf
 from typing import Any
 
-TASK_SECONDS = 0.03  # that items sent together take
-MOST_ITEMS = 64  # sent together
+from znni_dask.tasks import together
+
 _MOST_EVENTS = 1_000_000  # blocks, of which each is simulated by itself; more go in bundles
 COMPUTING, READING, WRITING = "computing", "reading", "writing"
 SCHEDULER, END = "the scheduler", "the end"
@@ -123,8 +123,8 @@ class _Worker:
     """One worker, and what it has in hand."""
 
     __slots__ = (
-        *("began", "computing", "done", "group", "last", "links", "moved", "moving", "ready"),
-        *("run", "sent", "since"),
+        *("began", "busy", "computing", "done", "group", "last", "links", "moved", "moving"),
+        *("ready", "run", "sent", "since"),
     )
 
     def __init__(self, group: int, now: float) -> None:
@@ -132,6 +132,7 @@ class _Worker:
         self.began = self.last = now
         self.run = 0  # blocks that are left of it
         self.sent = self.done = 0  # tasks, and blocks
+        self.busy = 0.0  # seconds of all tasks that were done
         self.computing = False
         self.ready: deque[_Task] = deque()  # to be computed
         self.links: tuple[deque[_Task], deque[_Task]] = deque(), deque()  # to be read, or written
@@ -146,18 +147,20 @@ class _Worker:
             self.moved[way] += now - self.since[way]
 
     def item_seconds(self, now: float) -> float:
-        """What a block takes, as far as is known."""
-        return (now - self.began) / (self.done or 1)
+        """What a block takes, as far as is known: not what it waits until it is sent."""
+        waited = now - self.began
+        return min(waited, self.busy) / self.done if self.done else waited
 
 
 class _Task:
     """Blocks that were sent together, of which one after another is made: read (``way`` 0),
     computed, and written (1)."""
 
-    __slots__ = ("count", "left", "way", "worker")
+    __slots__ = ("began", "count", "left", "way", "worker")
 
     def __init__(self, worker: _Worker, count: int) -> None:
         self.worker, self.count, self.left, self.way = worker, count, count, 0
+        self.began = -1.0
 
 
 class _Pipe:
@@ -275,12 +278,12 @@ class _Run:
     def _fill(self, worker: _Worker) -> None:
         """Send a worker what it may have in flight."""
         while worker.sent < self._blocks.in_flight and self._supply(worker):
-            together = self._together(worker)
-            count = min(worker.run, max(together // self._bundle, 1))
+            sent = self._together(worker)
+            count = min(worker.run, max(sent // self._bundle, 1))
             worker.run -= count
             worker.sent += 1
             self._in_runs -= count
-            spent = max(count * self._bundle / together, 1.0) * self._shared.task_seconds
+            spent = max(count * self._bundle / sent, 1.0) * self._shared.task_seconds
             self._sending += spent
             self._free = max(self._free, self._now) + spent
             wait = self._free - self._now + self._shared.latency_seconds
@@ -290,8 +293,8 @@ class _Run:
         """How many blocks are sent in one task."""
         if self._blocks.in_order or not worker.done:
             return 1
-        seconds = worker.item_seconds(self._now) / self._bundle
-        return max(1, min(MOST_ITEMS, int(TASK_SECONDS / seconds) if seconds else MOST_ITEMS))
+        seconds, left = worker.item_seconds(self._now) / self._bundle, worker.run * self._bundle
+        return together(seconds, len(self._workers), left, more=self._left > 0)
 
     def _supply(self, worker: _Worker) -> bool:
         """Let a worker have something, if there is anything for it."""
@@ -307,16 +310,19 @@ class _Run:
         """Half of what the busiest has left, or as much of it as this worker does meanwhile."""
         now, busiest, longest = self._now, worker, -1.0
         for one in self._workers:
-            if one.run and (left := (now - one.began) / (one.done or 1) * one.run) > longest:
+            if one.run and (left := one.item_seconds(now) * one.run) > longest:
                 busiest, longest = one, left
         ours, theirs = worker.item_seconds(now), busiest.item_seconds(now)
-        share = theirs / (ours + theirs) if worker.done and busiest.done else 0.5
+        known = worker.done and busiest.done and ours + theirs
+        share = theirs / (ours + theirs) if known else 0.5
         count = min(round(share * (busiest.run + busiest.sent)), busiest.run)
         busiest.run -= count
         worker.run = count
 
     def _moves(self, task: _Task) -> None:
         """A block begins to be read, or written: its requests wait for answers."""
+        if task.began < 0:
+            task.began = self._now
         task.worker.moves(task.way, 1, self._now)
         if wait := self._waits[task.way]:
             self._later(wait, self._answered, task)
@@ -376,4 +382,5 @@ class _Run:
             return
         worker.sent -= 1
         worker.done += task.count
+        worker.busy += self._now - task.began
         self._fill(worker)
