@@ -118,8 +118,8 @@ def _dense(bench: Bench, network: Network) -> dict[str, Any]:
         first = time.perf_counter() - begin
         executor.taken()
         alone = wall(None, lambda: executor.run(todo, [x], outs[:1]))
-        told = executor.taken()
-        layers, spent = told.layer_seconds, {s.what: s.seconds for s in told.spans}
+        once = executor.taken()
+        layers, spent = once.layer_seconds, {s.what: s.seconds for s in once.spans}
         patches = max(2, min(_PATCHES, int(_PATCHES_SECONDS / alone)))
         together = _together(executor, todo, x, outs, patches)
         alike = all(np.array_equal(out, outs[0]) for out in outs[:patches])
