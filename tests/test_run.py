@@ -32,6 +32,7 @@ from znni_dask.errors import (
 from znni_dask.geometry import Box
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.pooling import MaxPoolingFragments
+from znni_dask.storage import output
 from znni_dask.storage.volume import open_volume
 from znni_dask.verify import verify
 
@@ -381,6 +382,28 @@ def test_verify_finds_a_fault_in_the_fragments_themselves(tmp_path, client, monk
     assert not verify(*arguments, size=(8, 8, 8)).holds
     monkeypatch.undo()
     znni_dask.run(*arguments, client=client, overwrite=True)
+    assert verify(*arguments, size=(8, 8, 8)).holds
+
+
+def test_overwriting_that_is_cut_short_leaves_nothing_that_looks_complete(
+    tmp_path, client, monkeypatch
+):
+    """And it can be begun again."""
+    network = graphs.graph("chain", 0)
+    ome_volume(tmp_path / "in.zarr", channels=network.in_channels)
+    arguments = (network, tmp_path / "in.zarr", tmp_path / "o.zarr")
+    assert znni_dask.run(*arguments, client=client).blocks > 0
+
+    def fails(place):
+        raise OSError(5, "killed, say", str(place))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(output.shutil, "rmtree", fails)
+        with pytest.raises(OutputError, match="cannot replace"):
+            znni_dask.run(*arguments, client=client, overwrite=True)
+    with pytest.raises(OutputError, match="exists"):  # not: it is complete
+        znni_dask.run(*arguments, client=client)
+    assert znni_dask.run(*arguments, client=client, overwrite=True).blocks > 0
     assert verify(*arguments, size=(8, 8, 8)).holds
 
 

@@ -166,9 +166,13 @@ def parse_bytes(size: str | float) -> int:
 
 
 def show_bytes(value: float) -> str:
-    """A size for people, in binary units."""
+    """A size for people, in binary units.
+
+    >>> show_bytes(3 << 20), show_bytes(1.5 * 2**30), show_bytes(2**50)
+    ('3 MiB', '1.50 GiB', '1024.00 TiB')
+    """
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
             return f"{value:.0f} {unit}"
         value /= 1024
-    return f"{value:.2f} GiB"
+    return f"{value:.2f} GiB" if value < 1024 else f"{value / 1024:.2f} TiB"

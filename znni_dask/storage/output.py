@@ -34,6 +34,7 @@ _MOST_OF_LAST_LEVEL = 256**3
 _BLOSC = {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 1}  # every reader of Zarr 2 has it
 
 _METADATA = ("zarr.json", ".zgroup", ".zarray")  # one of them is at the root of every store
+_LAST = frozenset({*_METADATA, ".zattrs"})  # at the root: taken away last
 
 _PATIENCE = Patience()  # of this process, whichever folder it is that refuses
 _PATIENCE_ELSEWHERE = Patience(is_passing)  # whichever object store: it says what is for good
@@ -167,25 +168,37 @@ def _check_replaced(place: Location, asked: str | Location, overwrite: bool, beg
 
 
 def clear(place: Location) -> None:
-    """Take away the store that is to be replaced, if there is one."""
+    """Take away the store that is to be replaced, if there is one: first what makes it look
+    complete, so that this can be begun again."""
     if isinstance(place, Url):
         with refused("replace", place):
             _clear_below(place)
         return
     try:
         if place.exists():
-            shutil.rmtree(place)
+            _clear_folder(place)
     except OSError as error:
         raise OutputError(f"cannot replace {place}: {error}") from None
 
 
+def _clear_folder(place: Path) -> None:
+    """Last goes what tells that it is a store."""
+    for name in _METADATA:
+        for found in (*place.glob(f"*/{name}"), *place.glob(f"*/*/{name}")):
+            found.unlink()
+    for part in place.iterdir():
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part)
+        elif part.name not in _LAST:
+            part.unlink()
+    shutil.rmtree(place)
+
+
 def _clear_below(place: Url) -> None:
-    """Take all objects away: first what makes the store look complete, last what tells that it is
-    one, so that this can be begun again."""
-    last = {*_METADATA, ".zattrs"}
+    """The same of objects."""
     names = _PATIENCE_ELSEWHERE(place.below)
-    first = {name for name in names if name.rpartition("/")[2] in last} - last
-    for some in (first, {*names} - first - last, last.intersection(names)):
+    first = {name for name in names if name.rpartition("/")[2] in _LAST} - _LAST
+    for some in (first, {*names} - first - _LAST, _LAST.intersection(names)):
         _PATIENCE_ELSEWHERE(partial(place.remove, sorted(some)))
 
 
