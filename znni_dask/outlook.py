@@ -31,7 +31,7 @@ from znni_dask.simulation import (
     simulate,
 )
 from znni_dask.sketch import Sketch, Store, Workers
-from znni_dask.tasks import HANDED_OUT, MOST_ITEMS, together
+from znni_dask.tasks import HANDED_OUT, MOST_ITEMS
 
 _NO_DEVICE = "a cluster on paper computes on CPUs"
 BLOCKS = "blocks"  # what limits a volume that has few of them
@@ -260,21 +260,12 @@ def paces(groups: list[Group], blocks: Blocks, shared: Shared) -> dict[str, floa
         COMPUTING: sum(group.count / group.block_seconds for group in groups),
         READING: _over(min(shared.read_bytes_per_second, read), blocks.read_bytes),
         WRITING: _over(min(shared.write_bytes_per_second, written), blocks.write_bytes),
-        SCHEDULER: _over(_in_a_task(groups, blocks), shared.task_seconds),
+        SCHEDULER: _over(_most_in_a_task(blocks, shared), shared.task_seconds),
     }
 
 
-def _in_a_task(groups: list[Group], blocks: Blocks) -> int:
-    """Blocks that are sent together while there are many left."""
-    if blocks.in_order:
-        return 1
-    workers = sum(group.count for group in groups)
-    seconds = workers / sum(group.count / group.block_seconds for group in groups)
-    return together(seconds, workers, blocks.run, more=True)
-
-
 def _most_in_a_task(blocks: Blocks, shared: Shared) -> int:
-    """The same, were there as many workers as can be sent any: where tasks are handed out no faster
+    """Blocks that are sent together where workers are many; where tasks are handed out no faster
     than they are meant to be, more workers do not make more of it."""
     if blocks.in_order or shared.task_seconds * HANDED_OUT > 1:
         return 1
