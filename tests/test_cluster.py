@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import zarr
 from distributed import Client, LocalCluster, get_worker
@@ -27,7 +28,7 @@ from znni_dask import costs, feeding, passes, tasks
 from znni_dask import worker as worker_module
 from znni_dask.cli import main
 from znni_dask.cluster import Cluster, Crew, Means, connected, share
-from znni_dask.errors import MemoryLimitError, OptionError, RunError
+from znni_dask.errors import DeviceError, MemoryLimitError, OptionError, RunError
 from znni_dask.feeding import Work, feed
 from znni_dask.importers.to_onnx import to_onnx
 from znni_dask.job import BlockMaker
@@ -319,9 +320,9 @@ def test_what_takes_no_time_is_sent_together_and_blamed_alone(two):
             raise RunError("poison")
         return item
 
-    def submit(function, calls, **how):
+    def submit(function, calls, seconds, **how):
         sent.append(len(calls))
-        return honest(function, calls, **how)
+        return honest(function, calls, seconds, **how)
 
     TASKS["together"], found = task, {}
 
@@ -338,7 +339,35 @@ def test_what_takes_no_time_is_sent_together_and_blamed_alone(two):
     assert isinstance(found.pop(750), RunError)
     assert found == {n: n for n in range(1000) if n != 750}
     assert max(sent) > 1
-    assert max(tries.values()) == 2  # once together, once alone
+    assert max(tries.values()) == 1
+
+
+def test_a_task_ends_when_its_time_is_over_and_keeps_what_was_made():
+    calls = [partial(int, text) for text in ("1", "2", "x", "4")]
+    assert feeding._called(calls, most_seconds=0)[:2] == ([1], None)
+    made, error, _ = feeding._called(calls, most_seconds=60)
+    assert made == [1, 2]
+    assert isinstance(error, ValueError)
+    with pytest.raises(ValueError, match="invalid literal"):
+        feeding._called(calls[2:], most_seconds=60)
+
+
+def test_a_worker_whose_device_fails_takes_nothing_from_others(two):
+    """What it had is done by the other one; alone it is asked as often as any."""
+    failing, tries = [], Counter()
+
+    def task(item):
+        here = get_worker().address
+        if not failing:
+            failing.append(here)
+        if here == failing[0]:
+            tries[item] += 1
+            raise DeviceError("lost")
+        return item
+
+    found = fed(two, (range(n, n + 10) for n in range(0, 100, 10)), task)
+    assert found == {n: n for n in range(100)}
+    assert sum(tries.values()) <= 2  # that were in flight
 
 
 def test_nothing_more_is_begun_once_that_is_said(two):
@@ -551,9 +580,17 @@ def test_a_run_on_workers_that_were_started_by_hand(files):
                 how = {"client": address, "chunks": 16, "patch": 16}
                 summary = znni_dask.run(*places, **how)
                 told = [(w.name, w.resources) for w in cluster.scheduler.workers.values()]
+                this = psutil.Process(process.pid)
+                listening = {
+                    connection.laddr.ip
+                    for one in (this, *this.children(recursive=True))
+                    for connection in one.net_connections("inet")
+                    if connection.status == psutil.CONN_LISTEN
+                }
             finally:
                 process.terminate()
     assert told == [("here", {"CPU": 1})]
+    assert listening == {"127.0.0.1"}  # to the scheduler, and not to all the world
     assert (summary.plan.threads, summary.plan.allowed_bytes) == (1, 3 << 30)
     assert_same(stored(places[2]), want)
 

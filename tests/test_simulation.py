@@ -16,6 +16,7 @@ import simulation as benchmark
 from machine import RESULTS
 from sleeping import Case
 from znni_dask import Builder, cli, simulation
+from znni_dask.cluster import Crew, Means
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import volume
 from znni_dask.importers.to_onnx import save
@@ -205,8 +206,6 @@ def test_more_of_anything_makes_no_run_slower(counts, seconds, after, blocks, ra
     found = simulate(groups, blocks, shared)
     assert sum(found.made) == blocks.count
     alone = paces(groups, blocks, shared)
-    if not blocks.in_order:  # several in a task
-        del alone[SCHEDULER]
     assert found.seconds >= max(blocks.count / pace for pace in alone.values()) * (1 - 1e-9)
     assert all(-1e-9 <= share <= 1 + 1e-9 for share in found.busy.values())
     each = max(seconds) + blocks.read_seconds + blocks.write_seconds + task
@@ -446,6 +445,14 @@ def test_workers_on_paper_have_no_gpu(files, arguments, capsys):
     cluster = ["--cluster", str(files / "cluster.yml")]
     assert cli.main(["plan", *arguments, "--device", "gpu", *cluster]) == 2
     assert "a GPU is asked for, and there is none: a cluster on" in capsys.readouterr().err
+
+
+def test_kinds_of_workers_on_paper_are_those_that_most_of_them_are():
+    weak, strong = Means(1, 1 << 30, 0), [Means(n, 1 << 30, 0) for n in (2, 3, 4, 5)]
+    groups = {str(n): means for n, means in enumerate([weak, *strong])}
+    crew = Crew.of(groups, {"0": 1, "1": 2, "2": 3, "3": 4, "4": 900})
+    assert crew.workers == 910
+    assert [means.threads for means in crew.kinds] == [1, 5, 4, 3]
 
 
 def test_all_workers_on_paper_are_to_have_work(tmp_path):

@@ -90,21 +90,22 @@ class Crew:
     workers: int
 
     @classmethod
-    def of(cls, found: Mapping[str, Means], workers: int | None = None) -> Crew:
-        """Those of which these are the means: of every one, or of groups of so many ``workers``
-        together."""
+    def of(cls, found: Mapping[str, Means], counts: Mapping[str, int] | None = None) -> Crew:
+        """Those of which these are the means: of every one, or of groups of so many."""
+        many = counts or dict.fromkeys(found, 1)
         weakest = _least(found.values())
         alike: defaultdict[tuple[int, ...], list[str]] = defaultdict(list)
         for worker, means in found.items():
             if means.is_more_than(weakest):
                 much = means.allowed_bytes.bit_length(), means.device_bytes.bit_length()
                 alike[means.threads, *much].append(worker)
-        groups = sorted(alike.values(), key=len, reverse=True)[:_MOST_KINDS]
+        groups = sorted(alike.values(), key=lambda some: -sum(many[one] for one in some))
+        groups = groups[:_MOST_KINDS]
         return cls(
             (weakest, *(_least(found[worker] for worker in group) for group in groups)),
             dict.fromkeys(found, 0)
             | {worker: 1 + i for i, group in enumerate(groups) for worker in group},
-            workers or len(found),
+            sum(many.values()),
         )
 
 

@@ -22,16 +22,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from distributed import Future, KilledWorker
 from distributed.client import ClosedClientError, FutureCancelledError
 
 from znni_dask.cluster import Cluster, Crew, Means, on_workers
-from znni_dask.errors import RunError, ZnniError, is_full
+from znni_dask.errors import DeviceError, RunError, ZnniError, is_full
 from znni_dask.geometry import Box
 from znni_dask.job import BlockMaker, Job, Made, make_block
-from znni_dask.tasks import together
+from znni_dask.tasks import together, wanted_seconds
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -157,6 +157,7 @@ class _Feeding(Generic[T]):
         self._cluster, self._client, self._address = cluster, cluster.client, cluster.address
         self._crew, self._work = crew, work
         self._asked: set[str] = set()  # what they have: workers that are not of the crew
+        self._unfit: set[str] = set()  # whose device failed
         self._again: deque[deque[_Item[T]]] = deque()  # what was begun, and must be done elsewhere
         self._hands: dict[str, _Hand[T]] = {}
         self._going, self._waited, self._all_handed_out = True, False, False
@@ -209,7 +210,7 @@ class _Feeding(Generic[T]):
             there = self._cluster.workers()
             for worker in [*(self._hands.keys() - there)]:
                 self._left(worker)
-            for worker in sorted(there - self._hands.keys() - self._asked):
+            for worker in sorted(there - self._hands.keys() - self._asked - self._unfit):
                 self._came(worker)
         if not self._hands and not self._waited:
             self._waited = True
@@ -253,7 +254,9 @@ class _Feeding(Generic[T]):
     def _answered(self, worker: str, means: Means | BaseException | None) -> None:
         if isinstance(means, BaseException):
             LOG.warning("%s", means)
-        elif means is not None and worker in self._asked and self._takes(worker, means):
+        elif means is None:
+            self._asked.discard(worker)  # it left, or is asked once more
+        elif worker in self._asked and self._takes(worker, means):
             self._take_on(worker)
 
     def _takes(self, worker: str, means: Means) -> bool:
@@ -280,17 +283,20 @@ class _Feeding(Generic[T]):
         self._fill_all()
 
     def _fill_all(self) -> None:
-        for worker in self._hands:
+        for worker in [*self._hands]:
             self._fill(worker)
 
     def _fill(self, worker: str) -> None:
         """Send a worker what it may have in flight."""
-        hand, work = self._hands[worker], self._work
+        hand, work = self._hands.get(worker), self._work
+        if hand is None:
+            return  # it was just spared
         while self._going and len(hand.sent) < work.in_flight and self._supply(hand):
             if not (items := hand.next(self._together(hand))):
                 break
             calls = [work.task(worker, item.value) for item in items]
-            future = self._client.submit(_called, calls, workers=[worker], pure=False)
+            seconds = wanted_seconds(len(self._hands))
+            future = self._client.submit(_called, calls, seconds, workers=[worker], pure=False)
             hand.sent[future] = items
             outcome = self._client.gather(future, asynchronous=True)
             self._await(outcome, partial(self._ended, worker, future))
@@ -322,7 +328,8 @@ class _Feeding(Generic[T]):
         ours, theirs = hand.item_seconds, busiest.item_seconds
         known = hand.done and busiest.done and ours + theirs
         share = theirs / (ours + theirs) if known else 0.5
-        count = min(round(share * (len(busiest.run) + len(busiest.sent))), len(busiest.run))
+        all_left = len(busiest.run) + len(busiest.in_flight)
+        count = min(round(share * all_left), len(busiest.run))
         return deque(reversed([busiest.run.pop() for _ in range(count)]))
 
     def _ended(self, worker: str, future: Future, outcome: Any) -> None:
@@ -333,23 +340,44 @@ class _Feeding(Generic[T]):
             raise self._lost()
         items = hand.sent.pop(future)
         future.release()
-        hand.done += len(items)
-        if not isinstance(outcome, BaseException):
-            made, seconds = outcome
-            hand.busy_seconds += seconds
-            for item, found in zip(items, made, strict=True):
-                self._going = self._work.finished(item.value, found) and self._going
-        elif again := deque(item for item in items if self._may_again(item, outcome, items)):
-            self._again.append(again)
+        if isinstance(outcome, KilledWorker | CancelledError):  # nobody knows by which
+            again = [item for item in items if self._may_again(item, outcome)]
+        else:
+            done = outcome if isinstance(outcome, _Done) else _Done([], outcome, 0.0)
+            again = self._told(hand, items, done)
+            if isinstance(done.error, DeviceError):
+                self._spare(worker, done.error)
+        if again:
+            self._again.append(deque(again))
         self._fill_all() if self._again else self._fill(worker)
 
-    def _may_again(
-        self, item: _Item[T], error: BaseException, together: Sequence[_Item[T]] = ()
-    ) -> bool:
-        """Whether an item that failed, perhaps not itself but one of several ``together``, is tried
-        once more; else it is told of."""
+    def _told(self, hand: _Hand[T], items: list[_Item[T]], outcome: _Done) -> list[_Item[T]]:
+        """Take what came of a task; which of its items are to be done again, or at last."""
+        hand.done += len(outcome.made)
+        hand.busy_seconds += outcome.seconds
+        for item, found in zip(items, outcome.made, strict=False):
+            self._going = self._work.finished(item.value, found) and self._going
+        left = items[len(outcome.made) :]
+        if outcome.error is None:
+            hand.run.extendleft(reversed(left))
+            return []
+        failed, *rest = left
+        hand.run.extendleft(reversed(rest))
+        return [failed] if self._may_again(failed, outcome.error) else []
+
+    def _spare(self, worker: str, error: DeviceError) -> None:
+        """Send a worker whose device fails no more, as long as there are others: it would fail all
+        that they could do."""
+        if len(self._hands) > 1:
+            LOG.warning("no more work is sent to %s: %s", worker, error)
+            self._left(worker, expected=True)
+            self._unfit.add(worker)
+
+    def _may_again(self, item: _Item[T], error: BaseException) -> bool:
+        """Whether an item that failed, or was on a worker that did, is tried once more; else it is
+        told of."""
         item.failures += 1
-        final = isinstance(error, ZnniError) and len(together) <= 1
+        final = isinstance(error, ZnniError) and not isinstance(error, DeviceError)
         passing = not final and not is_full(error)
         if self._going and passing and item.failures < _TRIES:
             return True
@@ -359,10 +387,29 @@ class _Feeding(Generic[T]):
         return False
 
 
-def _called(calls: Sequence[Callable[[], Any]]) -> tuple[list[Any], float]:
-    """The task: runs on a worker. What came of it, and the seconds that it took."""
-    begin = time.perf_counter()
-    return [call() for call in calls], time.perf_counter() - begin
+class _Done(NamedTuple):
+    """What came of a task: what was ``made`` of its items, the ``error`` of the next one if it
+    failed, and the seconds that it took."""
+
+    made: list[Any]
+    error: BaseException | None
+    seconds: float
+
+
+def _called(calls: Sequence[Callable[[], Any]], most_seconds: float) -> _Done:
+    """The task: runs on a worker, at least one item, and others as long as there is time."""
+    begin, made, error = time.perf_counter(), [], None
+    for call in calls:
+        try:
+            made.append(call())
+        except Exception as failure:
+            if not made:
+                raise
+            error = failure  # handed on, with what was made before
+            break
+        if time.perf_counter() - begin > most_seconds:
+            break
+    return _Done(made, error, time.perf_counter() - begin)
 
 
 def _left_alone(worker: str) -> Exception:

@@ -132,7 +132,7 @@ def outlooks(
             str(number): Means(group.threads, group.memory_bytes, baseline, no_device=_NO_DEVICE)
             for number, group in enumerate(sketch.workers)
         },
-        sketch.count,
+        {str(number): group.count for number, group in enumerate(sketch.workers)},
     )
     told, begun = [], 0.0
     for planned in plan_all(found, crew):
@@ -260,20 +260,19 @@ def paces(groups: list[Group], blocks: Blocks, shared: Shared) -> dict[str, floa
         COMPUTING: sum(group.count / group.block_seconds for group in groups),
         READING: _over(min(shared.read_bytes_per_second, read), blocks.read_bytes),
         WRITING: _over(min(shared.write_bytes_per_second, written), blocks.write_bytes),
-        SCHEDULER: _over(_most_in_a_task(blocks, shared), shared.task_seconds),
+        SCHEDULER: _over(_most_in_a_task(blocks), shared.task_seconds),
     }
 
 
-def _most_in_a_task(blocks: Blocks, shared: Shared) -> int:
-    """Blocks that are sent together where workers are many; where tasks are handed out no faster
-    than they are meant to be, more workers do not make more of it."""
-    if blocks.in_order or shared.task_seconds * HANDED_OUT > 1:
-        return 1
-    return min(MOST_ITEMS, blocks.run)
+def _most_in_a_task(blocks: Blocks) -> int:
+    """Blocks that are sent together where workers are many."""
+    return 1 if blocks.in_order else min(MOST_ITEMS, blocks.run)
 
 
 def useful_workers(groups: list[Group], blocks: Blocks, shared: Shared) -> dict[str, float]:
     """How many workers, mixed as these are, what they share can keep busy, and so many blocks."""
+    slow = shared.task_seconds * HANDED_OUT > 1  # then more workers make no more of a task
+    together = 1 if slow else _most_in_a_task(blocks)
     alone = sum(
         group.count
         * min(
@@ -287,7 +286,7 @@ def useful_workers(groups: list[Group], blocks: Blocks, shared: Shared) -> dict[
     return {
         READING: _over(shared.read_bytes_per_second, blocks.read_bytes) / each,
         WRITING: _over(shared.write_bytes_per_second, blocks.write_bytes) / each,
-        SCHEDULER: _over(_most_in_a_task(blocks, shared), shared.task_seconds) / each,
+        SCHEDULER: _over(together, shared.task_seconds) / each,
         BLOCKS: float(max(blocks.count // blocks.in_flight, 1)),
     }
 

@@ -13,6 +13,11 @@ HANDED_OUT = (
 _AT_THE_END = 4  # what is left of a run is shared by so many, lest one is last
 
 
+def wanted_seconds(workers: int) -> float:
+    """How long a task takes, where its items take less, so that so many workers are kept busy."""
+    return max(TASK_SECONDS, workers / HANDED_OUT)
+
+
 def together(item_seconds: float, workers: int, left: int, more: bool) -> int:
     """Of items that take so long, of which so many are ``left`` of a worker's run: as many as take
     some time together, the more of it the more workers there are to be sent any. Where there are no
@@ -23,10 +28,9 @@ def together(item_seconds: float, workers: int, left: int, more: bool) -> int:
     >>> together(0.001, 4, 64, more=False), together(0.5, 1000, 64, more=False)
     (30, 16)
     """
-    wanted = max(TASK_SECONDS, workers / HANDED_OUT)
     quick, many = (
         int(min(seconds / item_seconds, MOST_ITEMS)) if item_seconds else MOST_ITEMS
-        for seconds in (TASK_SECONDS, wanted)
+        for seconds in (TASK_SECONDS, wanted_seconds(workers))
     )
     if not more:
         many = min(many, left // _AT_THE_END)

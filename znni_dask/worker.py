@@ -15,6 +15,8 @@ from typing import Any
 
 import dask
 from distributed import Nanny
+from distributed.comm import get_address_host
+from distributed.utils import get_ip
 
 from znni_dask.cluster import Means
 from znni_dask.devices.opening import gpus
@@ -91,6 +93,8 @@ async def _serve(address: str, wanted: list[Place], name: str | None) -> None:
             try:
                 nanny = Nanny(
                     address,
+                    host=get_ip(get_address_host(address)),  # else it listens to all the world
+                    dashboard_address="127.0.0.1:0",
                     nthreads=MOST_BLOCKS_IN_FLIGHT,
                     memory_limit=0,  # what is planned is what is used: dask has nothing to bound
                     resources=place.resources,
