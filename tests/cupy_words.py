@@ -7,6 +7,7 @@ import ctypes
 import time
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 
@@ -111,7 +112,7 @@ class RawModule:
         return _function(self._code, name)
 
 
-def cupy(devices=1, free=TOTAL_BYTES):
+def cupy(devices=1, free=TOTAL_BYTES, shared_bytes=227 << 10):
     """The module, as far as it is used."""
     allocators = []
 
@@ -133,6 +134,8 @@ def cupy(devices=1, free=TOTAL_BYTES):
         return devices
 
     class Device:
+        attributes: ClassVar = {"MaxSharedMemoryPerBlockOptin": shared_bytes}
+
         def __init__(self, number):
             self.id = number
 

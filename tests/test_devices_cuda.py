@@ -45,6 +45,13 @@ def test_patches_equal_the_oracle(family, seed, imagined):
     assert device._pool.freed
 
 
+def test_a_gpu_whose_blocks_have_too_little_shared_memory_is_told_of(imagined):
+    imagined(shared_bytes=99 << 10)
+    found = gpu_of(Wanted("gpu"))
+    assert not found.name
+    assert "lets a block of threads share 99 KiB, and tiles take up to 163 KiB" in found.why
+
+
 def test_what_is_put_there_comes_back(imagined):
     imagined()
     values = np.arange(60, dtype=np.float32).reshape(3, 4, 5)

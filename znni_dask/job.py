@@ -7,6 +7,7 @@ that lie on one grid: their channels stand behind one another.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -207,15 +208,16 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
     def _blocks(self, kind: int) -> Blocks:
         """What computes them, by a smaller plan where a device has no more room for its own."""
         job = self.job
-        smaller = job.smaller[kind] if job.smaller else ()
+        smaller, why = job.smaller[kind] if job.smaller else (), ""
         for plan in (job.plans[kind], *smaller):
             try:
                 return blocks_by(job.laid, plan, job.reads.column)
             except DeviceError as error:
-                refused = error
+                why = str(error)  # it refers to what holds the device's memory
                 self._shrunk = True
-                LOG.warning("%s", error)
-        raise refused
+                LOG.warning("%s", why)
+            gc.collect()
+        raise DeviceError(why)
 
     async def teardown(self, worker: Any) -> None:
         """End the executor's threads, once the blocks that are under way are made or given up."""

@@ -31,7 +31,7 @@ from znni_dask.windows import Laid, WindowGrid
 _CHUNKS = (64, 64, 64)
 _CHUNKS_OF_VECTORS = (8, 8, 8)  # of a classifier, whose every voxel is a window computed
 _FOUND = ("measured_error", "statistics")  # what metadata tell that was not asked for
-_SMALLER = (0.5, 0.2)  # of the memory of a GPU that was planned for
+_SMALLER = (0.5, 0.2)  # of the memory of a GPU that a plan takes
 _SEARCHED_SECONDS = 30.0  # of a run in patches: of a shorter one slabs are not tried
 _WANTED_BYTES = 2  # of a voxel: whether it is wanted, kept, and once more where that is found out
 
@@ -191,7 +191,7 @@ def _smaller(laid: Laid, resources: Resources, plan: Plan, request: Request) -> 
             resources,
             block=plan.block,
             threads=plan.threads,
-            device_bytes=int(part * plan.allowed_device_bytes),
+            device_bytes=int(part * plan.device_bytes),
             allowed_bytes=plan.allowed_bytes,
         )
         with suppress(MemoryLimitError):

@@ -27,7 +27,7 @@ from znni_dask.schedule import Arrangement, Schedules
 from znni_dask.storage.volume import Volume
 from znni_dask.windows import Laid
 
-_MEASURING = "measuring what a lower precision on a GPU costs"
+_MEASURING = "measuring what an approximation on a GPU costs"
 _PLACES = 4
 _LENGTHS = (32, 16, 8, 4, 1)  # of a place, largest first
 
@@ -89,14 +89,14 @@ def measured_error(
     the run.
 
     Raises `MemoryLimitError` where not even one voxel can be computed exactly within the memory
-    allowed, `VolumeError` where the volume cannot be read there, `OptionError` where layers are
-    lowered on a GPU, and this process has none.
+    allowed, `VolumeError` where the volume cannot be read there, `OptionError` where a GPU is to
+    compute, and this process has none.
     """
     near, source = application.laid(*outputs), application.volume
     exact = application.exact.laid(*outputs)
     length, lower = _length(exact, resources), _lower(near, plan)
-    on_device = bool(lower) and plan.device == GPU
-    if on_device:  # where other primitives need more memory, perhaps
+    on_device = plan.device == GPU  # whose patches may be too large for this process
+    if on_device:
         primitives = chosen_primitives(_arranged(near), plan)
     else:
         primitives = choose_primitives(_arranged(near)) | lower

@@ -242,7 +242,8 @@ def computing_need(
     given, made = slot_bytes(schedules, sizes, patch)
     network = network_bytes(schedules.layout.network)
     slots = SLOTS * (allocated_bytes(given) + 2 * allocated_bytes(made))  # answers once more, taken
-    process = resources.baseline_bytes + OVERHEAD_BYTES + network + slots
+    libraries = sum({type(p): p.process_bytes for p in schedules.primitives.values()}.values())
+    process = resources.baseline_bytes + OVERHEAD_BYTES + network + slots + libraries
     scratch = schedules.workspace_bytes(sizes, threads=1)
     computing = scratch + schedules.workspace_bytes(sizes, threads=1, beside=True)
     held = schedules.prepared_bytes + schedules.arena(sizes).bytes + SLOTS * (given + made)

@@ -50,11 +50,13 @@ class Turnstile:
 
     @contextmanager
     def through(self, turn: int, at_once: int = 1) -> Iterator[None]:
-        """Wait until it is one's turn, no more than so many going through ``at_once``; the next
-        one's is when this is left."""
+        """Wait until it is one's turn, no more than so many going through ``at_once``, several in
+        any order; the next one's is when this is left."""
         with self._free:
             self._free.wait_for(
-                lambda: self._shut or (self._through < at_once and self._is_next(turn))
+                lambda: (
+                    self._shut or (self._through < at_once and (at_once > 1 or self._is_next(turn)))
+                )
             )
             self.check()
             self._through += 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from znni_dask.kernels.cuda.kernel import Kernel
 from znni_dask.kernels.memory import Bytes
 from znni_dask.machine import show_bytes
 
+LOG = logging.getLogger(__name__)
 _STANDARD = "-std=c++17"
 _PLAIN_SHARED_BYTES = 48 << 10  # what a block has without asking
 
@@ -53,7 +56,7 @@ class CudaDevice(Device):
                 f"{self.name} has no room left of the {show_bytes(self.allowed_bytes)} that were "
                 f"planned for, others may have taken it: {error}; the same command plans anew"
             ) from None
-        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
+        except RuntimeError as error:  # of CUDA, its libraries, or torch
             raise DeviceError(
                 f"{self.name} failed: {error}; what is written is kept, and the same command goes "
                 "on where it can be used again"
@@ -94,9 +97,14 @@ class CudaDevice(Device):
     def close(self) -> None:
         """Give its memory back to the system."""
         super().close()
-        with self.current():
-            self._device.synchronize()
-            self._pool.free_all_blocks()
+        try:
+            with self.current():
+                self._device.synchronize()
+                self._pool.free_all_blocks()
+        except DeviceError as error:  # what was under way has told of it
+            LOG.warning("%s", error)
+        if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 @cache

@@ -18,7 +18,8 @@ from znni_dask.devices.base import Device
 from znni_dask.devices.cuda import CudaDevice
 from znni_dask.devices.simulated import Pace, SimulatedDevice
 from znni_dask.errors import OptionError
-from znni_dask.machine import CPU, GPU, parse_bytes
+from znni_dask.kernels.cuda.layouts import SHARED_BYTES
+from znni_dask.machine import CPU, GPU, parse_bytes, show_bytes
 
 AUTO = "auto"
 DEVICES = (AUTO, CPU, GPU)
@@ -60,12 +61,19 @@ def gpu_of(wanted: Wanted) -> Found:
     if isinstance(cupy, str):
         return Found(why=cupy)
     try:
-        with cupy.cuda.Device(0):
+        with cupy.cuda.Device(0) as device:
             free, _ = cupy.cuda.runtime.memGetInfo()
             told = cupy.cuda.runtime.getDeviceProperties(0)
+            shared = device.attributes["MaxSharedMemoryPerBlockOptin"]
     except cupy.cuda.runtime.CUDARuntimeError as error:
         return Found(why=f"CUDA cannot use its first GPU: {error}")
-    return Found(told["name"].decode(), int(free), known_by=bytes(told["uuid"]).hex())
+    name = told["name"].decode()
+    if shared < SHARED_BYTES:
+        return Found(
+            why=f"{name} lets a block of threads share {show_bytes(shared)}, and tiles take up to "
+            f"{show_bytes(SHARED_BYTES)}, as GPUs of compute capability 8.0, 9.0 and 10.0 have"
+        )
+    return Found(name, int(free), known_by=bytes(told["uuid"]).hex())
 
 
 def gpus() -> list[str]:

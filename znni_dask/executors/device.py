@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
@@ -31,8 +31,6 @@ from znni_dask.resources import SLOTS, slot_bytes
 from znni_dask.schedule import Schedule, Schedules, Stored
 from znni_dask.timeline import Span
 
-_SPANS_KEPT = 1000  # where nobody asks for them
-
 
 class DeviceExecutor(Closing):
     """Computes patches on a device, each within ``patch`` and its layers' boxes within ``sizes``;
@@ -46,7 +44,7 @@ class DeviceExecutor(Closing):
         given_bytes, made_bytes = slot_bytes(schedules, sizes, patch)
         self.network, self._device = network, device
         self._seconds: defaultdict[Stored, float] = defaultdict(float)
-        self._spans: deque[Span] = deque(maxlen=_SPANS_KEPT)
+        self._spans: list[Span] = []
         self._lock, self._clock = threading.Lock(), _Clock(device)
         self._placed: dict[str, Any] = placed(network, schedules.primitives, device)
         self._places = arena.places
@@ -124,11 +122,10 @@ class DeviceExecutor(Closing):
                 weave(fragments[sample :: len(made)], numbers, todo.spacing, out, device)
 
     def taken(self) -> Spent:
-        """The time spent since this was last asked; of what lanes did the last."""
+        """The time spent since this was last asked."""
         with self._lock:
-            spent = Spent(self._seconds, [*self._spans])
-            self._seconds = defaultdict(float)
-            self._spans.clear()
+            spent = Spent(self._seconds, self._spans)
+            self._seconds, self._spans = defaultdict(float), []
         return spent
 
     def close(self) -> None:

@@ -75,11 +75,11 @@ class Primitive(ABC):
 
     ``in_place``: `apply` may be given its first input as output. ``fragments``: the layer is
     evaluated at all offsets of its stride, the fragments joining the batch. ``library_bytes``: what
-    a library takes that it computes with, once in a process; ``setup_seconds`` what this takes
-    before the first patch, compiling for a layer included. ``takes``: where `fits` holds not for
-    all layers of its kind, in words. ``precision``: what it computes in. ``device``: where, "cpu"
-    or "gpu". ``beside``: whether what it computes in is not all scratch memory, which others keep
-    meanwhile.
+    a library takes that it computes with, once in a process, ``process_bytes`` beside those on a
+    device; ``setup_seconds`` what this takes before the first patch, compiling for a layer
+    included. ``takes``: where `fits` holds not for all layers of its kind, in words. ``precision``:
+    what it computes in. ``device``: where, "cpu" or "gpu". ``beside``: whether what it computes in
+    is not all scratch memory, which others keep meanwhile.
     """
 
     name: ClassVar[str]
@@ -89,6 +89,7 @@ class Primitive(ABC):
     in_place: ClassVar[bool] = False
     fragments: ClassVar[bool] = False
     library_bytes: ClassVar[int] = 0
+    process_bytes: ClassVar[int] = 0
     setup_seconds: ClassVar[float] = 0.0
     takes: ClassVar[str] = ""
     precision: ClassVar[str] = FULL

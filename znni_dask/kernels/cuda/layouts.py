@@ -11,7 +11,7 @@ from typing import NamedTuple
 from znni_dask.geometry import Size, ceil_divide, triple, volume
 
 PAIR_BYTES = 8
-SHARED_BYTES = 163 << 10  # that a block may have on every GPU since 2020
+SHARED_BYTES = 163 << 10  # that a block may have where the compute capability is 8.0, 9.0 or 10.0
 SECTOR = 4  # complex numbers that are written as one
 _BANKS = 16  # complex numbers side by side that are read at once
 _REGISTERS, _PROCESSOR_BYTES = 1 << 16, 163 << 10  # that blocks share on one multiprocessor

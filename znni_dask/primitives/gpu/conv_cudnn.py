@@ -49,6 +49,7 @@ class GpuConvCudnn(DevicePrimitive):
     layer: ClassVar[type[Layer]] = Conv
     beside: ClassVar[bool] = True
     library_bytes: ClassVar[int] = LIBRARY_BYTES
+    process_bytes: ClassVar[int] = conv_torch.LIBRARY_BYTES
     setup_seconds: ClassVar[float] = 5.0
 
     @property
