@@ -63,6 +63,14 @@ def test_an_existing_output_needs_overwrite(files, capsys):
     assert cli.main([*other, "--overwrite"]) == 0
 
 
+def test_an_output_of_another_volume_is_not_taken_for_complete(files, capsys):
+    np.save(files / "other.npy", np.load(files / "in.npy"))
+    network, output = str(files / "net.onnx"), str(files / "o.zarr")
+    assert cli.main(["infer", network, str(files / "in.npy"), output]) == 0
+    assert cli.main(["infer", network, str(files / "other.npy"), output]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -6,6 +6,8 @@ repeats. How fast, in which blocks and by which plan is no part of it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -156,7 +158,14 @@ class Application:
             "roi": [self.roi.start, self.roi.stop] if self.roi else None,
             "mask": self.mask.path if self.mask else None,
             "normalize": self.normalization.described if self.normalization else None,
+            "volume": self._fingerprint,
         }
+
+    @property
+    def _fingerprint(self) -> str:
+        """Of the volume: metadata need not tell of what lies where."""
+        told = json.dumps(self.defining, sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     @property
     def defining(self) -> dict[str, Any]:
