@@ -128,18 +128,17 @@ class Journal:
             ) from None
 
     def add(self, number: int, time: int, block: Box) -> None:
-        """Note that a block is written."""
+        """Note that a block is written; in the file alone, as a run comes to each but once."""
         assert self._lines is not None
         self._lines.add(json.dumps([number, time, block.start]))
-        self.done.add((number, time, block.start))
 
     def holds(self, number: int, time: int, block: Box) -> bool:
-        """Whether a block is written."""
+        """Whether a block was written when the journal was found."""
         return (number, time, block.start) in self.done
 
     def blocks_of(self, number: int, size: Size) -> Iterator[Box]:
-        """The blocks of a pass that are written, at whatever time point, of an answer of
-        ``size``."""
+        """The blocks of a pass that were written when the journal was found, at whatever time
+        point, of an answer of ``size``."""
         block = self.blocks[number]
         for other, _, start in self.done:
             if other == number:

@@ -164,7 +164,7 @@ def make_all(
                 crew,
                 one.job.targets,
                 within,
-                one.pyramid.blocks_in_flight,
+                one.pyramid,
                 journal,
                 range(number, len(passes) * len(one.stored[0].levels), len(passes)),
                 told,

@@ -10,11 +10,12 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 from distributed import WorkerPlugin, get_worker
 
-from znni_dask.cluster import Cluster, Crew, on_workers
+from znni_dask.cluster import Cluster, Crew, Means, on_workers
 from znni_dask.errors import MemoryLimitError, RunError, is_full
 from znni_dask.feeding import Work, feed
 from znni_dask.geometry import (
@@ -28,7 +29,7 @@ from znni_dask.geometry import (
     triple,
     volume,
 )
-from znni_dask.job import Target
+from znni_dask.job import LONGEST_RUN, Target
 from znni_dask.journal import Journal
 from znni_dask.machine import show_bytes
 from znni_dask.primitives.base import ITEM_BYTES
@@ -101,7 +102,7 @@ def make_levels(
     crew: Crew,
     targets: Sequence[Target],
     hull: Box,
-    in_flight: int,
+    plan: Pyramid,
     journal: Journal,
     steps: Sequence[int],
     told: Callable[[int], None],
@@ -137,7 +138,7 @@ def make_levels(
                 failures.append((block, failed))
             told(block.shared_voxels(over))
 
-        _make_level(cluster, crew, LevelMaker(targets, level), in_flight, missing, finished)
+        _make_level(cluster, crew, LevelMaker(targets, level), plan, missing, finished)
         if failures:
             break
     return count, failures
@@ -152,12 +153,13 @@ def _make_level(
     cluster: Cluster,
     crew: Crew,
     maker: LevelMaker,
-    in_flight: int,
+    plan: Pyramid,
     waiting: Iterator[tuple[int, Box]],
     finished: Callable[[int, Box, BaseException | None], None],
 ) -> None:
-    """Feed the blocks (time point, box) of a level to the workers. Where the disk is full no more
-    are begun."""
+    """Feed the blocks (time point, box) of a level to the workers, those that come later, too, if
+    they have what it takes. Where the disk is full no more are begun."""
+    needed = Means(1, plan.predicted_bytes, crew.kinds[0].baseline_bytes)
 
     def make(_: str, place: tuple[int, Box]) -> Callable[[], None]:
         return partial(_make_block, maker.name, *place)
@@ -166,8 +168,12 @@ def _make_level(
         finished(*place, error)
         return not is_full(error)
 
+    def takes(_: str, means: Means) -> bool:
+        return means.suffice_for(needed)
+
+    runs = iter(lambda: [*islice(waiting, LONGEST_RUN)], [])
     with on_workers(cluster.client, maker):
-        feed(cluster, crew, Work(([place] for place in waiting), in_flight, make, done))
+        feed(cluster, crew, Work(runs, plan.blocks_in_flight, make, done, takes))
 
 
 def _make_block(name: str, time: int, block: Box) -> None:
