@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -21,11 +22,22 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is ``thorough``, unless it is asked for."""
-    if not config.getoption("--thorough"):
-        repeating = [item for item in items if item.get_closest_marker("thorough")]
-        config.hook.pytest_deselected(items=repeating)
-        items[:] = [item for item in items if item not in set(repeating)]
+    """Leave out what is ``thorough``, unless it is asked for, and of the cases of what says
+    ``every`` n all but the n-th ones."""
+    if config.getoption("--thorough"):
+        return
+    repeating, cases = set(), Counter()
+    for item in items:
+        every = item.get_closest_marker("every")
+        case = cases[item.path, item.name.partition("[")[0]]
+        if item.get_closest_marker("thorough"):
+            repeating.add(item)
+            continue
+        cases[item.path, item.name.partition("[")[0]] += 1
+        if every and case % every.args[0]:
+            repeating.add(item)
+    config.hook.pytest_deselected(items=[*repeating])
+    items[:] = [item for item in items if item not in repeating]
 
 
 @pytest.fixture(autouse=True, scope="session")

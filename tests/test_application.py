@@ -316,6 +316,7 @@ def of_odd_sizes():
     [padded_with_ones(), of_odd_sizes(), graphs.graph("finer", 0)],
     ids=["pad", "odd", "finer"],
 )
+@pytest.mark.every(5)
 def test_a_halo_of_ones_own_makes_numbers_of_the_volume_alone(network, halo, tmp_path, client):
     """Nothing is read beyond what a patch sees, and a halo that is large enough is exact."""
     values = np.random.default_rng(6).standard_normal((1, 15, 17, 21)).astype(np.float32)

@@ -57,6 +57,7 @@ def complexes(array):
 
 
 @pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.every(2)
 def test_transforms_are_those_of_numpy(n):
     taken, made = max(1, n // 2), max(1, n - 2)
     module = ir.Module()

@@ -128,6 +128,7 @@ def test_plans_that_do_not_fit_are_refused(changed, message):
 @pytest.mark.parametrize(
     ("family", "seed"), [("chain", 0), ("unet", 3), ("valid_unet", 0), ("strided", 0), ("finer", 0)]
 )
+@pytest.mark.every(4)
 def test_columns_of_all_blocks_fit_the_pages_of_the_plan(family, seed, in_column):
     """Also those at the ends, where fewer planes are there, and those begun anew at any block."""
     network = graphs.graph(family, seed)

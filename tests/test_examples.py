@@ -102,6 +102,7 @@ def test_the_trained_networks_are_small_and_of_their_kind(name):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.thorough
 def test_training_runs_on_a_stack_given_by_path(workplace):
     raw, truth = sample.generate((30, 224, 224), seed=7)
     tifffile.imwrite("volume.tif", raw)

@@ -145,6 +145,7 @@ def test_a_plan_is_given_back_edited(files, tmp_path, client, capsys, patchwise)
         ({"patch": "large"}, "not a plan"),
     ],
 )
+@pytest.mark.every(3)
 def test_plans_that_do_not_fit_are_refused(files, changed, message):
     (told,) = forecasts(*files, **HOW)
     plan = json.loads(told.plan.to_json()) | changed

@@ -79,6 +79,7 @@ class Blocks:
     ("family", "seed"),
     [("chain", 0), ("unet", 2), ("valid_unet", 0), ("residual", 1), ("finer", 0)],
 )
+@pytest.mark.every(4)
 def test_blocks_that_go_on_equal_the_oracle(family, seed, granules, block, in_column, boundary):
     """Also where slabs are not whole blocks."""
     network = graphs.graph(family, seed)
@@ -301,15 +302,17 @@ def test_columns_stay_with_their_workers(small, narrow, monkeypatch):
         where.setdefault(block.start[1:], []).append((worker, block.start[0]))
     assert len({worker for worker, _ in made}) == 2
     assert len(where) > 2
-    shared = turned_back = 0
+    shared = turned_back = gaps = 0
     for blocks in where.values():
         parts = {w: [z for worker, z in blocks if worker == w] for w, _ in blocks}
         shared += len(parts) - 1
-        for starts in parts.values():  # one behind another
-            assert sorted(starts) == list(range(min(starts), max(starts) + 1, plan.block[0]))
+        for starts in parts.values():
+            behind = list(range(min(starts), max(starts) + 1, plan.block[0]))
+            gaps += sorted(starts) != behind
             turned_back += sum(b < a for a, b in pairwise(starts))
     assert shared <= 2  # the last columns, which whoever is through with the others takes part of
     assert turned_back <= 2  # tasks that were begun at once overtook one another
+    assert gaps <= 1  # where of what was taken some was taken back
     assert_same(stored(arguments["output"]), want)
 
 

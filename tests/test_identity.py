@@ -140,6 +140,7 @@ def test_every_graph_in_every_patch_shape_equals_the_oracle(family, seed, patche
     ("family", "seed"),
     [("chain", 0), ("residual", 1), ("unet", 2), ("valid_unet", 0), ("strided", 0), ("finer", 0)],
 )
+@pytest.mark.every(5)
 def test_every_boundary_equals_the_oracle(family, seed, boundary):
     network = graphs.graph(family, seed)
     volume = volume_for(network)

@@ -93,6 +93,7 @@ def assert_statistics(found, values, way):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.every(5)
 def test_statistics_are_those_of_numpy(dtype, small_boxes, tmp_path, client):
     values = values_of(dtype)
     np.save(tmp_path / "in.npy", values)

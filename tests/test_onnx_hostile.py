@@ -701,6 +701,7 @@ def test_voxels_moved_into_channels_do_not_become_millions_of_layers(tmp_path):
     ],
     ids=["Relu", "Conv", "MaxPool"],
 )
+@pytest.mark.every(5)
 def test_a_chain_of_ten_thousand_nodes_is_read_in_seconds(step, named, tmp_path):
     names = ["x", *(f"v{i}" for i in range(9_999)), "y"]
     nodes = [step(a, b) for a, b in itertools.pairwise(names)]

@@ -46,6 +46,7 @@ def request(network, size=(200, 200, 200), allowed=8 << 30, **options):
 
 @pytest.mark.parametrize("gib", [0.3, 0.5, 1, 2, 8])
 @pytest.mark.parametrize(("family", "seed"), [("chain", 1), ("unet", 3), ("residual", 0)])
+@pytest.mark.every(4)
 def test_what_is_predicted_is_within_what_is_allowed(family, seed, gib):
     wanted = request(graphs.graph(family, seed), allowed=int(gib * 2**30))
     made = plan(wanted)

@@ -374,6 +374,7 @@ FROM_FEW = [("conv strided", "direct from few channels")]
 
 
 @pytest.mark.parametrize(("label", "name"), IN_ROWS + IN_TILES + FROM_FEW)
+@pytest.mark.every(3)
 def test_processors_with_short_vectors_make_the_same(label, name, monkeypatch, tmp_path):
     triple = compiled.host().triple
     cpu = "x86-64-v3" if triple.startswith("x86_64") else "generic"
@@ -647,6 +648,7 @@ def test_a_patch_matrix_is_never_there_as_a_whole():
 )
 @pytest.mark.parametrize("deviation", [1, 50])
 @pytest.mark.parametrize("balanced", [False, True], ids=["random", "zero-sum"])
+@pytest.mark.every(3)
 def test_raw_grey_values_lose_no_more_by_transforms_than_directly(
     channels, kernel, transforms, deviation, balanced
 ):

@@ -129,6 +129,7 @@ def test_with_enough_memory_every_chunk_is_decoded_once(kind, tmp_path, tiny_cel
 
 @pytest.mark.parametrize("boundary", ["reflect", "nearest", "constant", "valid"])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.every(5)
 def test_what_is_decoded_and_kept_is_what_was_predicted(boundary, seed, tiny_cells):
     random = np.random.default_rng(seed)
     opened = in_memory(triple(random.integers(4, 20, 3)))

@@ -91,6 +91,7 @@ def answer(path):
         ("flat", 0, "reflect", (1, 16, 16), (1, 32, 32), None),
     ],
 )
+@pytest.mark.every(3)
 def test_what_a_run_writes_is_the_right_answer(
     family, seed, boundary, patch, chunks, shards, tmp_path, client
 ):
@@ -421,7 +422,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "blocks"), [("boundary_valid", 256, 2), ("boundary_unet", 128, 2)]
+    ("name", "size", "blocks"),
+    [
+        pytest.param("boundary_valid", 256, 2, marks=pytest.mark.thorough),
+        ("boundary_unet", 128, 2),
+    ],
 )
 def test_the_process_stays_within_512_mib(name, size, blocks, tmp_path):
     values = np.random.default_rng(0).integers(0, 255, (size,) * 3).astype(np.uint8)

@@ -72,6 +72,7 @@ def planes_of_input(column, span):
 
 
 @pytest.mark.parametrize(("family", "seed"), graphs.ALL)
+@pytest.mark.every(3)
 def test_every_graph_in_slabs_of_every_thickness_equals_the_oracle(family, seed):
     network = graphs.graph(family, seed)
     volume = volume_for(network)
@@ -90,6 +91,7 @@ def test_every_graph_in_slabs_of_every_thickness_equals_the_oracle(family, seed)
     ("family", "seed"),
     [("chain", 0), ("residual", 1), ("unet", 2), ("valid_unet", 0), ("strided", 0), ("finer", 0)],
 )
+@pytest.mark.every(5)
 def test_every_boundary_equals_the_oracle(family, seed, boundary):
     network = graphs.graph(family, seed)
     volume = volume_for(network)

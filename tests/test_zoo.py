@@ -193,6 +193,7 @@ def assert_close(got, want):
 
 
 @pytest.mark.parametrize(("entry", "exporter", "dynamic"), cases(LOCAL))
+@pytest.mark.every(3)
 def test_patches_equal_pytorch_on_the_whole_volume(entry, exporter, dynamic, exported):
     path = exported(entry, exporter, dynamic)
     assert_patches_equal(entry, entry.make(), *loaded(entry, path))
@@ -240,12 +241,14 @@ OTHER_VERSIONS = [
 
 
 @pytest.mark.parametrize(("entry", "exporter", "opset"), OTHER_VERSIONS)
+@pytest.mark.every(2)
 def test_older_and_newer_versions_of_onnx_mean_the_same(entry, exporter, opset, exported):
     path = exported(entry, exporter, True, opset)
     assert_patches_equal(entry, entry.make(), *loaded(entry, path))
 
 
 @pytest.mark.parametrize(("entry", "exporter", "dynamic"), cases(GLOBAL))
+@pytest.mark.every(3)
 def test_what_breaks_locality_is_named(entry, exporter, dynamic, exported):
     path = exported(entry, exporter, dynamic)
     if not entry.refused:
@@ -285,6 +288,7 @@ def patchwise(path, entry, volume, patch, folder, client, boundary="constant", *
 
 
 @pytest.mark.parametrize(("entry", "exporter", "dynamic"), cases(PATCHWISE))
+@pytest.mark.every(3)
 def test_patchwise_answers_are_monais(entry, exporter, dynamic, exported, tmp_path, client):
     path = exported(entry, exporter, dynamic)
     larger = tuple(n + 2 * step for n, step in zip(entry.size, entry.steps, strict=True))
