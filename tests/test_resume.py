@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
+from zarr.storage import WrapperStore
 
 import graphs
 import znni_dask
@@ -19,6 +23,9 @@ from znni_dask.errors import OptionError, OutputError, RunError
 from znni_dask.geometry import Box
 from znni_dask.importers.to_onnx import save
 from znni_dask.journal import Journal, journal_of
+from znni_dask.storage import lines, patience
+from znni_dask.storage.forced import ForcedStore, force
+from znni_dask.storage.lines import FileLines
 from znni_dask.storage.output import Image
 from znni_dask.storage.volume import open_volume
 
@@ -168,7 +175,8 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_same_command(kills, tmp_p
     assert_same(got, at_once(network, values, "reflect"))
     computed = command.blocks()
     assert len(set(computed)) == fresh.blocks == most * (kills + 1)
-    assert len(computed) - fresh.blocks <= kills * fresh.plan.blocks_in_flight
+    noting = 1  # may have been made, but not noted yet
+    assert len(computed) - fresh.blocks <= kills * (fresh.plan.blocks_in_flight + noting)
 
 
 def heeding_interrupts():
@@ -211,6 +219,122 @@ def test_a_journal_ahead_of_its_write_would_be_found(files, tmp_path, client, mo
         znni_dask.run(**options(tmp_path), client=client)
     with pytest.raises(AssertionError):
         assert_same(stored(tmp_path / "out.zarr"), at_once(network, values, "reflect"))
+
+
+class Disk:
+    """What would be left if the power failed now: of files what they held when they were forced to
+    the disk, of folders what they listed; and of every block that the journal told of too early."""
+
+    def __init__(self, monkeypatch, output):
+        self.output, self.ahead, self.forced = output, set(), {}
+        self._fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+    def fsync(self, number):
+        path = Path(f"/proc/self/fd/{number}").readlink()
+        if path == journal_of(self.output):
+            self.ahead |= {at for at in Journal.begun(path).done if not self.keeps(at)}
+        held = {p.name for p in path.iterdir()} if path.is_dir() else path.read_bytes()
+        self._fsync(number)
+        self.forced[path] = held
+
+    def keeps(self, at):
+        """Whether the chunks of a block are there to the last byte, and can be found."""
+        _, _, start = at
+        place = [str(n // 8) for n in start]
+        chunks = (self.output.joinpath("0", "c", channel, *place) for channel in "01")
+        return all(map(self._keeps, chunks))
+
+    def _keeps(self, chunk):
+        folders = [p for p in chunk.parents if p.is_relative_to(self.output.parent)]
+        named = zip(folders, [chunk, *folders], strict=False)
+        found = all(path.name in self.forced.get(folder, ()) for folder, path in named)
+        return found and self.forced.get(chunk) == chunk.read_bytes()
+
+
+def test_whenever_the_power_fails_the_journal_tells_of_nothing_that_is_lost(
+    files, tmp_path, monkeypatch
+):
+    disk = Disk(monkeypatch, tmp_path / "out.zarr")
+    assert znni_dask.run(**options(tmp_path), pyramid=False).blocks == BLOCKS
+    assert journal_of(disk.output) in disk.forced
+    assert disk.ahead == set()
+
+
+def test_chunks_that_are_only_handed_to_the_system_would_be_found(files, tmp_path, monkeypatch):
+    """The planted fault."""
+    disk = Disk(monkeypatch, tmp_path / "out.zarr")
+    monkeypatch.setattr(ForcedStore, "set", WrapperStore.set)
+    znni_dask.run(**options(tmp_path), pyramid=False)
+    assert disk.ahead
+
+
+def refusing_the_journal(monkeypatch, times):
+    """A folder that refuses to force it to the disk, so many times after the first line; how
+    often it was asked to."""
+    asked = []
+
+    def refused(path):
+        if path.suffix == ".journal":
+            asked.append(path)
+            if 1 < len(asked) <= 1 + times:
+                raise OSError(errno.EIO, "not now")
+        force(path)
+
+    monkeypatch.setattr(lines, "force", refused)
+    return asked
+
+
+def test_what_was_refused_is_put_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(patience, "_FIRST_PAUSE", 0.001)
+    asked = refusing_the_journal(monkeypatch, 3)
+    with FileLines(tmp_path / "x.journal") as found:
+        found.begin("first")
+        for number in range(50):
+            found.add(str(number))
+    assert len(asked) >= 5
+    assert FileLines(tmp_path / "x.journal").read() == ["first", *map(str, range(50))]
+
+
+def test_a_folder_that_refuses_the_journal_for_a_while_is_asked_again(
+    files, tmp_path, client, monkeypatch
+):
+    monkeypatch.setattr(patience, "_FIRST_PAUSE", 0.001)
+    asked = refusing_the_journal(monkeypatch, 3)
+    znni_dask.run(**options(tmp_path), client=client)
+    assert len(asked) >= 5
+    assert_same(stored(tmp_path / "out.zarr"), at_once(*files, "reflect"))
+
+
+def test_a_journal_that_a_folder_takes_no_more_ends_the_run(files, tmp_path, client, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(patience, "_SECONDS", 0.0)
+        refusing_the_journal(patched, 1 << 30)
+        with pytest.raises(RunError, match=r"journal .* cannot be written.*not now.*same command"):
+            znni_dask.run(**options(tmp_path), client=client)
+    znni_dask.run(**options(tmp_path), client=client)
+    assert_same(stored(tmp_path / "out.zarr"), at_once(*files, "reflect"))
+    assert not journal_of(tmp_path / "out.zarr").exists()
+
+
+def test_metadata_that_a_folder_takes_no_more_leave_what_is_made(
+    files, tmp_path, client, monkeypatch
+):
+    honest = zarr.open_group
+
+    def refused(*place, mode):
+        if mode == "r+":
+            raise OSError(errno.EIO, "not now")
+        return honest(*place, mode=mode)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(patience, "_SECONDS", 0.0)
+        patched.setattr(zarr, "open_group", refused)
+        with pytest.raises(RunError, match=r"metadata of .* cannot be written.*same command"):
+            znni_dask.run(**options(tmp_path), client=client)
+    assert znni_dask.run(**options(tmp_path), client=client).blocks == 0
+    assert_same(stored(tmp_path / "out.zarr"), at_once(*files, "reflect"))
+    assert not journal_of(tmp_path / "out.zarr").exists()
 
 
 def begun_journal(folder):

@@ -18,8 +18,9 @@ from typing import Any
 from znni_dask.errors import OutputError, RunError
 from znni_dask.geometry import Box, Size, add, triple
 from znni_dask.normalization import Statistics
+from znni_dask.storage.clouds import refusals
 from znni_dask.storage.lines import Lines, lines_at
-from znni_dask.storage.stored import refused
+from znni_dask.storage.stored import reason, refused
 from znni_dask.storage.urls import Location
 
 _VERSION = 1
@@ -128,7 +129,8 @@ class Journal:
             ) from None
 
     def add(self, number: int, time: int, block: Box) -> None:
-        """Note that a block is written; in the file alone, as a run comes to each but once."""
+        """Have it noted that a block is written; in the file alone, as a run comes to each but
+        once. Raises `RunError` where nothing more can be noted."""
         assert self._lines is not None
         self._lines.add(json.dumps([number, time, block.start]))
 
@@ -145,10 +147,16 @@ class Journal:
                 yield Box(start, add(start, block)).clipped(size)
 
     def end(self) -> None:
-        """All blocks are written: the journal is not needed any more."""
+        """All blocks are written: the journal is not needed any more. Raises `RunError` where it
+        cannot be taken away."""
         self.close()
-        with refused("write", f"the journal {self.path}"):
+        try:
             lines_at(self.path).remove()
+        except refusals() as error:
+            raise RunError(
+                f"the journal {self.path} cannot be taken away: {reason(error, 'write')}. "
+                "Everything is made: the same command ends the run"
+            ) from error
 
     def close(self) -> None:
         """Write the last of it; the journal stays."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial, reduce
+from itertools import islice
 from operator import add
 from typing import Any
 
@@ -27,13 +28,15 @@ from numpy.typing import NDArray
 from znni_dask.cluster import Cluster, Crew, Means, on_workers
 from znni_dask.errors import MemoryLimitError, RunError, VolumeError
 from znni_dask.feeding import Work, feed
-from znni_dask.geometry import Box, Size, text, tiles, triple, volume
+from znni_dask.geometry import Box, Size, ceil_divide, text, tiles, triple, volume
 from znni_dask.machine import show_bytes
 from znni_dask.normalization import Normalization, Statistics
 from znni_dask.resources import MOST_BLOCKS_IN_FLIGHT, OVERHEAD_BYTES
 from znni_dask.storage.volume import Volume
 
-_BOX = 1 << 21  # voxels looked at by one task, or one chunk where that is more
+_BOX = 1 << 21  # voxels read at a time, or one chunk where that is more
+_MOST_BOXES = 1 << 10  # that one task looks at
+_TASKS = 16  # for each worker, where there are enough boxes
 _PIECE = 1 << 18  # values looked at at a time
 _PIECE_BYTES = 48  # memory that looking at a value takes at most
 _BINS = 1 << 16
@@ -60,7 +63,8 @@ def measure(
     cannot be read, are not finite (and ``nan`` does not replace them), or are all the same.
     """
     in_flight, predicted = _in_flight(source, crew.kinds[0])
-    survey = _Survey(cluster, crew, source, nan is not None, in_flight)
+    needed = Means(1, predicted, crew.kinds[0].baseline_bytes)
+    survey = _Survey(cluster, crew, source, nan is not None, in_flight, needed)
     find = {"zscore": _deviations, "range": _extremes, "percentile": _percentiles}[wanted.method]
     with on_workers(cluster.client, survey.surveyor):
         found = [_checked(find(survey, time, wanted), survey, time) for time in range(source.times)]
@@ -91,8 +95,10 @@ def boxes(source: Volume) -> Size:
 def _in_flight(source: Volume, means: Means) -> tuple[int, int]:
     """How many boxes may be looked at at a time, and the memory that this takes."""
     box = boxes(source)
-    tables = 8 * _BINS * _MOST_RANKS * source.channels  # as added up, and for each box
-    each = source.read_bytes(box) + _PIECE * _PIECE_BYTES + 2 * tables
+    tables = (
+        8 * _BINS * _MOST_RANKS * source.channels
+    )  # those of a piece, a box and a task, and a sum
+    each = source.read_bytes(box) + _PIECE * _PIECE_BYTES + 4 * tables
     base, allowed_bytes = means.baseline_bytes + OVERHEAD_BYTES + 2 * tables, means.allowed_bytes
     fitting = min((allowed_bytes - base) // each, MOST_BLOCKS_IN_FLIGHT)
     if fitting < 1:
@@ -105,14 +111,17 @@ def _in_flight(source: Volume, means: Means) -> tuple[int, int]:
 
 
 class _Surveyor(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
-    """Lives on a worker and looks at boxes there."""
+    """Lives on a worker and looks at boxes there, one after the other."""
 
     def __init__(self, source: Volume, replaced: bool) -> None:
         self.name = f"znni-{uuid.uuid4().hex}"
         self._source, self._replaced = source, replaced
 
-    def look(self, question: Question, time: int, box: Box) -> list[Any]:
-        """What the values of every channel in a box answer to a question."""
+    def look(self, question: Question, time: int, boxes: Sequence[Box]) -> list[Any]:
+        """What the values of every channel in some boxes answer to a question."""
+        return reduce(_together, (self._look(question, time, box) for box in boxes))
+
+    def _look(self, question: Question, time: int, box: Box) -> list[Any]:
         if self._replaced:
             values = self._source.read(box, time)
         else:
@@ -123,10 +132,15 @@ class _Surveyor(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
         ]
 
 
-def _look(name: str, question: Question, time: int, box: Box) -> list[Any]:
+def _look(name: str, question: Question, time: int, boxes: Sequence[Box]) -> list[Any]:
     """The task: runs on a worker, where the plugin lives."""
     surveyor: _Surveyor = get_worker().plugins[name]
-    return surveyor.look(question, time, box)
+    return surveyor.look(question, time, boxes)
+
+
+def _together(some: list[Any], more: list[Any]) -> list[Any]:
+    """The answers of all channels, added up."""
+    return [a + b for a, b in zip(some, more, strict=True)]
 
 
 def _pieces(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
@@ -149,33 +163,39 @@ class _Survey:
     """Questions put to all values of a volume."""
 
     def __init__(
-        self, cluster: Cluster, crew: Crew, source: Volume, replaced: bool, in_flight: int
+        self,
+        cluster: Cluster,
+        crew: Crew,
+        source: Volume,
+        replaced: bool,
+        in_flight: int,
+        needed: Means,
     ) -> None:
         self.source = source
         self.surveyor = _Surveyor(source, replaced)
         self._cluster, self._crew = cluster, crew
-        self._in_flight = in_flight
+        self._in_flight, self._needed = in_flight, needed
 
     def ask(self, question: Question, time: int) -> list[Any]:
         """What the values of every channel at a time point answer together."""
         answers: list[list[Any]] = []
         failures: list[tuple[Size, BaseException]] = []
 
-        def look(_: str, box: Box) -> Callable[[], list[Any]]:
-            return partial(_look, self.surveyor.name, question, time, box)
+        def look(_: str, some: Sequence[Box]) -> Callable[[], list[Any]]:
+            return partial(_look, self.surveyor.name, question, time, some)
 
-        def finished(box: Box, outcome: Any) -> bool:
+        def finished(some: Sequence[Box], outcome: Any) -> bool:
             if isinstance(outcome, BaseException):
-                failures.append((box.start, outcome))
+                failures.append((some[0].start, outcome))
                 return False
-            answers.append(outcome)
-            if len(answers) == 2:
-                answers[:] = [[a + b for a, b in zip(*answers, strict=True)]]
+            answers[:] = [_together(answers[0], outcome) if answers else outcome]
             return True
 
-        pieces = tiles(self.source.size, boxes(self.source))
-        runs = ([piece] for piece in pieces)
-        feed(self._cluster, self._crew, Work(runs, self._in_flight, look, finished))
+        def takes(_: str, means: Means) -> bool:
+            return means.suffice_for(self._needed)
+
+        runs = ([some] for some in self._shares())
+        feed(self._cluster, self._crew, Work(runs, self._in_flight, look, finished, takes))
         if failures:
             _, error = min(failures, key=lambda failure: failure[0])
             if isinstance(error, RunError):
@@ -184,6 +204,15 @@ class _Survey:
                 raise RunError(f"while its statistics were taken: {error}") from error
             raise error
         return answers[0]
+
+    def _shares(self) -> Iterator[list[Box]]:
+        """The boxes that one task looks at, in turn: the more the fewer workers there are for them,
+        as every task answers at once for all of its own."""
+        size, box = self.source.size, boxes(self.source)
+        count = volume(triple(map(ceil_divide, size, box)))
+        each = min(ceil_divide(count, _TASKS * self._crew.workers), _MOST_BOXES)
+        left = tiles(size, box)
+        return iter(lambda: [*islice(left, each)], [])
 
 
 @dataclass(frozen=True)

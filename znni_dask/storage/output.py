@@ -23,6 +23,7 @@ from znni_dask.geometry import Box, Size, round_up, text, triple, volume
 from znni_dask.storage import ngff
 from znni_dask.storage.clouds import refusals
 from znni_dask.storage.encoding import Encoding
+from znni_dask.storage.forced import ForcedStore
 from znni_dask.storage.levels import Level, levels
 from znni_dask.storage.patience import Patience, is_passing
 from znni_dask.storage.stored import Three, Units, reason, refused
@@ -237,10 +238,8 @@ class Image:
         if channel is None and "c" not in self.axes:
             values = values[0]
         index = self._index(box, time, channel)
-        elsewhere = isinstance(self.place, Url)
-        patience = _PATIENCE_ELSEWHERE if elsewhere else _PATIENCE
         try:
-            patience(lambda: array.__setitem__(index, values))
+            _patience(self.place)(lambda: array.__setitem__(index, values))
         except refusals() as error:
             if is_full(error):
                 raise
@@ -273,7 +272,7 @@ def create(
 
     def made() -> tuple[zarr.Array[Any], ...]:
         group = zarr.create_group(
-            str(place),
+            _store(place),
             zarr_format=ngff.ZARR_FORMAT[layout.version],
             overwrite=True,
             attributes={**told, **attributes},
@@ -288,6 +287,23 @@ def create(
             return Image(_asked_again(place, made), layout.axes, place)
         except ValueError as error:  # what zarr itself raises
             raise OutputError(f"cannot write {place}: {error}") from None
+
+
+def _store(place: Location) -> ForcedStore | str:
+    """What zarr is told of a place that is written."""
+    return ForcedStore.at(place) if isinstance(place, Path) else str(place)
+
+
+def _there(place: Location) -> ForcedStore | str:
+    """The same of one that must be there: who opens a store to write it makes its folder."""
+    if isinstance(place, Path) and not place.exists():
+        raise FileNotFoundError(place)
+    return _store(place)
+
+
+def _patience(place: Location) -> Patience:
+    """With which a place is asked again to take what is written."""
+    return _PATIENCE_ELSEWHERE if isinstance(place, Url) else _PATIENCE
 
 
 def _asked_again(place: Location, do: Callable[[], T]) -> T:
@@ -319,7 +335,7 @@ def existing(place: Location, layout: OutputLayout) -> Image | None:
     `OutputError` where an object store does not tell."""
     arrays: list[zarr.Array[Any]] = []
     for number, level in enumerate(layout.levels):
-        array = _found(place, partial(zarr.open_array, str(place / str(number)), mode="r+"))
+        array = _found(place, partial(_written_array, place / str(number)))
         asked = _form(layout, level)
         if (
             array is None
@@ -331,6 +347,11 @@ def existing(place: Location, layout: OutputLayout) -> Image | None:
             return None
         arrays.append(array)
     return Image(tuple(arrays), layout.axes, place)
+
+
+def _written_array(place: Location) -> zarr.Array[Any]:
+    """An array that is there, to be written."""
+    return zarr.open_array(_there(place), mode="r+")
 
 
 def description(place: Location) -> dict[str, Any] | None:
@@ -353,12 +374,19 @@ def _found(place: Location, opened: Callable[[], T]) -> T | None:
 
 
 def note(place: Location, found: Mapping[str, Any]) -> None:
-    """Add to an image's metadata; what was there by these names is replaced."""
+    """Add to an image's metadata; what was there by these names is replaced. Raises `RunError`
+    where the store refuses it."""
 
     def noted() -> None:
-        zarr.open_group(str(place), mode="r+").attrs.update(found)
+        zarr.open_group(_there(place), mode="r+").attrs.update(found)
 
-    _asked_again(place, noted)
+    try:
+        _patience(place)(noted)
+    except refusals() as error:
+        raise RunError(
+            f"the metadata of {place} cannot be written: {reason(error, 'write')}. All blocks are: "
+            "the same command ends the run"
+        ) from error
 
 
 def group_names(outputs: Sequence[str]) -> dict[str, str]:
@@ -382,7 +410,7 @@ def create_root(place: Location, outputs: Sequence[str], version: str) -> None:
     def made() -> None:
         if description(place) is None:
             zarr.create_group(
-                str(place), zarr_format=ngff.ZARR_FORMAT[version], attributes=attributes
+                _store(place), zarr_format=ngff.ZARR_FORMAT[version], attributes=attributes
             )
 
     with refused("write", place):
