@@ -187,9 +187,8 @@ def applied(network: Network, x: Array, threads: int) -> tuple[Array, dict[str, 
     plain = Schedules(layout, choose_primitives(layout))
     primitives = Menu.of_patches(plain, patch, PATCHES, threads).fastest()
     schedules = Schedules(layout, primitives)
-    arena = schedules.arena(schedules.sizes(patch))
     out = np.empty((network.out_channels, *layout.output_size), np.float32)
-    with SerialExecutor(network, primitives, arena, threads) as executor:
+    with SerialExecutor(schedules, schedules.sizes(patch), threads) as executor:
         executor.run(schedules.schedule(patch), [x], [out])
     return out, {name: primitive.name for name, primitive in primitives.items()}
 

@@ -96,6 +96,7 @@ def _planned(bench: Bench, network: Network) -> tuple[Layout, Size, dict[str, Pr
             allowed_bytes=_HOST_BYTES,
             threads=cores(),
             hull=Box((0, 0, 0), layout.output_size),
+            device=GPU,
             device_bytes=bench.free_bytes,
         )
     )

@@ -107,8 +107,8 @@ class Dense:
         self.predicted_bytes = made.predicted_bytes
         schedules = Schedules(layout, primitives)
         self.todo = schedules.schedule(Box((0, 0, 0), patch))
-        arena = schedules.arena(schedules.sizes(self.todo.output))
-        self._executor = SerialExecutor(network, primitives, arena, threads)
+        sizes = schedules.sizes(self.todo.output)
+        self._executor = SerialExecutor(schedules, sizes, threads)
         random = np.random.default_rng(0)
         self.x = random.standard_normal((1, *self.todo.input.size), np.float32)
         self.out = np.empty((network.out_channels, *patch), np.float32)

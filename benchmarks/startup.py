@@ -62,7 +62,7 @@ planned = time.perf_counter()
 compile_kernels()
 compiled = time.perf_counter()
 out = np.empty((network.out_channels, *layout.output_size), np.float32)
-with SerialExecutor(network, primitives, schedules.arena(schedules.sizes(patch)), threads) as one:
+with SerialExecutor(schedules, schedules.sizes(patch), threads) as one:
     prepared = time.perf_counter()
     one.run(todo, [x], [out])
     print(imported - begin, planned - imported, compiled - planned, prepared - compiled,

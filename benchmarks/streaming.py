@@ -193,12 +193,12 @@ def in_patches(layout: Layout, plan: Plan) -> float:
     """Seconds for a voxel of a patch."""
     schedules = Schedules(layout, chosen_primitives(layout, plan))
     box = largest_box(layout, plan.patch)
-    todo, arena = schedules.schedule(box), schedules.arena(schedules.sizes(box))
+    todo, sizes = schedules.schedule(box), schedules.sizes(box)
     shape = (1, *todo.input.size)
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     answer = np.empty((layout.network.out_channels, *box.size), np.float32)
     begin = 0.0
-    with SerialExecutor(layout.network, schedules.primitives, arena, plan.threads) as executor:
+    with SerialExecutor(schedules, sizes, plan.threads) as executor:
         for _ in range(REPEATS):
             begin = time.perf_counter()
             executor.run(todo, [values], [answer])

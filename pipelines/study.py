@@ -158,13 +158,13 @@ def measured(name: str, algorithm: str, edge: int, threads: int) -> dict[str, An
     found = _Found(threads, Costs(timings.kept()))
     schedules = how.schedules(layout, edge, 1, found, ALLOWED_BYTES)
     box = _cube(edge)
-    todo, arena = schedules.schedule(box), schedules.arena(schedules.sizes(box))
+    todo, sizes = schedules.schedule(box), schedules.sizes(box)
     values = np.random.default_rng(0).standard_normal((1, *todo.input.size), np.float32)
     answer = np.empty((layout.network.out_channels, *box.size), np.float32)
     before, begin = anonymous_bytes(), 0.0
     with (
         MemoryMeter() as meter,
-        SerialExecutor(layout.network, schedules.primitives, arena, threads) as executor,
+        SerialExecutor(schedules, sizes, threads) as executor,
     ):
         for _ in range(REPEATS):
             begin = time.perf_counter()

@@ -12,7 +12,7 @@ import oracle
 from peaks import traced_peak
 from znni_dask.choices import choose_primitives
 from znni_dask.executors import serial
-from znni_dask.executors.device import executor_of
+from znni_dask.executors.executor import executor_of
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.geometry import Box, tiles
 from znni_dask.kernels import team
@@ -51,17 +51,19 @@ def extended(volume, box, boundary):
     return volume
 
 
-def in_patches(network, volume, boundary, patch, primitives=None, threads=2, device=None):
+def in_patches(network, volume, boundary, patch, primitives=None, threads=2, **how):
     layout = Layout(network, volume.shape[1:], boundary)
     boxes = list(tiles(layout.output_size, patch))
-    return at_boxes(network, volume, boundary, boxes, primitives, threads, device)
+    return at_boxes(network, volume, boundary, boxes, primitives, threads, **how)
 
 
-def at_boxes(network, volume, boundary, boxes, primitives=None, threads=2, device=None):
+def at_boxes(
+    network, volume, boundary, boxes, primitives=None, threads=2, device=None, arranged=Schedules
+):
     """The answer within ``boxes``, each computed as a patch of its own; NaN elsewhere."""
     layout = Layout(network, volume.shape[1:], boundary)
     chosen = primitives or choose_primitives(layout, device=GPU if device else CPU)
-    schedules = Schedules(layout, chosen)
+    schedules = arranged(layout, chosen)
     spans = [{(b.start[axis], b.stop[axis]) for b in boxes} for axis in range(3)]
     sizes = schedules.envelope(spans)
     patch = tuple(max(b.size[axis] for b in boxes) for axis in range(3))
@@ -307,8 +309,7 @@ def test_several_patches_at_once_are_what_each_is_alone(samples, fragments):
     random = np.random.default_rng(6)
     volumes = [random.standard_normal((2, *todo.input.size), np.float32) for _ in range(samples)]
     answers = [np.empty((3, *box.size), np.float32) for _ in range(samples)]
-    arena = schedules.arena(schedules.sizes(box))
-    with SerialExecutor(network, chosen, arena, threads=2) as executor:
+    with SerialExecutor(schedules, schedules.sizes(box), threads=2) as executor:
         executor.run(todo, volumes, answers)
     for volume, answer in zip(volumes, answers, strict=True):
         want = oracle.dense(network, volume.astype(np.float64), field)
@@ -327,8 +328,7 @@ def test_a_second_patch_allocates_no_array(monkeypatch):
     todo = schedules.schedule(box)
     volume = np.ones((1, *todo.input.size), np.float32)
     answer = np.empty((3, *box.size), np.float32)
-    arena = schedules.arena(schedules.sizes(box))
-    with SerialExecutor(network, chosen, arena, threads=2) as executor:
+    with SerialExecutor(schedules, schedules.sizes(box), threads=2) as executor:
         executor.run(todo, [volume], [answer])
         with monkeypatch.context() as patch:
             for module in (team, serial):

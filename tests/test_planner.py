@@ -15,6 +15,7 @@ from znni_dask.choices import choose_primitives, chosen_primitives
 from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Box, tiles, volume
+from znni_dask.machine import GPU
 from znni_dask.network.build import Builder
 from znni_dask.network.chains import n337
 from znni_dask.patches import Layout, patches_of, spans
@@ -265,7 +266,8 @@ def test_there_is_work_for_all_workers(workers):
 
 
 def test_blocks_are_in_flight_while_a_device_computes():
-    wanted = request(graphs.graph("unet", 0), (500, 500, 500), 60 << 30, device_bytes=4 << 30)
+    room = {"device": GPU, "device_bytes": 4 << 30}
+    wanted = request(graphs.graph("unet", 0), (500, 500, 500), 60 << 30, **room)
     made = plan(wanted)
     assert made.device == "gpu"
     assert made.blocks_in_flight > 1

@@ -51,9 +51,11 @@ STAIRS = [
         "patchwise",
         "options",
     ),
-    *("executors", "window_planner", "column_planner", "slabs", "planner", "resources", "reading"),
+    *("executors", "window_planner", "split_planner", "column_planner", "slabs", "planner"),
+    *("shares", "resources", "reading"),
     *(
         "choices",
+        "split",
         "pages",
         "columns",
         "cut",

@@ -31,9 +31,8 @@ def answer(algorithm, edge, x):
     layout = how.layout("small")
     schedules = how.schedules(layout, edge, 1, FOUND)
     todo = schedules.schedule(study._cube(edge))
-    arena = schedules.arena(schedules.sizes(todo.output))
     out = np.empty((3, edge, edge, edge), np.float32)
-    with SerialExecutor(layout.network, schedules.primitives, arena, 2) as executor:
+    with SerialExecutor(schedules, schedules.sizes(todo.output), 2) as executor:
         executor.run(todo, [x[(slice(None), *todo.input.slices)]], [out])
     return out, schedules
 

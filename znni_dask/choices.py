@@ -19,9 +19,10 @@ from znni_dask.errors import NetworkError, OptionError
 from znni_dask.geometry import Box, Size, ceil_divide, triple, volume
 from znni_dask.kernels.codelets import LONGEST, refusal
 from znni_dask.knapsack import Course, Knapsack, Option
-from znni_dask.machine import CPU
+from znni_dask.machine import CPU, GPU
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Node
+from znni_dask.patches import Layout
 from znni_dask.plan import Choice, Plan
 from znni_dask.primitives.base import FEWEST_PRODUCTS, Form, Primitive, Problem, products_of
 from znni_dask.primitives.conv_fft_planes import LONGEST_OF_PLANES, ConvPlanesFFT
@@ -31,6 +32,7 @@ from znni_dask.primitives.gpu.conv_fft_tiles import gpu_tiles
 from znni_dask.primitives.phases import without_stride
 from znni_dask.primitives.table import candidates, named
 from znni_dask.schedule import Arrangement, Schedules
+from znni_dask.split import Split
 
 _LENGTHS = [n for n in range(1, LONGEST + 1) if refusal(n) is None]
 _TRIED = 4  # lengths of a tile along each axis
@@ -290,7 +292,7 @@ def planned(
 
 def chosen_primitives(layout: Arrangement, plan: Plan) -> dict[str, Primitive]:
     """The primitives that a plan names; raises `OptionError` where it does not fit the network."""
-    names = plan.primitives
+    names = {c.layer: (c.primitive, stage.device) for stage in plan.stages for c in stage.choices}
     layers = {node.name: node.layer for node in layout.network if node.inputs}
     if set(names) != set(layers):
         odd = sorted(set(names) ^ set(layers))[0]
@@ -298,11 +300,10 @@ def chosen_primitives(layout: Arrangement, plan: Plan) -> dict[str, Primitive]:
     chosen: dict[str, Primitive] = {}
     for name, layer in layers.items():
         try:
-            chosen[name] = named(names[name], layer, plan.device)
+            primitive, device = names[name]
+            chosen[name] = named(primitive, layer, device)
         except KeyError:
-            raise OptionError(
-                f"the plan's primitive {names[name]!r} cannot take {name!r}"
-            ) from None
+            raise OptionError(f"the plan's primitive {primitive!r} cannot take {name!r}") from None
         if chosen[name].fragments and name not in layout.strided:
             raise OptionError(
                 f"the plan makes fragments in {name!r}, which is not of a dense network"
@@ -310,6 +311,19 @@ def chosen_primitives(layout: Arrangement, plan: Plan) -> dict[str, Primitive]:
     if not Schedules(layout, chosen).joins_agree:
         raise OptionError("the plan's fragments do not fit where branches of the network meet")
     return chosen
+
+
+def schedules_of(layout: Layout, plan: Plan) -> Schedules | Split:
+    """The schedules of a plan's patches; raises `OptionError` where it does not fit the network."""
+    chosen = chosen_primitives(layout, plan)
+    if len(plan.stages) == 1:
+        return Schedules(layout, chosen)
+    head, tail = plan.stages[0], plan.stages[-1]
+    split = Split.at(layout, head.choices[-1].layer, chosen, tail.samples)
+    of_head = [choice.layer for choice in head.choices]
+    if len(plan.stages) > 2 or tail.device != GPU or of_head != [*split.head.primitives]:
+        raise OptionError("the plan's stages are not two runs of layers, the second one of a GPU")
+    return split
 
 
 def _first(layer: Layer, fragment: bool, device: str) -> Primitive:

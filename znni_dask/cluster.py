@@ -19,10 +19,10 @@ from typing import Any
 import dask
 from distributed import Client, LocalCluster
 
-from znni_dask.devices.opening import Found, Wanted, gpu_of
+from znni_dask.devices.opening import AUTO, Found, Wanted, gpu_of
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.job import PLUGIN
-from znni_dask.machine import GPU, anonymous_bytes, available_bytes, parse_bytes, show_bytes
+from znni_dask.machine import CPU, anonymous_bytes, available_bytes, parse_bytes, show_bytes
 from znni_dask.options import SHARE_OF_FREE, allowed_bytes, computing_threads
 from znni_dask.resources import MOST_BLOCKS_IN_FLIGHT
 from znni_dask.storage.urls import Location
@@ -167,7 +167,7 @@ class Cluster:
 
     def _with_device(self, found: Mapping[str, Means]) -> Mapping[str, Means]:
         """Those that have a GPU, where it must be one; raises `OptionError` where none has."""
-        if self.device.name != GPU:
+        if self.device.name in (AUTO, CPU):
             return found
         some = {worker: means for worker, means in found.items() if means.device_bytes}
         if not some:

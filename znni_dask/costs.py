@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from znni_dask.machine import CPU
+from znni_dask.machine import GPU
 from znni_dask.network.layers import Layer
 from znni_dask.primitives.base import Primitive, Problem
 from znni_dask.primitives.work import MEMORY, READING, TOUCHING, WRITING
@@ -24,7 +24,7 @@ class Costs:
 
     def step_seconds(self, primitive: Primitive, problem: Problem, threads: int) -> float:
         """Seconds of one step; a device is one, however many threads there are."""
-        threads = threads if primitive.device == CPU else 1
+        threads = 1 if primitive.device == GPU else threads
         features = primitive.features(problem)
         ratio = self.timings.ratio(primitive.family, threads, features)
         return ratio * model_seconds(primitive, problem, threads)

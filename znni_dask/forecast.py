@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import prod
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 from znni_dask.asking import Asked, Options, asked
-from znni_dask.choices import chosen_primitives
+from znni_dask.choices import chosen_primitives, schedules_of
 from znni_dask.cluster import Crew, connected
 from znni_dask.cut import Cut
 from znni_dask.geometry import Size, triple, turned, volume
 from znni_dask.inspection import multiply_adds
 from znni_dask.kernels.warm import compile_kernels
+from znni_dask.machine import GPU
 from znni_dask.network.network import Network
 from znni_dask.passes import PlannedPass, plan_pass
 from znni_dask.patches import Layout, largest_box
@@ -23,7 +25,9 @@ from znni_dask.primitives.base import Shape
 from znni_dask.primitives.forms import FormChange
 from znni_dask.resources import Resources, computing_bytes, computing_need
 from znni_dask.schedule import Schedules, Step
+from znni_dask.shares import need_of
 from znni_dask.slabs import Programs, Slabs
+from znni_dask.split import Split
 from znni_dask.windows import WindowGrid
 
 
@@ -107,74 +111,123 @@ def forecast(planned: PlannedPass) -> Forecast:
     laid, plan = job.laid, job.plan
     samples = max(stage.samples for stage in plan.stages)
     layout = laid.layout if isinstance(laid, WindowGrid) else laid.turned(plan.axis)
-    schedules = Schedules(layout, chosen_primitives(layout, plan), samples)
-    steps, made, computing, arena, alive = _computed(planned, schedules)
-    network, threads = layout.network, resources.threads
+    if len(plan.stages) > 1 and isinstance(layout, Layout):
+        passes, samples, computed = 1, 1, _computed_by_both(planned, layout)
+    else:
+        schedules = Schedules(layout, chosen_primitives(layout, plan), samples)
+        passes, computed = schedules.repeats, _computed(planned, schedules)
     dense = not isinstance(laid, WindowGrid) and laid.geometry.dense
-    needed = multiply_adds(network, dense) * volume(made) * samples
-    done = sum(times * float(_adds(step)) for step, times in steps)
-    workspaces = [s.primitive.workspace_bytes(s.problem, threads) for s, _ in steps]
-    base = (plan.device_bytes or plan.predicted_bytes) - arena - max(workspaces)
-    told = zip(steps, workspaces, alive, strict=True)
+    needed = multiply_adds(layout.network, dense) * volume(computed.made) * samples
+    done = sum(times * float(_adds(step)) for step, times in computed.steps)
+    told = zip(computed.steps, computed.beside_bytes, strict=True)
     values = sum(layout.encoding.voxel_bytes(layout.channels) for layout in planned.stored)
     return Forecast(
         outputs=planned.outputs,
         size=laid.output_size,
-        channels=network.out_channels,
+        channels=layout.network.out_channels,
         voxels=job.selection.hull(laid).voxels * job.volume.times,
         blocks=job.reads.blocks,
         stored_bytes=values * volume(laid.output_size) * job.volume.times,
         plan=plan,
         steps=tuple(
-            _step(step, times, resources, workspace, base + alive, plan.axis)
-            for (step, times), workspace, alive in told
+            _step(step, times, resources, beside, plan.axis) for (step, times), beside in told
         ),
         work_ratio=done / float(needed) if needed else 1.0,
-        passes=schedules.repeats,
-        computing_bytes=computing,
+        passes=passes,
+        computing_bytes=computed.nbytes,
         measured=resources.costs.timings.tell_of(plan.device),
         others=planned.others,
     )
 
 
-def _computed(
-    planned: PlannedPass, schedules: Schedules
-) -> tuple[list[tuple[Step, float]], Size, int, int, list[int]]:
-    """The steps of a patch, of windows, or of a block that is made slab by slab, and how often each
-    is done; the size of what is made; memory of computing it, of all arrays together, and of those
-    that are needed at every step."""
+class _Computed(NamedTuple):
+    """The ``steps`` of a patch, of windows, or of a block that is made slab by slab, and how often
+    each is done; the size of what is made; memory of computing it, and what the process or the
+    device takes beside the workspace of every step."""
+
+    steps: list[tuple[Step, float]]
+    made: Size
+    nbytes: int
+    beside_bytes: list[int]
+
+
+def _computed(planned: PlannedPass, schedules: Schedules) -> _Computed:
     laid, plan, resources = planned.job.laid, planned.job.plan, planned.resources
     layout = schedules.layout
     if isinstance(layout, Layout) and plan.granules:
         cut = Cut.of(plan)
         slabs = Slabs(resources, schedules, cut, Programs(layout, plan.granules))
         steps, made = slabs.steps(), largest_box(layout, cut.column).size
-        return steps, made, slabs.computing_bytes, 0, [0] * len(steps)
+        beside = _beside(steps, resources, plan.predicted_bytes, 0, [0] * len(steps))
+        return _Computed(steps, made, slabs.computing_bytes, beside)
     if isinstance(laid, WindowGrid):
         sizes, made = laid.layout.sizes, laid.layout.output_size
     else:
         box = largest_box(laid, plan.patch)
         sizes, made = schedules.sizes(box), box.size
-    if resources.device_bytes is None:
-        computing = computing_bytes(schedules, sizes, made, resources.threads)
-    else:
+    if resources.device == GPU:
         computing = computing_need(resources, schedules, sizes, made).device_bytes
+    else:
+        computing = computing_bytes(schedules, sizes, made, resources.threads)
     steps = [(step, float(schedules.repeats)) for step in schedules.steps(sizes)]
+    whole = plan.device_bytes if resources.device == GPU else plan.predicted_bytes
+    return _Computed(steps, made, computing, _besides(steps, resources, whole, schedules, sizes))
+
+
+def _computed_by_both(planned: PlannedPass, layout: Layout) -> _Computed:
+    """Of a plan in two stages: what the second one takes is of the device."""
+    plan, resources = planned.job.plan, planned.resources
+    split, box = schedules_of(layout, plan), largest_box(layout, plan.patch)
+    assert isinstance(split, Split)
+    sizes = split.sizes(box)
+    head = [(step, 1.0) for step in split.head.steps(sizes)]
+    tail = [(step, float(split.groups)) for step in split.tail.steps(sizes)]
+    beside = [
+        *_besides(head, resources, plan.predicted_bytes, split.head, sizes),
+        *_besides(tail, resources, plan.device_bytes, split.tail, sizes),
+    ]
+    needed = need_of(resources, split, sizes, box.size)
+    return _Computed([*head, *tail], box.size, needed.device_bytes, beside)
+
+
+def _besides(
+    steps: list[tuple[Step, float]],
+    resources: Resources,
+    whole_bytes: int,
+    schedules: Schedules,
+    sizes: Mapping[str, Size],
+) -> list[int]:
+    """What is taken beside the workspace of every step, of so much that is taken in all."""
     arena, alive = schedules.arena(sizes).bytes, schedules.alive_bytes(sizes)
-    return steps, made, computing, arena, alive
+    return _beside(steps, resources, whole_bytes, arena, alive)
+
+
+def _beside(
+    steps: list[tuple[Step, float]],
+    resources: Resources,
+    whole_bytes: int,
+    arena_bytes: int,
+    alive_bytes: list[int],
+) -> list[int]:
+    largest = max(_workspace_bytes(step, resources) for step, _ in steps)
+    return [whole_bytes - arena_bytes - largest + alive for alive in alive_bytes]
+
+
+def _workspace_bytes(step: Step, resources: Resources) -> int:
+    return step.primitive.workspace_bytes(step.problem, resources.threads)
 
 
 def _step(
     step: Step,
     times: float,
     resources: Resources,
-    workspace_bytes: int,
     beside_bytes: int,
     axis: int,
 ) -> StepForecast:
     """A step of a patch, or of a column along ``axis``; beside its workspace the process needs
     ``beside_bytes`` meanwhile."""
     seconds = resources.costs.step_seconds(step.primitive, step.problem, resources.threads)
+    workspace_bytes = _workspace_bytes(step, resources)
     batch, channels, *size = step.problem.output
     output = batch, channels, *turned(triple(size), axis)
     return StepForecast(

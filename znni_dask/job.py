@@ -28,7 +28,7 @@ from znni_dask.errors import DeviceError
 from znni_dask.executors.columns import ColumnBlocks
 from znni_dask.executors.patches import PatchBlocks
 from znni_dask.geometry import Box, Size, volume
-from znni_dask.machine import GPU, MemoryMeter, own_bytes
+from znni_dask.machine import CPU, MemoryMeter, own_bytes
 from znni_dask.patches import Layout
 from znni_dask.patchwise import WindowBlocks
 from znni_dask.plan import Plan
@@ -138,7 +138,7 @@ def blocks_by(laid: Laid, plan: Plan, column_of: Callable[[Box], Box]) -> Blocks
         return ColumnBlocks(laid, plan, column_of)
     with ExitStack() as failing:
         device = None
-        if plan.device == GPU:
+        if plan.device != CPU:
             device = failing.enter_context(opened(plan.allowed_device_bytes))
         made = _blocks_of(laid, plan, device)
         failing.pop_all()  # what computes closes it from now on
@@ -260,7 +260,7 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
 
             with spans.of("reading"):
                 behind = Behind.of(time, blocks.ahead(block, region), read)
-            at_once = SLOTS if job.plans[kind].device == GPU else 1
+            at_once = SLOTS if job.plans[kind].ends_on_gpu else 1
             with self._computing.through(turn, at_once), spans.of("computing"):
                 blocks.make(block, behind, take, wanted)
             del behind  # it makes room for what writing takes

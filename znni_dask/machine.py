@@ -19,6 +19,9 @@ from dask.system import cpu_count
 from znni_dask.errors import OptionError
 
 CPU, GPU = "cpu", "gpu"  # devices that compute
+GPU_RAM = "gpu+ram"  # a GPU, first layers of arrays that the host holds
+CPU_GPU = "cpu+gpu"  # the CPU the first layers, a GPU the others
+SHARED = (GPU_RAM, CPU_GPU)
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

@@ -7,16 +7,17 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from znni_dask import column_planner, planner, pyramid, timings, window_planner
+from znni_dask import column_planner, planner, pyramid, split_planner, timings, window_planner
 from znni_dask.application import Application
 from znni_dask.cluster import Crew, Means
 from znni_dask.costs import Costs
-from znni_dask.devices.opening import Wanted
+from znni_dask.devices.opening import AUTO, Wanted
 from znni_dask.errors import MemoryLimitError, OptionError, OutputError
 from znni_dask.geometry import Size
 from znni_dask.job import Job, Target
 from znni_dask.journal import in_json, is_unfinished
-from znni_dask.machine import CPU, GPU
+from znni_dask.machine import CPU, GPU, SHARED
+from znni_dask.network.layers import FULL
 from znni_dask.plan import Alternative, Plan
 from znni_dask.pyramid import Pyramid
 from znni_dask.recompute import MeasuredError, measured_error
@@ -110,6 +111,13 @@ def plan_pass(
     )
     whole_blocks = selection.mask is None  # of which slabs leave nothing out
     ways = _ways(resources, means, request, given)
+    if application.precision != FULL:  # whose error is measured on one of them
+        ways = [way for way in ways if way.device not in SHARED]
+    if not ways:
+        raise OptionError(
+            f"{application.precision} is computed by the CPU or by a GPU alone, not by "
+            f"{request.device.name}"
+        )
     plan, others = _fastest(laid, ways, request.patch, given, slabs=whole_blocks)
     held = OVERHEAD_BYTES + network_bytes(laid.network)
     coarser = pyramid.plan(stored, resources.baseline_bytes + held, means.allowed_bytes)
@@ -129,15 +137,16 @@ def _ways(
 ) -> list[Resources]:
     """What workers may compute with: the CPU, their GPU if they have one, as was asked for; or what
     the plan that was ``given`` is for. Raises `OptionError` where that is not there."""
-    on_gpu = replace(resources, device_bytes=means.device_bytes)
-    if given is not None:
-        if given.device == GPU and not means.device_bytes:
-            raise OptionError(f"the plan is for a GPU, and there is none: {means.no_device}")
-        return [on_gpu if given.device == GPU else resources]
-    if request.device.name == GPU and not means.device_bytes:
+    if given is not None and given.device != CPU and not means.device_bytes:
+        raise OptionError(f"the plan is for a GPU, and there is none: {means.no_device}")
+    asked = given.device if given else request.device.name
+    if asked not in (AUTO, CPU) and not means.device_bytes:
         raise OptionError(f"a GPU is asked for, and there is none: {means.no_device}")
-    ways = [] if request.device.name == GPU else [resources]
-    return [*ways, on_gpu] if means.device_bytes else ways
+    every = (CPU, GPU) if means.device_bytes else (CPU,)
+    return [
+        replace(resources, device=name, device_bytes=0 if name == CPU else means.device_bytes)
+        for name in (every if asked == AUTO else (asked,))
+    ]
 
 
 def _fastest(
@@ -191,6 +200,7 @@ def _smaller(laid: Laid, resources: Resources, plan: Plan, request: Request) -> 
             resources,
             block=plan.block,
             threads=plan.threads,
+            device=GPU,
             device_bytes=int(part * plan.device_bytes),
             allowed_bytes=plan.allowed_bytes,
         )
@@ -261,6 +271,10 @@ def plan_for(
     that it could have been; or the one that was ``given``, checked. Raises `MemoryLimitError`,
     `OptionError`."""
     if isinstance(laid, WindowGrid):
+        if resources.device in SHARED:
+            raise OptionError(
+                f"windows are computed by the CPU or by a GPU alone, not by {resources.device}"
+            )
         if patch is not None:
             raise OptionError("windows are the patches of patchwise inference: give no patch")
         if given is not None:
@@ -268,9 +282,13 @@ def plan_for(
         return window_planner.search(laid, resources)
     asked = planner.Request(**vars(resources), layout=laid, patch=patch)
     if given is not None:
+        if given.granules and resources.device != CPU:
+            raise OptionError(f"slabs are computed by the CPU alone, not by {resources.device}")
         if given.granules:
             return column_planner.checked(laid, resources, given), ()
         return planner.checked(asked, given), ()
+    if resources.device in SHARED:
+        return split_planner.search(asked), ()
     try:
         in_patches, others = planner.search(asked)
     except MemoryLimitError:

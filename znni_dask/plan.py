@@ -15,7 +15,7 @@ from typing import Any
 from znni_dask.errors import OptionError
 from znni_dask.geometry import Size, triple, turned
 from znni_dask.geometry import text as shown
-from znni_dask.machine import show_bytes
+from znni_dask.machine import CPU, CPU_GPU, GPU, show_bytes
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,15 @@ class Plan:
 
     @property
     def device(self) -> str:
-        """Where all is computed: "cpu" or "gpu"."""
-        return self.stages[0].device
+        """Where all is computed: "cpu" or "gpu"; in two stages "cpu+gpu", or "gpu+ram" where the
+        GPU computes of the first one, too, what the host holds."""
+        first, *rest = self.stages
+        return CPU_GPU if rest and first.device == CPU else first.device
+
+    @property
+    def ends_on_gpu(self) -> bool:
+        """Whether answers come from a GPU, where several patches may be under way at once."""
+        return self.stages[-1].device == GPU
 
     def turned(self, axis: int) -> Plan:
         """The plan for where axes 0 and ``axis`` are swapped."""

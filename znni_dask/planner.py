@@ -12,24 +12,24 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from math import inf, log, prod
 
-from znni_dask.choices import Menu, choose_primitives, chosen_primitives, planned
+from znni_dask.choices import Menu, choose_primitives, schedules_of
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Size, ceil_divide, multiply, round_up, text, triple, volume
 from znni_dask.machine import show_bytes
 from znni_dask.patches import Layout, largest_box, region_of, spans
-from znni_dask.plan import Alternative, Plan, Reading, Stage
+from znni_dask.plan import Alternative, Plan, Reading
 from znni_dask.reading import Reads
 from znni_dask.resources import (
     Need,
     Resources,
     check_given,
     check_room,
-    computing_need,
     most_in_flight,
     moving_seconds,
     shared_reading,
 )
 from znni_dask.schedule import Schedules
+from znni_dask.shares import Work, flops_of, need_of, seconds_of, stages_of
 
 _ABOUT_AS_FAST = 1.05  # times slower that computing may become
 _SEVERAL_BLOCKS = 8  # so that reading and computing overlap, and little is lost where a run ends
@@ -40,7 +40,7 @@ _EDGES = (8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512)  # of patches 
 # primitives are chosen
 _NEAR = 8**0.25  # times as many voxels
 _TRIED = 12  # pairs of about the same size
-_Pair = tuple[Size, Size]  # a block and its patches
+Pair = tuple[Size, Size]  # a block and its patches
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,20 +78,20 @@ def search(request: Request) -> tuple[Plan, tuple[Alternative, ...]]:
     """
     sizes = _sizes(request)
     primitives = choose_primitives(request.layout, device=request.device)
-    plain = _Fits(request, Schedules(request.layout, primitives))
+    plain = Fits(request, Schedules(request.layout, primitives))
     fast = list(_fast(plain, sizes))
     tried = [(fits, near) for near, own, _ in fast for fits in (plain, own) if fits is not None]
-    found = [best for fits, some in tried if (best := _best(fits, some)) is not None]
-    if not found and (least := _best(plain, sizes)) is not None:
+    found = [best for fits, some in tried if (best := best_of(fits, some)) is not None]
+    if not found and (least := best_of(plain, sizes)) is not None:
         found.append(least)
     if not found:
         raise MemoryLimitError(_refusal(plain, sizes))
-    _, fit, _ = _preferred(found)
+    _, fit, _ = preferred(found)
     pair = fit.candidate.block, fit.candidate.patch
     fits, _ = _fastest(plain, *pair)
-    if fits is not None and (best := _best(fits, [pair])) is not None:
+    if fits is not None and (best := best_of(fits, [pair])) is not None:
         found.append(best)
-    return _told(*_preferred(found)), tuple(alternative for *_, alternative in fast)
+    return told(*preferred(found)), tuple(alternative for *_, alternative in fast)
 
 
 def checked(request: Request, given: Plan) -> Plan:
@@ -104,24 +104,23 @@ def checked(request: Request, given: Plan) -> Plan:
     block, patch, in_flight = given.block, given.patch, given.blocks_in_flight
     if any(not 1 <= p <= b for p, b in zip(patch, block, strict=True)):
         raise OptionError(f"the plan's patch {text(patch)} is none of its block {text(block)}")
-    if any(stage.samples > 1 for stage in given.stages):
+    if given.stages[0].samples > 1:
         raise OptionError("the plan computes several windows at once, and here are patches")
-    fits = _Fits(request, Schedules(request.layout, chosen_primitives(request.layout, given)))
+    fits = Fits(request, schedules_of(request.layout, given))
     candidate = _rate(request, fits.schedules, block, patch)
     check_room(request, predicted_need(request, fits.schedules, block, patch, in_flight))
-    return _told(fits, fits.with_reading(candidate, in_flight), in_flight)
+    return told(fits, fits.with_reading(candidate, in_flight), in_flight)
 
 
-def _told(fits: _Fits, fit: _Fit, in_flight: int) -> Plan:
+def told(fits: Fits, fit: _Fit, in_flight: int) -> Plan:
     """The plan as a value."""
     request = fits.request
     sizes = fits.schedules.sizes(largest_box(request.layout, fit.candidate.patch))
     voxels = _useful_voxels(request, fit.candidate.block, fit.candidate.patch)
-    choices = planned(fits.schedules, sizes, voxels, request.threads, request.costs)
     return Plan(
         patch=fit.candidate.patch,
         block=fit.candidate.block,
-        stages=(Stage(request.device, choices),),
+        stages=stages_of(request, fits.schedules, sizes, voxels),
         threads=request.threads,
         blocks_in_flight=in_flight,
         reading=fit.reading,
@@ -134,19 +133,33 @@ def _told(fits: _Fits, fit: _Fit, in_flight: int) -> Plan:
     )
 
 
-_Found = tuple["_Fits", "_Fit", int]  # what fits, the best of it, and its blocks in flight
+Found = tuple["Fits", "_Fit", int]  # what fits, the best of it, and its blocks in flight
 
 
-def _preferred(found: list[_Found]) -> _Found:
+def cubes(request: Request) -> Iterator[Pair]:
+    """Of patches of about the same size those that are nearest to cubes, from small to large."""
+    sizes = _sizes(request)
+    for edge in _EDGES:
+        if near := _near(edge, sizes):
+            yield _cube(edge, near)
+
+
+def _near(edge: int, sizes: list[Pair]) -> list[Pair]:
+    return [s for s in sizes if edge**3 / _NEAR <= volume(s[1]) < edge**3 * _NEAR]
+
+
+def _cube(edge: int, near: list[Pair]) -> Pair:
+    return min(near, key=lambda s: sum(abs(log(n / edge)) for n in s[1]))
+
+
+def preferred(found: list[Found]) -> Found:
     """Of those that are about as fast as the fastest the one that is best otherwise."""
     limit = _ABOUT_AS_FAST * min(fit.candidate.seconds_per_voxel for _, fit, _ in found)
     about_as_fast = [f for f in found if f[1].candidate.seconds_per_voxel <= limit]
     return min(about_as_fast, key=lambda f: (f[0].worse(f[1]), f[1].candidate.seconds_per_voxel))
 
 
-def _fast(
-    plain: _Fits, sizes: list[_Pair]
-) -> Iterator[tuple[list[_Pair], _Fits | None, Alternative]]:
+def _fast(plain: Fits, sizes: list[Pair]) -> Iterator[tuple[list[Pair], Fits | None, Alternative]]:
     """For patches of some sizes the pairs that read least beyond what they make, what is fastest
     for about a cube of that size, and what that would be like."""
     request, layout = plain.request, plain.request.layout
@@ -155,25 +168,25 @@ def _fast(
         for axis in range(3)
     ]
 
-    def read_again(pair: _Pair) -> float:
+    def read_again(pair: Pair) -> float:
         read = prod(lengths[axis][n] for axis, n in enumerate(pair[1]))
         return read / _useful_voxels(request, *pair)
 
     for edge in _EDGES:
-        near = [s for s in sizes if edge**3 / _NEAR <= volume(s[1]) < edge**3 * _NEAR]
-        if near:
-            cube = min(near, key=lambda s: sum(abs(log(n / edge)) for n in s[1]))
+        if near := _near(edge, sizes):
+            cube = _cube(edge, near)
             few = sorted(near, key=read_again)[:_TRIED]
             yield list(dict.fromkeys([cube, *few])), *_fastest(plain, *cube)
 
 
-def _fastest(plain: _Fits, block: Size, patch: Size) -> tuple[_Fits | None, Alternative]:
+def _fastest(plain: Fits, block: Size, patch: Size) -> tuple[Fits | None, Alternative]:
     """The primitives that are fastest for a patch within the memory that it leaves them, None where
     there are none or these are the plain ones; and what it would be like were there memory
     enough."""
     request = plain.request
     box = largest_box(request.layout, patch)
     patches = request.hull.voxels / box.voxels
+    assert isinstance(plain.schedules, Schedules)
     menu = Menu.of_patches(plain.schedules, box, patches, request.threads, request.costs)
     schedules = Schedules(request.layout, menu.fastest())
     need = predicted_need(request, schedules, block, patch, 1)
@@ -186,10 +199,10 @@ def _fastest(plain: _Fits, block: Size, patch: Size) -> tuple[_Fits | None, Alte
             return None, alternative
         schedules = Schedules(request.layout, primitives)
     plainly = schedules.primitives == plain.schedules.primitives
-    return None if plainly else _Fits(request, schedules), alternative
+    return None if plainly else Fits(request, schedules), alternative
 
 
-def _best(fits: _Fits, sizes: list[_Pair]) -> _Found | None:
+def best_of(fits: Fits, sizes: list[Pair]) -> Found | None:
     """The best block and patch with some primitives, and the blocks in flight."""
     ranked = sorted(
         (_rate(fits.request, fits.schedules, block, patch) for block, patch in sizes),
@@ -212,11 +225,11 @@ class _Fit:
 
 
 @dataclass(frozen=True, eq=False)
-class _Fits:
+class Fits:
     """What fits within the memory allowed, and the best of it."""
 
     request: Request
-    schedules: Schedules
+    schedules: Work
     _least: dict[Size, Need] = field(default_factory=dict)
     _reads: dict[Size, Reads] = field(default_factory=dict)
 
@@ -253,7 +266,7 @@ class _Fits:
         """Memory that one patch inside the volume takes, blocks not counted."""
         if patch not in self._least:
             sizes = self.schedules.sizes(largest_box(self.request.layout, patch))
-            self._least[patch] = computing_need(self.request, self.schedules, sizes, patch)
+            self._least[patch] = need_of(self.request, self.schedules, sizes, patch)
         return self._least[patch]
 
     def _need(self, candidate: _Candidate, in_flight: int, by_cells: bool) -> Need:
@@ -279,7 +292,7 @@ class _Fits:
 
 def predicted_need(
     request: Request,
-    schedules: Schedules,
+    schedules: Work,
     block: Size,
     patch: Size,
     in_flight: int,
@@ -291,11 +304,11 @@ def predicted_need(
     region = region_of(request.layout, largest, patch)
     per_block = request.block_bytes(largest.size, region.size, by_cells)
     encoded = request.encoding_bytes * volume(patch)
-    computing = computing_need(request, schedules, sizes, patch)
+    computing = need_of(request, schedules, sizes, patch)
     return computing.plus(request.answers * encoded + in_flight * per_block)
 
 
-def _sizes(request: Request) -> list[_Pair]:
+def _sizes(request: Request) -> list[Pair]:
     """Pairs (block, patch) to consider."""
     layout, unit = request.layout, request.unit
     if request.patch is not None:
@@ -340,14 +353,13 @@ def _read_length(layout: Layout, axis: int, length: int) -> int:
     return end - begin
 
 
-def _rate(request: Request, schedules: Schedules, block: Size, patch: Size) -> _Candidate:
-    box = largest_box(request.layout, patch)
-    steps = schedules.steps(schedules.sizes(box))
-    seconds = schedules.repeats * request.costs.estimated_seconds(steps, request.threads)
-    computing = seconds / _useful_voxels(request, block, patch)
+def _rate(request: Request, work: Work, block: Size, patch: Size) -> _Candidate:
+    seconds = seconds_of(request, work, work.sizes(largest_box(request.layout, patch)))
+    voxels = _useful_voxels(request, block, patch)
     moving = moving_seconds(request.layout, request, 1, 1)
-    working, waiting = request.together(computing, moving), request.waiting(block)
-    return _Candidate(block, patch, waiting * working, waiting * (computing + moving - working))
+    working = request.together(seconds.under_way / voxels, moving)
+    waiting, alone = request.waiting(block), seconds.alone / voxels + moving
+    return _Candidate(block, patch, waiting * working, waiting * (alone - working))
 
 
 def _useful_voxels(request: Request, block: Size, patch: Size) -> float:
@@ -361,12 +373,10 @@ def _useful_voxels(request: Request, block: Size, patch: Size) -> float:
     return hull.voxels / prod(patches)
 
 
-def _flops_per_voxel(fits: _Fits, patch: Size) -> float:
+def _flops_per_voxel(fits: Fits, patch: Size) -> float:
     """Operations for an output of a patch inside the volume."""
     box = largest_box(fits.request.layout, patch)
-    steps = fits.schedules.steps(fits.schedules.sizes(box))
-    flops = sum(step.primitive.flops(step.problem) for step in steps)
-    return fits.schedules.repeats * flops / box.voxels
+    return flops_of(fits.schedules, fits.schedules.sizes(box)) / box.voxels
 
 
 def _patches(start: int, stop: int, block: int, patch: int) -> int:
@@ -383,7 +393,7 @@ def _patches(start: int, stop: int, block: int, patch: int) -> int:
     return number(stop - 1) - number(start) + 1
 
 
-def _refusal(fits: _Fits, sizes: list[_Pair]) -> str:
+def _refusal(fits: Fits, sizes: list[Pair]) -> str:
     request, schedules = fits.request, fits.schedules
     block, patch = min(
         sizes, key=lambda s: (request.limit(fits.least(s[1])).over_bytes, volume(s[0]))

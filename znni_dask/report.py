@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from znni_dask.geometry import AXES, Size, text, triple, volume
-from znni_dask.machine import CPU, show_bytes
+from znni_dask.machine import CPU, GPU, show_bytes
 from znni_dask.network.field_of_view import NetworkGeometry
 from znni_dask.network.layers import FULL
 from znni_dask.network.network import Network
@@ -206,7 +206,8 @@ def forecast_lines(found: Forecast) -> list[str]:
 
 def _by_whom(plan: Plan) -> str:
     """Who computes."""
-    return f"{plan.threads} threads" if plan.device == CPU else "by the GPU"
+    host = f"{plan.threads} threads"
+    return {CPU: host, GPU: "by the GPU"}.get(plan.device, f"{host} and the GPU ({plan.device})")
 
 
 def _device_memory(plan: Plan) -> str:

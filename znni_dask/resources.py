@@ -68,8 +68,8 @@ class Resources:
     process uses before it computes. ``block`` is that of a run that is resumed; ``in_order``
     whether who made a block makes the next one, too. Only the outputs within ``hull`` are made; to
     tell which of them are selected takes ``selected_bytes`` for each voxel of a block. ``costs``
-    are what the machine takes. A device that computes has ``device_bytes`` of memory; None where
-    the CPU does. So many ``workers`` make the blocks.
+    are what the machine takes. The ``device`` is who computes, as plans call it, and has
+    ``device_bytes`` of memory if it is not the CPU alone. So many ``workers`` make the blocks.
     """
 
     unit: Size
@@ -86,18 +86,14 @@ class Resources:
     in_order: bool = True
     selected_bytes: int = 0
     costs: Costs = field(default_factory=Costs)
-    device_bytes: int | None = None
+    device: str = CPU
+    device_bytes: int = 0
     workers: int = 1
-
-    @property
-    def device(self) -> str:
-        """Who computes."""
-        return CPU if self.device_bytes is None else GPU
 
     def limit(self, need: Need) -> Limit:
         """Of the process's memory and the device's what is exceeded most, or nearly."""
         process = Limit("", need.process_bytes, self.allowed_bytes)
-        if self.device_bytes is None:
+        if self.device == CPU:
             return process
         device = Limit(" of the GPU's memory", need.device_bytes, self.device_bytes)
         return max(process, device, key=lambda limit: limit.over_bytes)
@@ -119,11 +115,11 @@ class Resources:
     def together(self, computing: float, moving: float) -> float:
         """Seconds of what is computed and of what is read and written meanwhile: one after another
         where the same cores do both."""
-        return computing + moving if self.device == CPU else max(computing, moving)
+        return max(computing, moving) if self.device == GPU else computing + moving
 
     def touching_seconds(self, nbytes: int) -> float:
         """Until the process came to hold so many bytes; none where a device computes meanwhile."""
-        fresh = nbytes - self.baseline_bytes if self.device == CPU else 0
+        fresh = 0 if self.device == GPU else nbytes - self.baseline_bytes
         return self.costs.touching_seconds(fresh)
 
     @property
@@ -214,12 +210,8 @@ def check_given(resources: Resources, given: Plan) -> None:
         raise OptionError(
             f"the plan has {given.blocks_in_flight} blocks in flight: 1 to {MOST_BLOCKS_IN_FLIGHT}"
         )
-    devices = [stage.device for stage in given.stages]
-    if devices != [resources.device]:
-        raise OptionError(
-            f"the plan is for {', '.join(sorted(devices)) or 'no device'}: here one "
-            f"{resources.device} computes"
-        )
+    if given.device != resources.device:
+        raise OptionError(f"the plan is for {given.device}: here {resources.device} computes")
 
 
 def check_room(resources: Resources, need: Need) -> None:
@@ -236,7 +228,7 @@ def computing_need(
     resources: Resources, schedules: Schedules, sizes: Mapping[str, Size], patch: Size
 ) -> Need:
     """Memory that the process takes while it computes patches, blocks in flight not counted."""
-    if resources.device_bytes is None:
+    if resources.device == CPU:
         computing = computing_bytes(schedules, sizes, patch, resources.threads)
         return Need(resources.baseline_bytes + computing)
     given, made = slot_bytes(schedules, sizes, patch)
@@ -265,14 +257,14 @@ def computing_bytes(
     schedules: Schedules, sizes: Mapping[str, Size], patch: Size, threads: int
 ) -> int:
     """Memory that computing patches on the CPU takes, and what the network takes all the time."""
-    network = schedules.layout.network
-    return (
-        OVERHEAD_BYTES
-        + network_bytes(network)
-        + schedules.spent_bytes(sizes, threads)
-        + allocated_bytes(schedules.arena(sizes).bytes)
-        + schedules.samples * ITEM_BYTES * network.out_channels * volume(patch)
-    )
+    answers = schedules.samples * ITEM_BYTES * schedules.layout.network.out_channels * volume(patch)
+    return OVERHEAD_BYTES + layers_bytes(schedules, sizes, threads) + answers
+
+
+def layers_bytes(schedules: Schedules, sizes: Mapping[str, Size], threads: int) -> int:
+    """Memory that layers take on the CPU, their weights and arrays."""
+    arrays = allocated_bytes(schedules.arena(sizes).bytes)
+    return network_bytes(schedules.layout.network) + schedules.spent_bytes(sizes, threads) + arrays
 
 
 def network_bytes(network: Network) -> int:

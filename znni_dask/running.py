@@ -120,8 +120,10 @@ def run(
         the fastest that fits.
     threads : computing threads; by default all cores this process may use.
     device : what computes: ``"cpu"``, ``"gpu"`` (through CuPy, the extra ``cuda13`` or ``cuda12``;
-        of a cluster then only workers that have one take part), or ``"auto"``: whatever is faster
-        on a worker. Answers of different devices agree to the precision of float32.
+        of a cluster then only workers that have one take part), ``"cpu+gpu"`` (first layers by the
+        CPU, the rest by the GPU), ``"gpu+ram"`` (first layers by the GPU, of arrays that the host
+        holds), or ``"auto"``: the CPU or the GPU, whatever is faster on a worker. Answers of
+        different devices agree to the precision of float32.
     device_memory : bound on what is taken of a GPU's memory; by default 90 % of what is free.
     dtype : ``"float32"``, ``"float16"``, ``"uint8"`` (``value_range`` mapped to 0 … 255), or
         ``"labels"``: the number of each output's channel with the largest value.

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from znni_dask.errors import OutputError
 from znni_dask.kernels.compiled import cache_folder, host, keep
-from znni_dask.machine import GPU, cores
+from znni_dask.machine import CPU, GPU, cores
 
 _ALIKE = 0.7  # how far apart features of problems are that are off alike
 _COMMON = 1e-3  # weight of all problems of a family, for those that are like none
@@ -49,8 +49,9 @@ class Timings:
     found: tuple[Timing, ...] = ()
 
     def tell_of(self, device: str) -> bool:
-        """Whether anything was measured of a device."""
-        return any(timing.family.startswith(f"{GPU} ") == (device == GPU) for timing in self.found)
+        """Whether anything was measured of a device, or of both that compute together."""
+        known = {timing.family.startswith(f"{GPU} ") for timing in self.found}
+        return known >= {CPU: {False}, GPU: {True}}.get(device, {False, True})
 
     def ratio(self, family: str, threads: int, features: tuple[float, ...]) -> float:
         """How many times longer than estimated a step is expected to take; 1 where no primitive of

@@ -19,10 +19,10 @@ from znni_dask.devices.cuda import CudaDevice
 from znni_dask.devices.simulated import Pace, SimulatedDevice
 from znni_dask.errors import OptionError
 from znni_dask.kernels.cuda.layouts import SHARED_BYTES
-from znni_dask.machine import CPU, GPU, parse_bytes, show_bytes
+from znni_dask.machine import CPU, CPU_GPU, GPU, GPU_RAM, parse_bytes, show_bytes
 
 AUTO = "auto"
-DEVICES = (AUTO, CPU, GPU)
+DEVICES = (AUTO, CPU, GPU, GPU_RAM, CPU_GPU)
 _SHARE_OF_FREE = 0.9  # of a GPU's memory: other programs come and go
 _SIMULATED = "znni.simulated-gpu"
 _PACES = ("copied_bytes_per_second", "slowdown")

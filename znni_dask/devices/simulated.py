@@ -153,3 +153,4 @@ class _Thread(Lane):
     def _live(self) -> None:
         while (turn := self._asked.get()) is not None:
             turn()
+            del turn  # it may refer to memory that is wanted for what comes next

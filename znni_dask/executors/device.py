@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from znni_dask.closing import Closing
 from znni_dask.devices.base import Device, Lane, Mark
-from znni_dask.executors.serial import SerialExecutor
 from znni_dask.executors.spent import Spent
 from znni_dask.geometry import Size, add
 from znni_dask.network.network import Network
@@ -197,17 +196,3 @@ def placed(network: Network, primitives: Mapping[str, Primitive], device: Device
             weights = network.weights.get(node.name, {})
             found[node.name] = primitive.placed(node.layer, weights, device)
     return found
-
-
-def executor_of(
-    schedules: Schedules,
-    sizes: Mapping[str, Size],
-    patch: Size,
-    threads: int,
-    device: Device | None,
-) -> SerialExecutor | DeviceExecutor:
-    """What computes such patches: on a device, or with so many threads of the CPU."""
-    if device is not None:
-        return DeviceExecutor(schedules, sizes, patch, device)
-    network, arena = schedules.layout.network, schedules.arena(sizes)
-    return SerialExecutor(network, schedules.primitives, arena, threads)

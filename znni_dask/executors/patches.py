@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 
 from znni_dask.behind import Behind
-from znni_dask.choices import chosen_primitives
+from znni_dask.choices import schedules_of
 from znni_dask.closing import Closing
 from znni_dask.devices.base import Device
-from znni_dask.executors.device import executor_of
+from znni_dask.executors.executor import executor_of
 from znni_dask.executors.spent import Spent
 from znni_dask.geometry import Box, hull, volume
 from znni_dask.kernels.memory import allocate
@@ -19,7 +20,6 @@ from znni_dask.patches import Layout, patches_of, region_of, spans
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import ITEM_BYTES, Array
 from znni_dask.resources import SLOTS
-from znni_dask.schedule import Schedules
 from znni_dask.selection import Wanted
 
 
@@ -29,11 +29,11 @@ class PatchBlocks(Closing):
 
     def __init__(self, layout: Layout, plan: Plan, device: Device | None = None) -> None:
         self._layout, self._plan = layout, plan
-        self._schedules = Schedules(layout, chosen_primitives(layout, plan))
+        self._schedules = schedules_of(layout, plan)
         sizes = self._schedules.envelope(spans(layout, plan.block, plan.patch))
         largest = ITEM_BYTES * layout.network.out_channels * volume(plan.patch)
         self._answers: SimpleQueue[Array] = SimpleQueue()
-        for _ in range(SLOTS if device else 1):
+        for _ in range(SLOTS if plan.ends_on_gpu else 1):
             self._answers.put(allocate(largest).view(np.float32))
         self._executor = executor_of(self._schedules, sizes, plan.patch, plan.threads, device)
 
@@ -59,7 +59,7 @@ class PatchBlocks(Closing):
         channels, memory = self._layout.network.out_channels, self._answers.get()
         try:
             for box in self._patches(block, wanted):
-                todo = self._schedules.schedule(box)
+                todo: Any = self._schedules.schedule(box)  # of the executor's own kind
                 answer = memory[: channels * volume(box.size)].reshape(channels, *box.size)
                 self._executor.run(todo, [behind.within(todo.input)], [answer])
                 take(box, answer)

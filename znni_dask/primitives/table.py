@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import entry_points
 
-from znni_dask.machine import CPU
+from znni_dask.machine import CPU, GPU, GPU_RAM
 from znni_dask.network.layers import LOWER, Layer
 from znni_dask.primitives.base import Primitive
 from znni_dask.primitives.conv_depthwise import ConvDepthwise
@@ -51,6 +51,7 @@ from znni_dask.primitives.gpu.rearranging import (
 )
 from znni_dask.primitives.gpu.reducing import GpuNormalization, GpuReducing, GpuSoftmax
 from znni_dask.primitives.joining import ArithmeticOfInputs, Broadcasting, Concatenation
+from znni_dask.primitives.offloaded import Offloaded
 from znni_dask.primitives.pointwise import ActivationFunction, AffineMap
 from znni_dask.primitives.pooling import (
     AveragePooling,
@@ -154,8 +155,10 @@ def candidates(layer: Layer, device: str = CPU) -> list[Primitive]:
 
 
 def named(name: str, layer: Layer, device: str = CPU) -> Primitive:
-    """The primitive of this name that takes ``layer`` on a device; raises `KeyError` where there is
-    none."""
+    """The primitive of this name that takes ``layer`` on a device, of those "gpu+ram" the host's
+    and those that have a GPU compute sub-layers; raises `KeyError` where there is none."""
+    if device == GPU_RAM:
+        return _with_host(name, layer)
     found = [p for p in candidates(layer, device) if p.name == name]
     in_sizes = ConvTiledFFT.of(name), ConvPlanesFFT.of(name), GpuTiledFFT.of(name)
     sized = [p for p in in_sizes if p is not None and p.device == device]
@@ -163,3 +166,15 @@ def named(name: str, layer: Layer, device: str = CPU) -> Primitive:
     if found:
         return found[0]
     raise KeyError(f"no primitive {name!r} takes a {layer.kind} layer on the {device}")
+
+
+def _with_host(name: str, layer: Layer) -> Primitive:
+    if (inner := Offloaded.inner_name(name)) is None:
+        return named(name, layer)
+    try:
+        found = Offloaded.of(name, named(inner, layer, GPU))
+    except ValueError as error:
+        raise KeyError(str(error)) from None
+    if (why := found.refusal(layer)) is not None:
+        raise KeyError(why)
+    return found

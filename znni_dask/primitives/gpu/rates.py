@@ -11,6 +11,7 @@ PRODUCTS = Rate("gpu products", 3.5e13)  # operations, of complex numbers in sin
 SUMS = Rate("gpu sums", 1e13)  # operations of products that are summed one by one
 TRANSFORMS = Rate("gpu transforms", 1e13)  # operations
 LAUNCHES = Rate("gpu launches", 2e5)  # kernels begun
+BUS = Rate("gpu bus", 2.5e10)  # bytes to it, or back
 
 
 def traffic(problem: Problem, passes: float = 1, launches: int = 1) -> Work:

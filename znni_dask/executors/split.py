@@ -1,0 +1,107 @@
+"""Run a plan on a patch, its first layers by the host and the rest by a device.
+
+The host makes fragments of a patch, or one array where none are made, and hands them to the device,
+which takes some at a time through all remaining layers without their coming back. Of several
+threads that ask one has its patch begun by the host while the device is busy with that of another:
+so both are at work, with a bounded number of patches between them (the pipeline of Zlateski et al.
+2016). Where the device computes sub-layers of the first layers, too, these take turns with others.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
+from math import prod
+from queue import SimpleQueue
+
+import numpy as np
+from numpy.typing import NDArray
+
+from znni_dask.closing import Closing
+from znni_dask.devices.base import Device
+from znni_dask.executors.device import DeviceExecutor
+from znni_dask.executors.serial import SerialExecutor
+from znni_dask.executors.spent import Spent
+from znni_dask.geometry import Size
+from znni_dask.kernels.memory import Bytes, allocate
+from znni_dask.primitives.base import ITEM_BYTES, Array
+from znni_dask.resources import SLOTS
+from znni_dask.shares import WAITING
+from znni_dask.split import Split, SplitSchedule
+
+
+class SplitExecutor(Closing):
+    """Computes patches, each within ``patch`` and its layers' boxes within ``sizes``; the host,
+    with so many ``threads``, is ahead of the device by as many patches as ``waiting`` says. Use it
+    as a context manager, or `close` it, and with it the device."""
+
+    def __init__(
+        self,
+        split: Split,
+        sizes: Mapping[str, Size],
+        patch: Size,
+        threads: int,
+        device: Device,
+        waiting: int = WAITING,
+    ) -> None:
+        head, tail = split.head, split.tail
+        self._together = tail.samples
+        self._tail = DeviceExecutor(tail, sizes, split.part(patch), device)
+        self._head = SerialExecutor(head, sizes, threads, device)
+        self._head_is_free = threading.Lock()
+        self._pool = ThreadPoolExecutor(SLOTS, thread_name_prefix="znni-split")
+        self._handed: SimpleQueue[Bytes] = SimpleQueue()
+        network = head.layout.network
+        values = split.fragments * network.out_channels * prod(sizes[network.output])
+        for _ in range(1 + waiting):
+            self._handed.put(allocate(ITEM_BYTES * values))
+
+    def run(
+        self,
+        todo: SplitSchedule,
+        volumes: Sequence[NDArray[np.generic]],
+        outs: Sequence[Array],
+    ) -> None:
+        """The same as `SerialExecutor.run`, of one volume; several threads may ask at once."""
+        (out,) = outs
+        memory = self._handed.get()
+        try:
+            with self._head_is_free:
+                made = self._head.fragments(todo.head, volumes)
+                fragments = memory[: made.nbytes].view(np.float32).reshape(made.shape)
+                np.copyto(fragments, made)
+            firsts = range(0, len(fragments), self._together)
+            work = partial(self._group, todo, fragments, out)
+            groups = [self._pool.submit(work, first) for first in firsts]
+            wait(groups)  # what they read is another's from then on
+            for group in groups:
+                group.result()
+        finally:
+            self._handed.put(memory)
+
+    def _group(self, todo: SplitSchedule, fragments: Array, out: Array, first: int) -> None:
+        """Some fragments through the rest of the layers, to where they belong."""
+        spacing, numbers = todo.head.spacing, range(first, first + self._together)
+        size = (-(-n // s) for n, s in zip(out.shape[1:], spacing, strict=True))
+        made = np.empty((self._together, len(out), *size), np.float32)
+        self._tail.run(todo.tail, [fragments[number] for number in numbers], [*made])
+        for number, one in zip(numbers, made, strict=True):
+            z, y, x = map(slice, todo.head.positions[number], (None,) * 3, spacing)
+            there = out[:, z, y, x]
+            z, y, x = map(slice, there.shape[1:])
+            there[...] = one[:, z, y, x]
+
+    def taken(self) -> Spent:
+        """The time spent since this was last asked."""
+        head, tail = self._head.taken(), self._tail.taken()
+        return Spent({**head.seconds, **tail.seconds}, tail.spans)
+
+    def close(self) -> None:
+        """End the threads, give all memory back, and close the device."""
+        self._pool.shutdown()
+        self._head.close()
+        while not self._handed.empty():
+            self._handed.get()
+        self._tail.close()
