@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +229,7 @@ class Disk:
 
     def __init__(self, monkeypatch, output):
         self.output, self.ahead, self.forced = output, set(), {}
+        self.listed, self._lock = defaultdict(set), threading.Lock()  # several force one folder
         self._fsync = os.fsync
         monkeypatch.setattr(os, "fsync", self.fsync)
 
@@ -236,7 +239,11 @@ class Disk:
             self.ahead |= {at for at in Journal.begun(path).done if not self.keeps(at)}
         held = {p.name for p in path.iterdir()} if path.is_dir() else path.read_bytes()
         self._fsync(number)
-        self.forced[path] = held
+        with self._lock:
+            if path.is_dir():
+                self.listed[path] |= held
+            else:
+                self.forced[path] = held
 
     def keeps(self, at):
         """Whether the chunks of a block are there to the last byte, and can be found."""
@@ -248,7 +255,7 @@ class Disk:
     def _keeps(self, chunk):
         folders = [p for p in chunk.parents if p.is_relative_to(self.output.parent)]
         named = zip(folders, [chunk, *folders], strict=False)
-        found = all(path.name in self.forced.get(folder, ()) for folder, path in named)
+        found = all(path.name in self.listed[folder] for folder, path in named)
         return found and self.forced.get(chunk) == chunk.read_bytes()
 
 
