@@ -13,7 +13,7 @@ import numpy as np
 from znni_dask.choices import Menu, choose_primitives
 from znni_dask.costs import model_seconds
 from znni_dask.devices.opening import opened
-from znni_dask.executors.executor import executor_of
+from znni_dask.executors.device import executor_of
 from znni_dask.geometry import Box
 from znni_dask.machine import CPU, GPU
 from znni_dask.network.build import Builder

@@ -15,7 +15,7 @@ from znni_dask.behind import Behind
 from znni_dask.choices import choose_primitives
 from znni_dask.closing import Closing
 from znni_dask.devices.base import Device
-from znni_dask.executors.executor import executor_of
+from znni_dask.executors.device import executor_of
 from znni_dask.executors.spent import Spent
 from znni_dask.geometry import Box, hull, triple
 from znni_dask.kernels.memory import allocate

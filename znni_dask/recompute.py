@@ -14,7 +14,7 @@ from znni_dask.choices import choose_primitives, chosen_primitives
 from znni_dask.devices.base import Device
 from znni_dask.devices.opening import opened_here
 from znni_dask.errors import MemoryLimitError, RunError, VolumeError
-from znni_dask.executors.executor import executor_of
+from znni_dask.executors.device import executor_of
 from znni_dask.geometry import Box, Size, add, text, tiles, triple
 from znni_dask.machine import GPU, show_bytes
 from znni_dask.network.layers import FULL

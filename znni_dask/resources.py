@@ -231,15 +231,22 @@ def computing_need(
     if resources.device == CPU:
         computing = computing_bytes(schedules, sizes, patch, resources.threads)
         return Need(resources.baseline_bytes + computing)
+    layers = device_need(schedules, sizes, patch)
+    process = resources.baseline_bytes + OVERHEAD_BYTES + layers.process_bytes
+    scratch = schedules.workspace_bytes(sizes, threads=1)
+    computing = scratch + schedules.workspace_bytes(sizes, threads=1, beside=True)
+    return Need(process, DEVICE_SLACK_BYTES + layers.device_bytes + computing)
+
+
+def device_need(schedules: Schedules, sizes: Mapping[str, Size], patch: Size) -> Need:
+    """Memory of layers that a device computes, but for what it computes in: of the process, their
+    weights included, and of the device."""
     given, made = slot_bytes(schedules, sizes, patch)
     network = network_bytes(schedules.layout.network)
     slots = SLOTS * (allocated_bytes(given) + 2 * allocated_bytes(made))  # answers once more, taken
     libraries = sum({type(p): p.process_bytes for p in schedules.primitives.values()}.values())
-    process = resources.baseline_bytes + OVERHEAD_BYTES + network + slots + libraries
-    scratch = schedules.workspace_bytes(sizes, threads=1)
-    computing = scratch + schedules.workspace_bytes(sizes, threads=1, beside=True)
     held = schedules.prepared_bytes + schedules.arena(sizes).bytes + SLOTS * (given + made)
-    return Need(process, DEVICE_SLACK_BYTES + held + computing)
+    return Need(network + slots + libraries, held)
 
 
 def slot_bytes(schedules: Schedules, sizes: Mapping[str, Size], patch: Size) -> tuple[int, int]:

@@ -6,12 +6,11 @@ Arithmetic on shapes and costs only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import NamedTuple, TypeAlias
 
 from znni_dask.choices import planned
 from znni_dask.devices.ferry import Load
-from znni_dask.geometry import Size
+from znni_dask.geometry import Size, volume
 from znni_dask.kernels.memory import allocated_bytes
 from znni_dask.machine import CPU, CPU_GPU, GPU, GPU_RAM
 from znni_dask.plan import Stage
@@ -26,9 +25,8 @@ from znni_dask.resources import (
     Resources,
     computing_bytes,
     computing_need,
+    device_need,
     layers_bytes,
-    network_bytes,
-    slot_bytes,
 )
 from znni_dask.schedule import Schedules
 from znni_dask.split import Split
@@ -51,7 +49,7 @@ def seconds_of(resources: Resources, work: Work, sizes: Mapping[str, Size]) -> S
         seconds = work.repeats * _seconds(resources, work, sizes)
         return Seconds(seconds, seconds)
     host, lent = _seconds(resources, work.head, sizes), _lent_seconds(resources, work, sizes)
-    handed = ITEM_BYTES * _handed_values(work, sizes)
+    handed = work.handed_bytes(sizes)
     host += 2 * resources.costs.copying_seconds(handed, threads=1)
     device = work.groups * _seconds(resources, work.tail, sizes)
     tail = max(device, handed / BUS.per_second)
@@ -99,16 +97,11 @@ def need_of(resources: Resources, work: Work, sizes: Mapping[str, Size], patch: 
             return computing_need(resources, work, sizes, patch)
         host = computing_bytes(work, sizes, patch, resources.threads)
         return _with_sub_layers(resources, work, sizes, Need(host))
-    tail = work.tail
-    given, made = slot_bytes(tail, sizes, work.part(patch))
+    behind = device_need(work.tail, sizes, work.part(patch))
     host = OVERHEAD_BYTES + layers_bytes(work.head, sizes, resources.threads)
-    host += network_bytes(tail.layout.network)
-    host += (1 + WAITING) * allocated_bytes(ITEM_BYTES * _handed_values(work, sizes))
-    host += SLOTS * (allocated_bytes(given) + 2 * allocated_bytes(made))
-    host += SLOTS * ITEM_BYTES * tail.layout.network.out_channels * prod(patch)
-    host += sum({type(p): p.process_bytes for p in tail.primitives.values()}.values())
-    held = tail.prepared_bytes + tail.arena(sizes).bytes + SLOTS * (given + made)
-    return _with_sub_layers(resources, work.head, sizes, Need(host, held), tail)
+    host += (1 + WAITING) * allocated_bytes(work.handed_bytes(sizes))
+    host += SLOTS * ITEM_BYTES * work.tail.layout.network.out_channels * volume(patch)
+    return _with_sub_layers(resources, work.head, sizes, behind.plus(host), work.tail)
 
 
 def _with_sub_layers(
@@ -129,9 +122,3 @@ def _with_sub_layers(
     device = DEVICE_SLACK_BYTES + lent.load.device_bytes + lent.kernels + scratch + aside
     host = resources.baseline_bytes + lent.load.host_bytes
     return Need(host + beside.process_bytes, device + beside.device_bytes)
-
-
-def _handed_values(split: Split, sizes: Mapping[str, Size]) -> int:
-    """Values that the head hands to the tail."""
-    network = split.head.layout.network
-    return split.fragments * network.out_channels * prod(sizes[network.output])

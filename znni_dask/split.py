@@ -14,12 +14,12 @@ from math import prod
 from typing import NamedTuple
 
 from znni_dask.errors import OptionError
-from znni_dask.geometry import Box, Size, triple
+from znni_dask.geometry import Box, Size, ceil_divide, triple, volume
 from znni_dask.network.field_of_view import Interval
 from znni_dask.network.layers import Input
 from znni_dask.network.network import Network, Node
 from znni_dask.patches import Fragmented, Layout, Patch
-from znni_dask.primitives.base import Primitive
+from znni_dask.primitives.base import ITEM_BYTES, Primitive
 from znni_dask.schedule import Schedule, Schedules
 
 
@@ -163,7 +163,13 @@ class Split:
     def part(self, patch: Size) -> Size:
         """The size of what the tail makes of a fragment, for a patch of a size."""
         spacing = self.head.layout.fragments
-        return triple(-(-n // s) for n, s in zip(patch, spacing, strict=True))
+        return triple(map(ceil_divide, patch, spacing))
+
+    def handed_bytes(self, sizes: Mapping[str, Size]) -> int:
+        """Memory of all that the head hands to the tail of a patch."""
+        network = self.head.layout.network
+        values = self.fragments * network.out_channels * volume(sizes[network.output])
+        return ITEM_BYTES * values
 
 
 def _network(network: Network, nodes: tuple[Node, ...]) -> Network:

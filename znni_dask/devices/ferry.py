@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.devices.base import Device, Mark
+from znni_dask.kernels.memory import floats
 from znni_dask.kernels.team import Team
 
 Array = NDArray[np.float32]
 Work = Callable[[Any, Any, Any], None]
-_ITEM_BYTES = 4
 BERTHS = 2
 
 
@@ -105,10 +104,10 @@ class Ferry:
 
     def _come_to_rest(self) -> None:
         """Until nothing is under way: memory may be used for something else then."""
-        for lane in self.device.lanes:
-            lane.do(lambda: None).wait()
         for berth in (*self._given, *self._made):
             berth.sent, berth.used, berth.waiting = None, [], None
+        for lane in self.device.lanes:
+            lane.do(lambda: None).wait()
 
 
 class _Berth:
@@ -123,11 +122,7 @@ class _Berth:
 
     def shaped(self, shape: tuple[int, ...]) -> tuple[Array, Any]:
         """An array of this shape: on the host, on the device."""
-        nbytes = _ITEM_BYTES * prod(shape)
-        here, there = (
-            m[:nbytes].view(np.float32).reshape(shape) for m in (self._here, self._there)
-        )
-        return here, there
+        return floats(self._here, shape), floats(self._there, shape)
 
     def land(self, copy: Callable[[Array, Array], None]) -> None:
         """Bring what came back to where it belongs."""

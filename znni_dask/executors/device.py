@@ -13,7 +13,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +20,13 @@ from numpy.typing import NDArray
 
 from znni_dask.closing import Closing
 from znni_dask.devices.base import Device, Lane, Mark
+from znni_dask.executors.serial import SerialExecutor
 from znni_dask.executors.spent import Spent
 from znni_dask.geometry import Size, add
+from znni_dask.kernels.memory import floats
+from znni_dask.machine import GPU
 from znni_dask.network.network import Network
-from znni_dask.primitives.base import ITEM_BYTES, Array, DevicePrimitive, Form, Primitive, Shape
+from znni_dask.primitives.base import Array, DevicePrimitive, Form, Primitive, Shape
 from znni_dask.primitives.gpu.fragments import weave
 from znni_dask.resources import SLOTS, slot_bytes
 from znni_dask.schedule import Schedule, Schedules, Stored
@@ -136,9 +138,7 @@ class DeviceExecutor(Closing):
         self._device.close()
 
     def _view(self, array: Stored, shape: Shape) -> Any:
-        first = self._places[array]
-        part = self._arena[first : first + ITEM_BYTES * prod(shape)]
-        return part.view(np.float32).reshape(shape)
+        return floats(self._arena[self._places[array] :], shape)
 
 
 class _Done(NamedTuple):
@@ -173,17 +173,13 @@ class _Slot:
 
     def given(self, shape: tuple[int, ...]) -> tuple[Array, Any]:
         """An input of this shape: on the host, on the device."""
-        here, there = (_shaped(memory, shape) for memory in self._given)
+        here, there = (floats(memory, shape) for memory in self._given)
         return here, there
 
     def made(self, shape: tuple[int, ...]) -> tuple[Any, Array]:
         """An answer of this shape: on the device, on the host."""
-        there, here = (_shaped(memory, shape) for memory in self._made)
+        there, here = (floats(memory, shape) for memory in self._made)
         return there, here
-
-
-def _shaped(memory: Any, shape: tuple[int, ...]) -> Any:
-    return memory[: ITEM_BYTES * prod(shape)].view(np.float32).reshape(shape)
 
 
 def placed(network: Network, primitives: Mapping[str, Primitive], device: Device) -> dict[str, Any]:
@@ -196,3 +192,16 @@ def placed(network: Network, primitives: Mapping[str, Primitive], device: Device
             weights = network.weights.get(node.name, {})
             found[node.name] = primitive.placed(node.layer, weights, device)
     return found
+
+
+def executor_of(
+    schedules: Schedules,
+    sizes: Mapping[str, Size],
+    patch: Size,
+    threads: int,
+    device: Device | None,
+) -> SerialExecutor | DeviceExecutor:
+    """What computes such patches: a device, or so many threads of the CPU, perhaps with one."""
+    if device is not None and all(p.device == GPU for p in schedules.primitives.values()):
+        return DeviceExecutor(schedules, sizes, patch, device)
+    return SerialExecutor(schedules, sizes, threads, device)

@@ -12,8 +12,10 @@ from znni_dask.behind import Behind
 from znni_dask.choices import schedules_of
 from znni_dask.closing import Closing
 from znni_dask.devices.base import Device
-from znni_dask.executors.executor import executor_of
+from znni_dask.executors.device import DeviceExecutor, executor_of
+from znni_dask.executors.serial import SerialExecutor
 from znni_dask.executors.spent import Spent
+from znni_dask.executors.split import SplitExecutor
 from znni_dask.geometry import Box, hull, volume
 from znni_dask.kernels.memory import allocate
 from znni_dask.patches import Layout, patches_of, region_of, spans
@@ -21,6 +23,7 @@ from znni_dask.plan import Plan
 from znni_dask.primitives.base import ITEM_BYTES, Array
 from znni_dask.resources import SLOTS
 from znni_dask.selection import Wanted
+from znni_dask.split import Split
 
 
 class PatchBlocks(Closing):
@@ -35,7 +38,12 @@ class PatchBlocks(Closing):
         self._answers: SimpleQueue[Array] = SimpleQueue()
         for _ in range(SLOTS if plan.ends_on_gpu else 1):
             self._answers.put(allocate(largest).view(np.float32))
-        self._executor = executor_of(self._schedules, sizes, plan.patch, plan.threads, device)
+        self._executor: SerialExecutor | DeviceExecutor | SplitExecutor
+        if isinstance(self._schedules, Split):
+            assert device is not None
+            self._executor = SplitExecutor(self._schedules, sizes, plan.patch, plan.threads, device)
+        else:
+            self._executor = executor_of(self._schedules, sizes, plan.patch, plan.threads, device)
 
     def region(self, block: Box, wanted: Wanted | None = None) -> Box:
         """The box of the volume behind the patches of a block that hold something wanted."""

@@ -21,7 +21,7 @@ from znni_dask.devices.ferry import Ferry
 from znni_dask.executors.spent import Spent
 from znni_dask.geometry import Size, add
 from znni_dask.kernels.direct import SLACK_BYTES
-from znni_dask.kernels.memory import allocate
+from znni_dask.kernels.memory import allocate, floats
 from znni_dask.kernels.team import Team
 from znni_dask.machine import GPU_RAM
 from znni_dask.network.network import Network
@@ -109,9 +109,8 @@ class SerialExecutor(Closing):
         self._arena = np.empty(0, np.uint8)
 
     def _view(self, array: Stored, shape: Shape) -> Array:
-        first = self._places[array]
-        part = self._arena[first : first + array.form.nbytes(shape)]
-        return part.view(np.float32).reshape(array.form.stored(shape))
+        found: Array = floats(self._arena[self._places[array] :], array.form.stored(shape))
+        return found
 
 
 def _ferry(

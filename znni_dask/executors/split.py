@@ -13,7 +13,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
-from math import prod
 from queue import SimpleQueue
 
 import numpy as np
@@ -24,9 +23,9 @@ from znni_dask.devices.base import Device
 from znni_dask.executors.device import DeviceExecutor
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.executors.spent import Spent
-from znni_dask.geometry import Size
-from znni_dask.kernels.memory import Bytes, allocate
-from znni_dask.primitives.base import ITEM_BYTES, Array
+from znni_dask.geometry import Size, triple
+from znni_dask.kernels.memory import Bytes, allocate, floats
+from znni_dask.primitives.base import Array
 from znni_dask.resources import SLOTS
 from znni_dask.shares import WAITING
 from znni_dask.split import Split, SplitSchedule
@@ -46,17 +45,14 @@ class SplitExecutor(Closing):
         device: Device,
         waiting: int = WAITING,
     ) -> None:
-        head, tail = split.head, split.tail
-        self._together = tail.samples
-        self._tail = DeviceExecutor(tail, sizes, split.part(patch), device)
-        self._head = SerialExecutor(head, sizes, threads, device)
+        self._split, self._together = split, split.tail.samples
+        self._tail = DeviceExecutor(split.tail, sizes, split.part(patch), device)
+        self._head = SerialExecutor(split.head, sizes, threads, device)
         self._head_is_free = threading.Lock()
         self._pool = ThreadPoolExecutor(SLOTS, thread_name_prefix="znni-split")
         self._handed: SimpleQueue[Bytes] = SimpleQueue()
-        network = head.layout.network
-        values = split.fragments * network.out_channels * prod(sizes[network.output])
         for _ in range(1 + waiting):
-            self._handed.put(allocate(ITEM_BYTES * values))
+            self._handed.put(allocate(split.handed_bytes(sizes)))
 
     def run(
         self,
@@ -70,7 +66,7 @@ class SplitExecutor(Closing):
         try:
             with self._head_is_free:
                 made = self._head.fragments(todo.head, volumes)
-                fragments = memory[: made.nbytes].view(np.float32).reshape(made.shape)
+                fragments = floats(memory, made.shape)
                 np.copyto(fragments, made)
             firsts = range(0, len(fragments), self._together)
             work = partial(self._group, todo, fragments, out)
@@ -84,7 +80,7 @@ class SplitExecutor(Closing):
     def _group(self, todo: SplitSchedule, fragments: Array, out: Array, first: int) -> None:
         """Some fragments through the rest of the layers, to where they belong."""
         spacing, numbers = todo.head.spacing, range(first, first + self._together)
-        size = (-(-n // s) for n, s in zip(out.shape[1:], spacing, strict=True))
+        size = self._split.part(triple(out.shape[1:]))
         made = np.empty((self._together, len(out), *size), np.float32)
         self._tail.run(todo.tail, [fragments[number] for number in numbers], [*made])
         for number, one in zip(numbers, made, strict=True):

@@ -6,12 +6,15 @@ With pages of 4 KiB what strides through a large array waits for addresses to be
 from __future__ import annotations
 
 import mmap
+from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 _HUGE_PAGE = 2 << 20
 _LINE = 64
+_FLOAT_BYTES = 4
 Bytes = NDArray[np.uint8]
 
 
@@ -19,6 +22,11 @@ def odd_lines(nbytes: int) -> int:
     """At least so many bytes, an odd number of cache lines: what lies so far apart does not all
     fall on the same lines of a cache."""
     return (-(-nbytes // _LINE) | 1) * _LINE
+
+
+def floats(memory: Any, shape: tuple[int, ...]) -> Any:
+    """The beginning of some memory, of the host or of a device, as an array of float32."""
+    return memory[: _FLOAT_BYTES * prod(shape)].view(np.float32).reshape(shape)
 
 
 def allocated_bytes(nbytes: int) -> int:

@@ -15,11 +15,10 @@ from functools import partial, reduce
 from math import prod
 from typing import Any, ClassVar, NamedTuple, cast
 
-import numpy as np
-
 from znni_dask.devices.base import Device
 from znni_dask.devices.ferry import Ferry, Load, Part
 from znni_dask.geometry import Box, Size, ceil_divide, tiles, triple
+from znni_dask.kernels.memory import floats
 from znni_dask.machine import GPU_RAM
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
@@ -239,8 +238,7 @@ class Offloaded(Primitive):
         """Within a lane: a piece computed, and added to those before it."""
         target = made
         if again:
-            nbytes = ITEM_BYTES * prod(part.output)
-            target = aside[:nbytes].view(np.float32).reshape(part.output)
+            target = floats(aside, part.output)
         self.inner.apply(kernels, part, [given], target, device)
         if again:
             device.xp.add(made, target, out=made)
