@@ -11,12 +11,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from znni_dask import planner
 from znni_dask.choices import Menu, choose_primitives
 from znni_dask.errors import MemoryLimitError
-from znni_dask.geometry import Box
+from znni_dask.geometry import Box, Size
 from znni_dask.machine import CPU, GPU, GPU_RAM, show_bytes
 from znni_dask.network.layers import Conv
 from znni_dask.patches import largest_box
@@ -61,87 +61,89 @@ class _Shared:
     def ways(self) -> Iterator[Work]:
         """Those that fit the GPU: by the host's fastest primitives, and by its plain ones, which
         need least memory; of each the split that is fastest by estimate first."""
-        menu = self._menu(CPU)
-        for base in (menu.fastest(), menu.schedules.primitives):
-            yield from self._ways(menu, self._lent(menu, base))
+        for base in (self._menu.fastest(), self._menu.schedules.primitives):
+            yield from self._ways(self._lent(base))
 
-    def _ways(self, menu: Menu, host: Mapping[str, Primitive]) -> Iterator[Work]:
-        seconds = {
-            name: (self._seconds(primitive, problem), self._seconds(self._device[name], problem))
-            for name, primitive in host.items()
-            for problem, _ in [menu.problems[name]]
-        }
-        layers, found = list(seconds), list[tuple[float, str | None]]()
+    def _ways(self, host: Mapping[str, Primitive]) -> Iterator[Work]:
+        own = {name: self._seconds(name, primitive) for name, primitive in host.items()}
+        device = {name: self._seconds(name, primitive) for name, primitive in self._device.items()}
+        found: list[tuple[float, str | None]] = []
+        layers = list(own)
         # a patch that is gone through several times, as fragments are left out, is not split
-        for layer in splits(self.request.layout.network) if menu.schedules.repeats == 1 else ():
-            before, behind = layers[: layers.index(layer) + 1], layers[layers.index(layer) + 1 :]
-            own, device = sum(seconds[n][0] for n in before), sum(seconds[n][1] for n in behind)
-            found.append((max(own, device), layer))
+        once = self._menu.schedules.repeats == 1
+        for layer in splits(self.request.layout.network) if once else ():
+            place = layers.index(layer) + 1
+            before = sum(own[name] for name in layers[:place])
+            behind = sum(device[name] for name in layers[place:])
+            found.append((max(before, behind), layer))
         if any(isinstance(primitive, Offloaded) for primitive in host.values()):
-            found.append((sum(own for own, _ in seconds.values()), None))
-        for _, layer_ in sorted(found, key=lambda one: one[0]):
-            work = self._split(layer_, host) if layer_ else Schedules(self.request.layout, host)
-            if work is not None and self._fits(work):
+            found.append((sum(own.values()), None))
+        for _, split in sorted(found, key=lambda one: one[0]):
+            work = self._split(split, host) if split else self._unsplit(host)
+            if work is not None:
                 yield work
+
+    def _unsplit(self, host: Mapping[str, Primitive]) -> Schedules | None:
+        """All by the host, the GPU lent to it; None where that does not fit the GPU."""
+        schedules = Schedules(self.request.layout, host)
+        return schedules if self._fits(schedules, schedules.sizes(self._box)) else None
 
     def _split(self, layer: str, host: Mapping[str, Primitive]) -> Split | None:
         """Behind a layer, as many fragments together as fit; None where not even one does."""
         before = list(host)[: list(host).index(layer) + 1]
         primitives = {**self._device, **{name: host[name] for name in before}}
         one = Split.at(self.request.layout, layer, primitives)
+        sizes = one.sizes(self._box)
         counts = [n for n in range(1, one.fragments + 1) if one.fragments % n == 0]
-        fitting = bisect_left(counts, True, key=lambda n: not self._fits(one.together(n)))
+        fitting = bisect_left(counts, True, key=lambda n: not self._fits(one.together(n), sizes))
         return one.together(counts[fitting - 1]) if fitting else None
 
-    def _fits(self, work: Work) -> bool:
-        need = need_of(self.request, work, work.sizes(self._box), self.pair[1])
+    def _fits(self, work: Work, sizes: Mapping[str, Size]) -> bool:
+        need = need_of(self.request, work, sizes, self.pair[1])
         return need.device_bytes <= self.request.device_bytes
 
-    def _lent(self, menu: Menu, base: Mapping[str, Primitive]) -> dict[str, Primitive]:
+    def _lent(self, base: Mapping[str, Primitive]) -> Mapping[str, Primitive]:
         """What computes every layer before a split, where the GPU is lent to the host if it is."""
         if self.request.device != GPU_RAM:
-            return dict(base)
-        problems = {name: menu.problems[name][0] for name in base}
-        return {name: self._faster(name, base[name], problems[name]) for name in base}
-
-    def _faster(self, name: str, primitive: Primitive, problem: Problem) -> Primitive:
-        """That of the host, or sub-layers by the GPU."""
-        lent = self._of_gpu(name, problem)
-        if lent is None or self._seconds(lent, problem) >= self._seconds(primitive, problem):
-            return primitive
-        return lent
-
-    def _of_gpu(self, name: str, problem: Problem) -> Offloaded | None:
-        """The fastest way to have the GPU compute sub-layers of a convolution."""
-        if name in self._cut:
-            return self._cut[name]
-        found: list[Offloaded] = []
-        if isinstance(problem.layer, Conv):
-            room_bytes = int(_LENT * self.request.device_bytes)
-            for inner in dict.fromkeys([self._device[name], *candidates(problem.layer, GPU)]):
-                assert isinstance(inner, DevicePrimitive)
-                if (cut := sub_layers(inner, problem, room_bytes)) is not None:
-                    found.append(cut)
-        best = min(found, key=lambda one: self._seconds(one, problem), default=None)
-        self._cut[name] = best
-        return best
-
-    def _seconds(self, primitive: Primitive, problem: Problem) -> float:
-        return self.request.costs.step_seconds(primitive, problem, self.request.threads)
+            return base
+        both = {name: [primitive, *self._cut[name]] for name, primitive in base.items()}
+        return {name: min(some, key=partial(self._seconds, name)) for name, some in both.items()}
 
     @cached_property
-    def _cut(self) -> dict[str, Offloaded | None]:
-        return {}
+    def _cut(self) -> dict[str, list[Offloaded]]:
+        """Of every convolution the ways to have the GPU compute sub-layers."""
+        room_bytes = int(_LENT * self.request.device_bytes)
+        found: dict[str, list[Offloaded]] = {}
+        for name, problem in self._problems.items():
+            inner = [self._device[name], *candidates(problem.layer, GPU)]
+            able = dict.fromkeys(p for p in inner if isinstance(p, DevicePrimitive))
+            of_conv = able if isinstance(problem.layer, Conv) else ()
+            cut = (sub_layers(p, problem, room_bytes) for p in of_conv)
+            found[name] = [one for one in cut if one is not None]
+        return found
+
+    def _seconds(self, name: str, primitive: Primitive) -> float:
+        """Of a layer."""
+        costs, threads = self.request.costs, self.request.threads
+        return costs.step_seconds(primitive, self._problems[name], threads)
+
+    @cached_property
+    def _menu(self) -> Menu:
+        return self._menu_of(CPU)
+
+    @cached_property
+    def _problems(self) -> dict[str, Problem]:
+        return {name: problem for name, (problem, _) in self._menu.problems.items()}
 
     @cached_property
     def _device(self) -> Mapping[str, Primitive]:
-        return self._menu(GPU).fastest()
+        return self._menu_of(GPU).fastest()
 
-    @property
+    @cached_property
     def _box(self) -> Box:
         return largest_box(self.request.layout, self.pair[1])
 
-    def _menu(self, device: str) -> Menu:
+    def _menu_of(self, device: str) -> Menu:
         request, box = self.request, self._box
         plain = Schedules(request.layout, choose_primitives(request.layout, device=device))
         patches = request.hull.voxels / box.voxels
