@@ -20,7 +20,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from layer import Point, Ready, fastest
-from machine import bytes_per_second, flops_per_second, keep, kept
+from machine import bytes_per_second, described, flops_per_second, keep, kept
 from peers import Peers, versions
 from rounds import side_by_side
 from znni_dask.geometry import Size
@@ -184,7 +184,14 @@ def run(group: str, quick: bool, team: Team) -> dict[str, Any]:
             flush=True,
         )
     print("geometric means:", {k: round(v, 2) for k, v in means(rows).items()})
-    return {**rates, "versions": versions(), "geometric_means": means(rows), "rows": rows}
+    of_cores = described()["vectors"]  # machines of one name may have others
+    return {
+        "vectors": of_cores,
+        **rates,
+        "versions": versions(),
+        "geometric_means": means(rows),
+        "rows": rows,
+    }
 
 
 def main() -> None:
