@@ -12,9 +12,8 @@ import oracle
 from peaks import traced_peak
 from znni_dask.choices import choose_primitives
 from znni_dask.executors import serial
-from znni_dask.executors.device import executor_of
+from znni_dask.executors.patches import executor_for
 from znni_dask.executors.serial import SerialExecutor
-from znni_dask.executors.split import SplitExecutor
 from znni_dask.geometry import Box, tiles
 from znni_dask.kernels import team
 from znni_dask.machine import CPU, GPU
@@ -27,7 +26,6 @@ from znni_dask.patches import Layout, source_index
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.table import candidates
 from znni_dask.schedule import Schedules
-from znni_dask.split import Split
 
 SHARED_VOXELS = 1000  # handing out smaller patches takes longer than they do
 PATCHES = [
@@ -70,8 +68,7 @@ def at_boxes(
     sizes = schedules.envelope(spans)
     patch = tuple(max(b.size[axis] for b in boxes) for axis in range(3))
     out = np.full((network.out_channels, *layout.output_size), np.nan, np.float32)
-    opened = SplitExecutor if isinstance(schedules, Split) else executor_of
-    with opened(schedules, sizes, patch, threads, device) as executor:
+    with executor_for(schedules, sizes, patch, threads, device) as executor:
         for box in boxes:
             todo = schedules.schedule(box)
             answer = np.empty((network.out_channels, *box.size), np.float32)

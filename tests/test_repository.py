@@ -56,6 +56,7 @@ STAIRS = [
     *(
         "choices",
         "split",
+        "apart",
         "pages",
         "columns",
         "cut",

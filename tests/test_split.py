@@ -417,13 +417,21 @@ def wide():
     return graphs.scaled(b.network(b.conv(b.relu(b.conv(x, 8, 3, padding="same")), 2, 1)))
 
 
+@pytest.fixture
+def never_apart(monkeypatch):
+    """What both share is split."""
+    monkeypatch.setattr(split_planner._Ways, "apart", ())
+
+
 PLAIN = {"chunks": 16, "memory": "3GiB", "pyramid": False}
 HOW = PLAIN | {"patch": (32, 32, 48), "threads": 2}
 
 
 @pytest.mark.parametrize("network", [pooled, wide])
 @pytest.mark.parametrize("device", ["cpu+gpu", "gpu+ram"])
-def test_a_run_by_both_makes_what_the_cpu_makes(network, device, source, tmp_path, monkeypatch):
+def test_a_run_by_both_makes_what_the_cpu_makes(
+    network, device, source, tmp_path, monkeypatch, never_apart
+):
     opened = []
 
     def keep(allowed):
@@ -455,7 +463,7 @@ def test_a_run_by_both_makes_what_the_cpu_makes(network, device, source, tmp_pat
     np.testing.assert_array_equal(stored(tmp_path / "again.zarr"), got)
 
 
-def test_a_plan_by_both_is_told_layer_by_layer(source):
+def test_a_plan_by_both_is_told_layer_by_layer(source, never_apart):
     with simulated():
         (told,) = forecast.forecasts(pooled(), source, device="cpu+gpu", **HOW)
     assert told.plan.device == "cpu+gpu"
@@ -490,7 +498,7 @@ def test_what_both_cannot_do_is_refused(source, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["order", "three", "device", "groups", "slabs", "sub-layers"])
-def test_a_plan_whose_stages_cannot_be_is_refused(damage, source, tmp_path):
+def test_a_plan_whose_stages_cannot_be_is_refused(damage, source, tmp_path, never_apart):
     with simulated():
         (told,) = forecast.forecasts(pooled(), source, device="cpu+gpu", **HOW)
         head, tail = told.plan.stages
@@ -521,13 +529,3 @@ def test_a_plan_whose_stages_cannot_be_is_refused(damage, source, tmp_path):
                 **PLAIN,
             )
     assert not (tmp_path / "out.zarr").exists()
-
-
-def test_sub_layers_fit_the_room_that_there_is():
-    problem = problem_of(Conv(16, 24, (3, 3, 3)), (0, 0, 0), batch=8, size=(20, 20, 20))
-    whole = split_planner.sub_layers(GpuConvDirect(), problem, 1 << 40)
-    assert whole.sub == SubLayer.whole(problem)
-    for room in (8 * MIB, 2 * MIB, MIB // 2):
-        found = split_planner.sub_layers(GpuConvDirect(), problem, room)
-        assert room / 8 < found.needs(problem).device_bytes <= room
-    assert split_planner.sub_layers(GpuConvDirect(), problem, 100) is None

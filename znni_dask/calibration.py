@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
 
 import numpy as np
 
 from znni_dask.choices import Menu, choose_primitives
-from znni_dask.costs import model_seconds
+from znni_dask.costs import bus_features, model_seconds
 from znni_dask.devices.opening import opened
 from znni_dask.executors.device import executor_of
 from znni_dask.geometry import Box
@@ -20,12 +21,14 @@ from znni_dask.network.build import Builder
 from znni_dask.network.network import Network
 from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout
+from znni_dask.primitives.gpu.rates import BUS
 from znni_dask.schedule import Schedules, Stored
 from znni_dask.timings import Timing, Timings
 
 RUNS = 3  # of which the median counts
 _AWAKE_SECONDS = 0.1  # of runs before: threads that were woken on one core find another meanwhile
 _LONGEST_SECONDS = 0.25  # by its estimate, of a run that is worth its time
+_COPIED = tuple(1 << n for n in range(16, 28, 2))  # bytes
 _MANY = 1000.0  # patches that primitives are chosen for: what is prepared once does not count
 
 
@@ -43,6 +46,8 @@ def calibrate(
     """Measure with so many threads, or the GPU, of whose memory ``device_bytes`` may be taken;
     ``told`` is called with the studies done and all there are."""
     found, done = Timings(), list(studies())
+    if device_bytes is not None:
+        found = found.joined(_bus(device_bytes))
     for number, study in enumerate(done):
         found = found.joined(measured(study, threads, device_bytes))
         if told:
@@ -96,6 +101,24 @@ def _seconds(
             executor.run(todo, [x], [out])
             runs.append(executor.taken().seconds)
     return {array: median(run[array] for run in runs) / schedules.repeats for array in runs[0]}
+
+
+def _bus(device_bytes: int) -> Iterator[Timing]:
+    """The timings of copies to a device, which those back are like."""
+    with opened(device_bytes) as device:
+        for nbytes in _COPIED:
+            if 2 * nbytes > device_bytes:
+                return
+            here, there = device.pinned(nbytes), device.empty(nbytes)
+            here[:] = 0
+            runs = []
+            for _ in range(1 + RUNS):
+                begin = perf_counter()
+                device.lanes.up.do(partial(device.copy, there, here)).wait()
+                runs.append(perf_counter() - begin)
+            ratio = median(runs[1:]) * BUS.per_second / nbytes
+            yield Timing(BUS.name, 1, bus_features(nbytes), ratio)
+            del there  # before there is room for the next
 
 
 def studies() -> Iterator[Study]:

@@ -7,13 +7,14 @@ only the fastest for those of that size.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import product
 from math import inf, prod
 from typing import TypeAlias
 
+from znni_dask.apart import Apart
 from znni_dask.costs import Costs
 from znni_dask.errors import NetworkError, OptionError
 from znni_dask.geometry import Box, Size, ceil_divide, triple, volume
@@ -23,7 +24,7 @@ from znni_dask.machine import CPU, GPU
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Node
 from znni_dask.patches import Layout
-from znni_dask.plan import Choice, Plan
+from znni_dask.plan import Choice, Plan, Stage
 from znni_dask.primitives.base import FEWEST_PRODUCTS, Form, Primitive, Problem, products_of
 from znni_dask.primitives.conv_fft_planes import LONGEST_OF_PLANES, ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
@@ -33,6 +34,8 @@ from znni_dask.primitives.phases import without_stride
 from znni_dask.primitives.table import candidates, named
 from znni_dask.schedule import Arrangement, Schedules
 from znni_dask.split import Split
+
+Work: TypeAlias = Schedules | Split | Apart  # what patches may be computed by
 
 _LENGTHS = [n for n in range(1, LONGEST + 1) if refusal(n) is None]
 _TRIED = 4  # lengths of a tile along each axis
@@ -84,7 +87,8 @@ class Menu:
 
     ``schedules`` are those of the plain primitives, whose fragments all options share; ``problems``
     are what every layer computes at once, and how often; ``costs`` are those of the machine.
-    ``copied_bytes`` are those of copies that a primitive is handed instead of its arrays.
+    ``copied_bytes`` are those of copies that a primitive is handed instead of its arrays. What is
+    ``lent`` to layers may compute them, too.
     """
 
     schedules: Schedules
@@ -92,6 +96,7 @@ class Menu:
     threads: int
     costs: Costs = field(default_factory=Costs)
     copied_bytes: Callable[[Primitive, Problem], int] = lambda primitive, problem: 0
+    lent: Mapping[str, Sequence[Primitive]] = field(default_factory=dict)
 
     @classmethod
     def of_patches(
@@ -217,7 +222,8 @@ class Menu:
             if p.fragments == plain.fragments and p.fragments_of(node.layer) == apart
         ]
         in_sizes = tiled(problem) if plain.device == CPU else gpu_tiles(problem)
-        primitives = tuple(dict.fromkeys([plain, *others, *in_sizes]))
+        lent = self.lent.get(node.name, ())
+        primitives = tuple(dict.fromkeys([plain, *others, *in_sizes, *lent]))
         channels = tuple(network.channels[name] for name in node.inputs)
         options = []
         for p in primitives:
@@ -292,7 +298,11 @@ def planned(
 
 def chosen_primitives(layout: Arrangement, plan: Plan) -> dict[str, Primitive]:
     """The primitives that a plan names; raises `OptionError` where it does not fit the network."""
-    names = {c.layer: (c.primitive, stage.device) for stage in plan.stages for c in stage.choices}
+    return _chosen(layout, plan.stages)
+
+
+def _chosen(layout: Arrangement, stages: Iterable[Stage]) -> dict[str, Primitive]:
+    names = {c.layer: (c.primitive, stage.device) for stage in stages for c in stage.choices}
     layers = {node.name: node.layer for node in layout.network if node.inputs}
     if set(names) != set(layers):
         odd = sorted(set(names) ^ set(layers))[0]
@@ -313,8 +323,14 @@ def chosen_primitives(layout: Arrangement, plan: Plan) -> dict[str, Primitive]:
     return chosen
 
 
-def schedules_of(layout: Layout, plan: Plan) -> Schedules | Split:
+def schedules_of(layout: Layout, plan: Plan) -> Work:
     """The schedules of a plan's patches; raises `OptionError` where it does not fit the network."""
+    if plan.apart:
+        if [stage.device for stage in plan.stages] != [CPU, GPU]:
+            raise OptionError(
+                "the plan's two stages compute whole patches, one of them not by CPU or GPU"
+            )
+        return Apart(*(Schedules(layout, _chosen(layout, [stage])) for stage in plan.stages))
     chosen = chosen_primitives(layout, plan)
     if len(plan.stages) == 1:
         return Schedules(layout, chosen)

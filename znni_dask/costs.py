@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import log2
 
 from znni_dask.machine import GPU
 from znni_dask.network.layers import Layer
 from znni_dask.primitives.base import Primitive, Problem
+from znni_dask.primitives.gpu.rates import BUS
+from znni_dask.primitives.offloaded import PIECE_SECONDS, Offloaded, Pieces, PiecesSeconds
 from znni_dask.primitives.work import MEMORY, READING, TOUCHING, WRITING
 from znni_dask.schedule import Step
 from znni_dask.timings import Timings
@@ -24,6 +27,8 @@ class Costs:
 
     def step_seconds(self, primitive: Primitive, problem: Problem, threads: int) -> float:
         """Seconds of one step; a device is one, however many threads there are."""
+        if isinstance(primitive, Offloaded):
+            return STEP_SECONDS + self.pieces_seconds(primitive.pieces(problem), threads).all
         threads = 1 if primitive.device == GPU else threads
         features = primitive.features(problem)
         ratio = self.timings.ratio(primitive.family, threads, features)
@@ -42,6 +47,10 @@ class Costs:
         """Seconds to read and write so much memory."""
         return 2 * nbytes / MEMORY.per_second / threads
 
+    def bus_seconds(self, nbytes: int) -> float:
+        """Seconds to copy so much to a device, or back."""
+        return self.timings.ratio(BUS.name, 1, bus_features(nbytes)) * nbytes / BUS.per_second
+
     def touching_seconds(self, nbytes: int) -> float:
         """Seconds until so much memory was touched once."""
         return nbytes / TOUCHING.per_second
@@ -49,6 +58,23 @@ class Costs:
     def setup_seconds(self, primitive: Primitive, layer: Layer) -> float:
         """Seconds before a layer can be computed for the first time."""
         return primitive.setup_seconds + primitive.prepared_bytes(layer) / MEMORY.per_second
+
+    def pieces_seconds(self, pieces: Pieces, threads: int) -> PiecesSeconds:
+        """Of what a device computes of arrays that the host holds."""
+        one = self.step_seconds(pieces.primitive, pieces.problem, threads)
+        up, down = pieces.up_bytes // pieces.times, pieces.down_bytes // pieces.times
+        return pieces.seconds(
+            self.bus_seconds(pieces.prepared_bytes),
+            pieces.times * one,
+            pieces.times * self.bus_seconds(up),
+            pieces.times * self.bus_seconds(down),
+            pieces.times * (PIECE_SECONDS + self.copying_seconds(up + down, threads)),
+        )
+
+
+def bus_features(nbytes: int) -> tuple[float, ...]:
+    """By which copies to a device are alike."""
+    return (log2(max(nbytes, 1)) / 2,)
 
 
 def model_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:

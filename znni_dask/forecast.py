@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
+from znni_dask.apart import Apart
 from znni_dask.asking import Asked, Options, asked
 from znni_dask.choices import chosen_primitives, schedules_of
 from znni_dask.cluster import Crew, connected
@@ -25,7 +26,7 @@ from znni_dask.primitives.base import Shape
 from znni_dask.primitives.forms import FormChange
 from znni_dask.resources import Resources, computing_bytes, computing_need
 from znni_dask.schedule import Schedules, Step
-from znni_dask.shares import need_of
+from znni_dask.shares import host_share, need_of
 from znni_dask.slabs import Programs, Slabs
 from znni_dask.split import Split
 from znni_dask.windows import WindowGrid
@@ -175,18 +176,24 @@ def _computed(planned: PlannedPass, schedules: Schedules) -> _Computed:
 
 
 def _computed_by_both(planned: PlannedPass, layout: Layout) -> _Computed:
-    """Of a plan in two stages: what the second one takes is of the device."""
+    """Of a plan in two stages: what the second one takes is of the device. Where each computes
+    whole patches the mean one is told of."""
     plan, resources = planned.job.plan, planned.resources
-    split, box = schedules_of(layout, plan), largest_box(layout, plan.patch)
-    assert isinstance(split, Split)
-    sizes = split.sizes(box)
-    head = [(step, 1.0) for step in split.head.steps(sizes)]
-    tail = [(step, float(split.groups)) for step in split.tail.steps(sizes)]
+    work, box = schedules_of(layout, plan), largest_box(layout, plan.patch)
+    sizes = work.sizes(box)
+    if isinstance(work, Split):
+        parts = (work.head, 1.0), (work.tail, float(work.groups))
+    else:
+        assert isinstance(work, Apart)
+        share = host_share(resources, work, sizes, box.size)
+        parts = (work.host, share), (work.device, 1 - share)
+    head, tail = ([(step, times) for step in some.steps(sizes)] for some, times in parts)
+    (first, _), (last, _) = parts
     beside = [
-        *_besides(head, resources, plan.predicted_bytes, split.head, sizes),
-        *_besides(tail, resources, plan.device_bytes, split.tail, sizes),
+        *_besides(head, resources, plan.predicted_bytes, first, sizes),
+        *_besides(tail, resources, plan.device_bytes, last, sizes),
     ]
-    needed = need_of(resources, split, sizes, box.size)
+    needed = need_of(resources, work, sizes, box.size)
     return _Computed([*head, *tail], box.size, needed.device_bytes, beside)
 
 

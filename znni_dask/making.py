@@ -60,8 +60,10 @@ class Pass:
     @property
     def predicted_seconds(self) -> dict[str, float]:
         """What computing was expected to take, layer by layer."""
-        choices = (choice for stage in self.plan.stages for choice in stage.choices)
-        return {choice.layer: choice.voxel_seconds * self.voxels for choice in choices}
+        found: defaultdict[str, float] = defaultdict(float)
+        for choice in (choice for stage in self.plan.stages for choice in stage.choices):
+            found[choice.layer] += choice.voxel_seconds * self.voxels
+        return dict(found)
 
     @property
     def record(self) -> dict[str, Any]:

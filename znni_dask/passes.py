@@ -33,7 +33,8 @@ _CHUNKS = (64, 64, 64)
 _CHUNKS_OF_VECTORS = (8, 8, 8)  # of a classifier, whose every voxel is a window computed
 _FOUND = ("measured_error", "statistics")  # what metadata tell that was not asked for
 _SMALLER = (0.5, 0.2)  # of the memory of a GPU that a plan takes
-_SEARCHED_SECONDS = 30.0  # of a run in patches: of a shorter one slabs are not tried
+_SEARCHED_SECONDS = 30.0  # of a run: of a shorter one slabs, or two devices, are not tried
+_WORTH_SHARING = 1.05  # times faster
 _WANTED_BYTES = 2  # of a voxel: whether it is wanted, kept, and once more where that is found out
 
 
@@ -110,20 +111,16 @@ def plan_pass(
         workers=crew.workers,
     )
     whole_blocks = selection.mask is None  # of which slabs leave nothing out
-    ways = _ways(resources, means, request, given)
-    if application.precision != FULL:  # whose error is measured on one of them
-        ways = [way for way in ways if way.device not in SHARED]
-    if not ways:
-        raise OptionError(
-            f"{application.precision} is computed by the CPU or by a GPU alone, not by "
-            f"{request.device.name}"
-        )
+    alone = "" if application.precision == FULL else f"{application.precision} is"
+    alone = "windows are" if isinstance(laid, WindowGrid) else alone
+    ways = _ways(resources, means, request, alone, given)
     plan, others = _fastest(laid, ways, request.patch, given, slabs=whole_blocks)
     held = OVERHEAD_BYTES + network_bytes(laid.network)
     coarser = pyramid.plan(stored, resources.baseline_bytes + held, means.allowed_bytes)
     needed = max(plan.predicted_bytes, coarser.predicted_bytes)
     plan = replace(plan, predicted_bytes=needed)
-    more = [] if given else [_for_others(laid, resources, plan, kind, request) for kind in stronger]
+    kinds = [] if given else stronger
+    more = [_for_others(laid, resources, plan, kind, request, alone) for kind in kinds]
     smaller = [_smaller(laid, resources, one, request) for one in (plan, *more)]
     job = Job(
         *(laid, source, selection, application.nan, plan, tuple(more)), smaller=tuple(smaller)
@@ -133,16 +130,19 @@ def plan_pass(
 
 
 def _ways(
-    resources: Resources, means: Means, request: Request, given: Plan | None = None
+    resources: Resources, means: Means, request: Request, alone: str, given: Plan | None = None
 ) -> list[Resources]:
-    """What workers may compute with: the CPU, their GPU if they have one, as was asked for; or what
-    the plan that was ``given`` is for. Raises `OptionError` where that is not there."""
+    """What workers may compute with: the CPU, their GPU if they have one, both of them unless
+    ``alone`` says of what one of them computes all, as was asked for; or what the plan that was
+    ``given`` is for. Raises `OptionError` where that is not there."""
     if given is not None and given.device != CPU and not means.device_bytes:
         raise OptionError(f"the plan is for a GPU, and there is none: {means.no_device}")
     asked = given.device if given else request.device.name
     if asked not in (AUTO, CPU) and not means.device_bytes:
         raise OptionError(f"a GPU is asked for, and there is none: {means.no_device}")
-    every = (CPU, GPU) if means.device_bytes else (CPU,)
+    if alone and asked in SHARED:
+        raise OptionError(f"{alone} computed by the CPU or by a GPU alone, not by {asked}")
+    every = (CPU, GPU, *(() if alone else SHARED)) if means.device_bytes else (CPU,)
     return [
         replace(resources, device=name, device_bytes=0 if name == CPU else means.device_bytes)
         for name in (every if asked == AUTO else (asked,))
@@ -156,21 +156,31 @@ def _fastest(
     given: Plan | None = None,
     slabs: bool = True,
 ) -> tuple[Plan, tuple[Alternative, ...]]:
-    """The fastest plan of all ways, and others that it could have been. Raises what `plan_for` does
-    where there is none."""
-    found, refused = [], []
-    for way in ways:
-        try:
-            found.append(plan_for(laid, way, patch, given, slabs))
-        except MemoryLimitError as error:
-            refused.append(error)
-    if not found:
+    """The fastest plan of all ways, and others that it could have been; of two devices only where
+    that is worth it. Raises what `plan_for` does where there is none."""
+    refused: list[MemoryLimitError] = []
+
+    def best(some: list[Resources]) -> tuple[Plan, tuple[Alternative, ...]] | None:
+        found = []
+        for way in some:
+            try:
+                found.append(plan_for(laid, way, patch, given, slabs))
+            except MemoryLimitError as error:
+                refused.append(error)
+        return max(found, key=lambda one: one[0].voxels_per_second, default=None)
+
+    found = best([way for way in ways if way.device not in SHARED])
+    if found is None or _is_long(found[0], ways[0]):
+        shared = best([way for way in ways if way.device in SHARED])
+        rate = _WORTH_SHARING * found[0].voxels_per_second if found else 0.0
+        found = shared if shared and shared[0].voxels_per_second > rate else found
+    if found is None:
         raise refused[0]
-    return max(found, key=lambda one: one[0].voxels_per_second)
+    return found
 
 
 def _for_others(
-    laid: Laid, resources: Resources, plan: Plan, means: Means, request: Request
+    laid: Laid, resources: Resources, plan: Plan, means: Means, request: Request, alone: str
 ) -> Plan:
     """The plan of workers that have more than those of a ``plan``, for the same blocks in the same
     order."""
@@ -183,7 +193,7 @@ def _for_others(
         in_order=plan.blocks_in_column > 1,
     )
     try:
-        ways = _ways(others, means, request)
+        ways = _ways(others, means, request, alone)
         found, _ = _fastest(laid, ways, request.patch, slabs=bool(plan.granules))
     except MemoryLimitError:  # more threads need more of it
         return plan
@@ -195,12 +205,12 @@ def _smaller(laid: Laid, resources: Resources, plan: Plan, request: Request) -> 
     """Plans for the same blocks in the same order that take less and less of a GPU's memory; none
     of a plan for the CPU."""
     found = []
-    for part in _SMALLER if plan.device == GPU else ():
+    for part in _SMALLER if plan.device != CPU else ():
         room = replace(
             resources,
             block=plan.block,
             threads=plan.threads,
-            device=GPU,
+            device=plan.device,
             device_bytes=int(part * plan.device_bytes),
             allowed_bytes=plan.allowed_bytes,
         )
@@ -271,10 +281,6 @@ def plan_for(
     that it could have been; or the one that was ``given``, checked. Raises `MemoryLimitError`,
     `OptionError`."""
     if isinstance(laid, WindowGrid):
-        if resources.device in SHARED:
-            raise OptionError(
-                f"windows are computed by the CPU or by a GPU alone, not by {resources.device}"
-            )
         if patch is not None:
             raise OptionError("windows are the patches of patchwise inference: give no patch")
         if given is not None:

@@ -96,10 +96,16 @@ class Plan:
 
     @property
     def device(self) -> str:
-        """Where all is computed: "cpu" or "gpu"; in two stages "cpu+gpu", or "gpu+ram" where the
-        GPU computes of the first one, too, what the host holds."""
+        """Where all is computed: "cpu" or "gpu"; in two stages, or by both `apart`, "cpu+gpu", or
+        "gpu+ram" where the GPU computes of the first one, too, what the host holds."""
         first, *rest = self.stages
         return CPU_GPU if rest and first.device == CPU else first.device
+
+    @property
+    def apart(self) -> bool:
+        """Whether each of two stages computes all layers, of whole patches for itself."""
+        first, *rest = ([choice.layer for choice in stage.choices] for stage in self.stages)
+        return len(rest) == 1 and first == rest[0]
 
     @property
     def ends_on_gpu(self) -> bool:
@@ -118,8 +124,12 @@ class Plan:
 
     @property
     def primitives(self) -> dict[str, str]:
-        """The primitive of every layer, over all stages."""
-        return {c.layer: c.primitive for stage in self.stages for c in stage.choices}
+        """The primitive of every layer, over all stages; both where the host has one and the GPU
+        another."""
+        found: dict[str, list[str]] = {}
+        for choice in (choice for stage in self.stages for choice in stage.choices):
+            found.setdefault(choice.layer, []).append(choice.primitive)
+        return {layer: " / ".join(names) for layer, names in found.items()}
 
     @property
     def granules(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from math import inf, log, prod
 
-from znni_dask.choices import Menu, choose_primitives, schedules_of
+from znni_dask.choices import Menu, Work, choose_primitives, schedules_of
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Size, ceil_divide, multiply, round_up, text, triple, volume
 from znni_dask.machine import show_bytes
@@ -29,7 +29,7 @@ from znni_dask.resources import (
     shared_reading,
 )
 from znni_dask.schedule import Schedules
-from znni_dask.shares import Work, flops_of, need_of, seconds_of, stages_of
+from znni_dask.shares import flops_of, need_of, seconds_of, stages_of
 
 _ABOUT_AS_FAST = 1.05  # times slower that computing may become
 _SEVERAL_BLOCKS = 8  # so that reading and computing overlap, and little is lost where a run ends
@@ -116,11 +116,11 @@ def told(fits: Fits, fit: _Fit, in_flight: int) -> Plan:
     """The plan as a value."""
     request = fits.request
     sizes = fits.schedules.sizes(largest_box(request.layout, fit.candidate.patch))
-    voxels = _useful_voxels(request, fit.candidate.block, fit.candidate.patch)
+    voxels = useful_voxels(request, fit.candidate.block, fit.candidate.patch)
     return Plan(
         patch=fit.candidate.patch,
         block=fit.candidate.block,
-        stages=stages_of(request, fits.schedules, sizes, voxels),
+        stages=stages_of(request, fits.schedules, sizes, fit.candidate.patch, voxels),
         threads=request.threads,
         blocks_in_flight=in_flight,
         reading=fit.reading,
@@ -170,7 +170,7 @@ def _fast(plain: Fits, sizes: list[Pair]) -> Iterator[tuple[list[Pair], Fits | N
 
     def read_again(pair: Pair) -> float:
         read = prod(lengths[axis][n] for axis, n in enumerate(pair[1]))
-        return read / _useful_voxels(request, *pair)
+        return read / useful_voxels(request, *pair)
 
     for edge in _EDGES:
         if near := _near(edge, sizes):
@@ -354,15 +354,18 @@ def _read_length(layout: Layout, axis: int, length: int) -> int:
 
 
 def _rate(request: Request, work: Work, block: Size, patch: Size) -> _Candidate:
-    seconds = seconds_of(request, work, work.sizes(largest_box(request.layout, patch)))
-    voxels = _useful_voxels(request, block, patch)
+    voxels, sizes = (
+        useful_voxels(request, block, patch),
+        work.sizes(largest_box(request.layout, patch)),
+    )
+    seconds = seconds_of(request, work, sizes, patch, request.hull.voxels / voxels)
     moving = moving_seconds(request.layout, request, 1, 1)
     working = request.together(seconds.under_way / voxels, moving)
     waiting, alone = request.waiting(block), seconds.alone / voxels + moving
     return _Candidate(block, patch, waiting * working, waiting * (alone - working))
 
 
-def _useful_voxels(request: Request, block: Size, patch: Size) -> float:
+def useful_voxels(request: Request, block: Size, patch: Size) -> float:
     """The wanted outputs of a patch, in the mean over a run: patches at the ragged end make fewer,
     and so do those that are wanted in part, but cost nearly as much."""
     hull, size = request.hull, request.layout.output_size

@@ -14,7 +14,7 @@ from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Box, Size, text, turned, volume
 from znni_dask.kernels.memory import allocated_bytes
-from znni_dask.machine import CPU, GPU, show_bytes
+from znni_dask.machine import CPU, CPU_GPU, GPU, show_bytes
 from znni_dask.network.network import Network
 from znni_dask.plan import Plan, Reading
 from znni_dask.primitives.base import ITEM_BYTES
@@ -125,7 +125,7 @@ class Resources:
     @property
     def answers(self) -> int:
         """Patches whose answers are there at once."""
-        return 1 if self.device == CPU else SLOTS
+        return {CPU: 1, CPU_GPU: 1 + SLOTS}.get(self.device, SLOTS)
 
     def turned(self, axis: int, weights_bytes: int) -> Resources:
         """The same where axes 0 and ``axis`` are swapped, and so are weights of so many bytes."""

@@ -6,17 +6,18 @@ Arithmetic on shapes and costs only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias
+from dataclasses import replace
+from typing import NamedTuple
 
-from znni_dask.choices import planned
+from znni_dask.apart import Apart
+from znni_dask.choices import Work, planned
 from znni_dask.devices.ferry import Load
 from znni_dask.geometry import Size, volume
 from znni_dask.kernels.memory import allocated_bytes
 from znni_dask.machine import CPU, CPU_GPU, GPU, GPU_RAM
 from znni_dask.plan import Stage
 from znni_dask.primitives.base import ITEM_BYTES
-from znni_dask.primitives.gpu.rates import BUS
-from znni_dask.primitives.offloaded import Offloading, offloading
+from znni_dask.primitives.offloaded import Offloaded, Offloading, offloading
 from znni_dask.resources import (
     DEVICE_SLACK_BYTES,
     OVERHEAD_BYTES,
@@ -27,11 +28,12 @@ from znni_dask.resources import (
     computing_need,
     device_need,
     layers_bytes,
+    network_bytes,
+    slot_bytes,
 )
 from znni_dask.schedule import Schedules
 from znni_dask.split import Split
 
-Work: TypeAlias = Schedules | Split
 WAITING = 1  # patches between the host and a device, as in the paper
 
 
@@ -43,17 +45,49 @@ class Seconds(NamedTuple):
     alone: float
 
 
-def seconds_of(resources: Resources, work: Work, sizes: Mapping[str, Size]) -> Seconds:
-    """What computing a patch takes, of which the layers' boxes are of ``sizes``."""
-    if isinstance(work, Schedules):
-        seconds = work.repeats * _seconds(resources, work, sizes)
+def seconds_of(
+    resources: Resources, work: Work, sizes: Mapping[str, Size], patch: Size, patches: float
+) -> Seconds:
+    """What computing one of so many patches takes, of which the layers' boxes are of ``sizes``."""
+    if isinstance(work, Split):
+        return _split_seconds(resources, work, sizes)
+    if isinstance(work, Apart):
+        host, device = _apart_seconds(resources, work, sizes, patch)
+        together = host_share(resources, work, sizes, patch) * host.under_way
+        last = host.under_way / 2 / patches  # which the device may wait for, in the mean
+        return Seconds(together + last, device.alone)
+    seconds = work.repeats * _seconds(resources, work, sizes)
+    if resources.device != GPU:
         return Seconds(seconds, seconds)
+    given, made = map(resources.costs.bus_seconds, slot_bytes(work, sizes, patch))
+    return Seconds(max(seconds, given, made), given + seconds + made)
+
+
+def _split_seconds(resources: Resources, work: Split, sizes: Mapping[str, Size]) -> Seconds:
+    costs, handed = resources.costs, work.handed_bytes(sizes)
     host, lent = _seconds(resources, work.head, sizes), _lent_seconds(resources, work, sizes)
-    handed = work.handed_bytes(sizes)
-    host += 2 * resources.costs.copying_seconds(handed, threads=1)
+    host += 2 * costs.copying_seconds(handed, threads=1)
+    given = work.groups * costs.bus_seconds(handed // work.groups)
     device = work.groups * _seconds(resources, work.tail, sizes)
-    tail = max(device, handed / BUS.per_second)
-    return Seconds(max(host, lent + tail), host + tail)
+    tail = max(device, given) + min(device, given) / work.groups
+    return Seconds(max(host, lent + max(device, given)), host + tail)
+
+
+def host_share(resources: Resources, work: Apart, sizes: Mapping[str, Size], patch: Size) -> float:
+    """Of patches that whoever is free takes those that the host computes."""
+    host, device = (one.under_way for one in _apart_seconds(resources, work, sizes, patch))
+    return device / (host + device)
+
+
+def _apart_seconds(
+    resources: Resources, work: Apart, sizes: Mapping[str, Size], patch: Size
+) -> tuple[Seconds, Seconds]:
+    """Of a patch by the host, and by the device."""
+    host, device = (
+        seconds_of(replace(resources, device=name), schedules, sizes, patch, 1)
+        for name, schedules in ((CPU, work.host), (GPU, work.device))
+    )
+    return host, device
 
 
 def _seconds(resources: Resources, schedules: Schedules, sizes: Mapping[str, Size]) -> float:
@@ -67,7 +101,9 @@ def _lent_seconds(resources: Resources, split: Split, sizes: Mapping[str, Size])
 
 
 def flops_of(work: Work, sizes: Mapping[str, Size]) -> int:
-    """Operations for a patch."""
+    """Operations for a patch, by the device where it may be computed by either."""
+    if isinstance(work, Apart):
+        return flops_of(work.device, sizes)
     if isinstance(work, Split):
         return flops_of(work.head, sizes) + work.groups * flops_of(work.tail, sizes)
     steps = work.steps(sizes)
@@ -75,13 +111,19 @@ def flops_of(work: Work, sizes: Mapping[str, Size]) -> int:
 
 
 def stages_of(
-    resources: Resources, work: Work, sizes: Mapping[str, Size], voxels: float
+    resources: Resources, work: Work, sizes: Mapping[str, Size], patch: Size, voxels: float
 ) -> tuple[Stage, ...]:
     """The stages of a plan by which patches are computed that make so many ``voxels`` of use."""
     threads, costs = resources.threads, resources.costs
     if isinstance(work, Schedules):
         return (
             Stage(resources.device, planned(work, sizes, voxels, threads, costs), work.samples),
+        )
+    if isinstance(work, Apart):
+        share = host_share(resources, work, sizes, patch)
+        return (
+            Stage(CPU, planned(work.host, sizes, voxels / share, threads, costs)),
+            Stage(GPU, planned(work.device, sizes, voxels / (1 - share), threads, costs)),
         )
     head = planned(work.head, sizes, voxels, threads, costs)
     tail = planned(work.tail, sizes, voxels / work.groups, threads, costs)
@@ -97,6 +139,10 @@ def need_of(resources: Resources, work: Work, sizes: Mapping[str, Size], patch: 
             return computing_need(resources, work, sizes, patch)
         host = computing_bytes(work, sizes, patch, resources.threads)
         return _with_sub_layers(resources, work, sizes, Need(host))
+    if isinstance(work, Apart):
+        device = computing_need(replace(resources, device=GPU), work.device, sizes, patch)
+        shared = OVERHEAD_BYTES + network_bytes(work.host.layout.network)
+        return device.plus(computing_bytes(work.host, sizes, patch, resources.threads) - shared)
     behind = device_need(work.tail, sizes, work.part(patch))
     host = OVERHEAD_BYTES + layers_bytes(work.head, sizes, resources.threads)
     host += (1 + WAITING) * allocated_bytes(work.handed_bytes(sizes))
@@ -111,14 +157,19 @@ def _with_sub_layers(
     beside: Need,
     tail: Schedules | None = None,
 ) -> Need:
-    """What sub-layers of the ``head`` take that a device computes, and scratch memory, which serves
-    the ``tail``, too, ``beside`` what else is taken."""
+    """What sub-layers of the ``head`` take that a device computes, and scratch memory and
+    libraries, which serve the ``tail``, too, ``beside`` what else is taken."""
     needed = offloading((step.primitive, step.problem) for step in head.steps(sizes))
     lent = needed or Offloading(Load(), 0, 0, 0)
     scratch, aside = lent.scratch, lent.beside
     if tail is not None:
         scratch = max(scratch, tail.workspace_bytes(sizes, threads=1))
         aside = max(aside, tail.workspace_bytes(sizes, threads=1, beside=True))
+    told = {type(p) for p in tail.primitives.values()} if tail is not None else set()
+    inner = (p.inner for p in head.primitives.values() if isinstance(p, Offloaded))
+    libraries = {type(p): p for p in inner if type(p) not in told}.values()
     device = DEVICE_SLACK_BYTES + lent.load.device_bytes + lent.kernels + scratch + aside
+    device += sum(p.library_bytes for p in libraries)
     host = resources.baseline_bytes + lent.load.host_bytes
+    host += sum(p.process_bytes for p in libraries)
     return Need(host + beside.process_bytes, device + beside.device_bytes)

@@ -1,47 +1,60 @@
-"""The planner of patches that the CPU and a GPU compute together: which layers on whom.
+"""The planner of patches that the CPU and a GPU compute together: what of them, or which, on whom.
 
-Of a few patches of every size each split is tried, the first layers by the fastest primitives of
-the host (or, where the GPU is lent to it, by sub-layers of the fastest of the GPU's), the others by
-the fastest of the GPU's, for as many fragments at once as there is room for. Arithmetic on shapes
-and costs only.
+Patches of a few sizes, split behind every layer: the first ones by the fastest primitives of the
+host (or, where the GPU is lent to it, by sub-layers of the fastest of the GPU's), the others by the
+fastest of the GPU's, for as many fragments at once as there is room for; and whole patches by
+either. What would be fastest were there memory enough is tried first, so that what can be no faster
+than the best that fits need not be tried (Land and Doig 1960). Arithmetic on shapes and costs only.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from heapq import heappop, heappush
+from math import inf
 
 from znni_dask import planner
-from znni_dask.choices import Menu, choose_primitives
+from znni_dask.apart import Apart
+from znni_dask.choices import Menu, Work, choose_primitives
 from znni_dask.errors import MemoryLimitError
-from znni_dask.geometry import Box, Size
-from znni_dask.machine import CPU, GPU, GPU_RAM, show_bytes
+from znni_dask.geometry import Box
+from znni_dask.machine import CPU, CPU_GPU, GPU, GPU_RAM, show_bytes
 from znni_dask.network.layers import Conv
 from znni_dask.patches import largest_box
 from znni_dask.plan import Plan
-from znni_dask.planner import Fits, Pair, Request
+from znni_dask.planner import Fits, Found, Pair, Request
 from znni_dask.primitives.base import DevicePrimitive, Primitive, Problem
-from znni_dask.primitives.offloaded import Offloaded, SubLayer
+from znni_dask.primitives.offloaded import Offloaded, PiecesSeconds, SubLayer
 from znni_dask.primitives.table import candidates
 from znni_dask.schedule import Schedules
-from znni_dask.shares import Work, need_of
+from znni_dask.shares import need_of
 from znni_dask.split import Split, splits
 
 _LENT = 0.5  # of a GPU's memory, for sub-layers
+_Primitives = Mapping[str, Primitive]
 
 
 def search(request: Request) -> Plan:
     """The fastest plan in which both compute, as ``request.device`` says. Raises `MemoryLimitError`
     where the network cannot be split, or nothing fits."""
-    found = []
-    for pair in planner.cubes(request):
-        for work in _Shared(request, pair).ways():
-            fits = Fits(request, work)
-            if (best := planner.best_of(fits, [pair])) is not None:
-                found.append(best)
-                break
+    ways = _Ways(request)
+    tried = [
+        (seconds / planner.useful_voxels(request, *pair), pair, way)
+        for pair in planner.cubes(request)
+        for seconds, way in _Shared(ways, pair).ways()
+    ]
+    found: list[Found] = []
+    least = inf
+    for seconds, pair, way in sorted(tried, key=lambda one: one[0]):
+        if seconds >= least:
+            break
+        work = way()
+        if work is not None and (best := planner.best_of(Fits(request, work), [pair])) is not None:
+            found.append(best)
+            least = min(least, best[1].candidate.seconds_per_voxel)
     if not found:
         raise MemoryLimitError(
             f"no plan by {request.device} fits {show_bytes(request.allowed_bytes)}, and "
@@ -52,114 +65,213 @@ def search(request: Request) -> Plan:
 
 
 @dataclass(frozen=True, eq=False)
-class _Shared:
-    """The ways to compute a patch of a block by both."""
+class _Ways:
+    """The ways to share a patch, of any size, by plain primitives."""
 
     request: Request
+
+    @cached_property
+    def host(self) -> Schedules:
+        """All by the host."""
+        return self._plain(CPU)
+
+    @cached_property
+    def device(self) -> Schedules:
+        """All by the GPU."""
+        return self._plain(GPU)
+
+    @cached_property
+    def split(self) -> dict[str, Split]:
+        """Split behind every layer that allows it."""
+        layout, found = self.request.layout, {}
+        layers = list(self.host.primitives)
+        for layer in splits(layout.network) if self._once else ():
+            before = layers[: layers.index(layer) + 1]
+            own = {name: self.host.primitives[name] for name in before}
+            found[layer] = Split.at(layout, layer, {**self.device.primitives, **own})
+        return found
+
+    @cached_property
+    def apart(self) -> list[Apart]:
+        """Each whole patches, where they may."""
+        asked = self._once and self.request.device == CPU_GPU
+        return [Apart(self.host, self.device)] if asked else []
+
+    @property
+    def _once(self) -> bool:
+        """A patch that is gone through several times, as fragments are left out, is not shared."""
+        return self.host.repeats * self.device.repeats == 1
+
+    def _plain(self, device: str) -> Schedules:
+        layout = self.request.layout
+        return Schedules(layout, choose_primitives(layout, device=device))
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """The ways to compute patches of a size, each by what is fastest and fits."""
+
+    all: _Ways
     pair: Pair
 
-    def ways(self) -> Iterator[Work]:
-        """Those that fit the GPU: by the host's fastest primitives, and by its plain ones, which
-        need least memory; of each the split that is fastest by estimate first."""
-        for base in (self._menu.fastest(), self._menu.schedules.primitives):
-            yield from self._ways(self._lent(base))
-
-    def _ways(self, host: Mapping[str, Primitive]) -> Iterator[Work]:
-        own = {name: self._seconds(name, primitive) for name, primitive in host.items()}
-        device = {name: self._seconds(name, primitive) for name, primitive in self._device.items()}
-        found: list[tuple[float, str | None]] = []
+    def ways(self) -> Iterator[tuple[float, Callable[[], Work | None]]]:
+        """Every way with about the seconds of a patch, were there memory enough; what it comes to,
+        None where it does not fit."""
+        own, device = self._seconds(self._host), self._seconds(self._device)
         layers = list(own)
-        # a patch that is gone through several times, as fragments are left out, is not split
-        once = self._menu.schedules.repeats == 1
-        for layer in splits(self.request.layout.network) if once else ():
+        for layer, split in self.all.split.items():
             place = layers.index(layer) + 1
             before = sum(own[name] for name in layers[:place])
             behind = sum(device[name] for name in layers[place:])
-            found.append((max(before, behind), layer))
-        if any(isinstance(primitive, Offloaded) for primitive in host.values()):
-            found.append((sum(own.values()), None))
-        for _, split in sorted(found, key=lambda one: one[0]):
-            work = self._split(split, host) if split else self._unsplit(host)
-            if work is not None:
-                yield work
+            yield max(before, behind), partial(self._split, split)
+        for apart in self.all.apart:
+            rates = (1 / sum(seconds.values()) for seconds in (own, device))
+            yield 1 / sum(rates), partial(self._apart, apart)
+        if any(isinstance(primitive, Offloaded) for primitive in self._host.fastest().values()):
+            yield sum(own.values()), self._unsplit
 
-    def _unsplit(self, host: Mapping[str, Primitive]) -> Schedules | None:
-        """All by the host, the GPU lent to it; None where that does not fit the GPU."""
-        schedules = Schedules(self.request.layout, host)
-        return schedules if self._fits(schedules, schedules.sizes(self._box)) else None
+    def _split(self, plain: Split) -> Split | None:
+        """Behind a layer, as many fragments together as fit."""
+        if not self._may_fit(plain, plain.head, plain.tail):
+            return None
+        head, tail = self._menu(plain.head, self._lent), self._menu(plain.tail)
+        work = replace(
+            plain,
+            head=replace(plain.head, primitives=head.fastest()),
+            tail=replace(plain.tail, primitives=tail.fastest()),
+        )
+        over = self._over(work)[1]
+        work = replace(work, tail=self._within(tail, work.tail, over, threads=1))
+        over = self._over(work)[0]
+        work = replace(work, head=self._within(head, work.head, over, self._request.threads))
+        counts = [n for n in range(1, work.fragments + 1) if work.fragments % n == 0]
+        fitting = bisect_left(counts, True, key=lambda n: max(self._over(work.together(n))) > 0)
+        return work.together(counts[fitting - 1]) if fitting else None
 
-    def _split(self, layer: str, host: Mapping[str, Primitive]) -> Split | None:
-        """Behind a layer, as many fragments together as fit; None where not even one does."""
-        before = list(host)[: list(host).index(layer) + 1]
-        primitives = {**self._device, **{name: host[name] for name in before}}
-        one = Split.at(self.request.layout, layer, primitives)
-        sizes = one.sizes(self._box)
-        counts = [n for n in range(1, one.fragments + 1) if one.fragments % n == 0]
-        fitting = bisect_left(counts, True, key=lambda n: not self._fits(one.together(n), sizes))
-        return one.together(counts[fitting - 1]) if fitting else None
+    def _apart(self, plain: Apart) -> Apart | None:
+        """Whole patches by either."""
+        if not self._may_fit(plain, plain.host, plain.device):
+            return None
+        work = Apart(
+            replace(plain.host, primitives=self._host.fastest()),
+            replace(plain.device, primitives=self._device.fastest()),
+        )
+        of_host, of_device = self._over(work)
+        work = Apart(
+            self._within(self._host, work.host, of_host, self._request.threads),
+            self._within(self._device, work.device, of_device, threads=1),
+        )
+        return work if max(self._over(work)) <= 0 else None
 
-    def _fits(self, work: Work, sizes: Mapping[str, Size]) -> bool:
-        need = need_of(self.request, work, sizes, self.pair[1])
-        return need.device_bytes <= self.request.device_bytes
+    def _unsplit(self) -> Schedules | None:
+        """All by the host, the GPU lent to it."""
+        work = replace(self.all.host, primitives=self._host.fastest())
+        work = self._within(self._host, work, self._over(work)[0], self._request.threads)
+        return work if max(self._over(work)) <= 0 else None
 
-    def _lent(self, base: Mapping[str, Primitive]) -> Mapping[str, Primitive]:
-        """What computes every layer before a split, where the GPU is lent to the host if it is."""
-        if self.request.device != GPU_RAM:
-            return base
-        both = {name: [primitive, *self._cut[name]] for name, primitive in base.items()}
-        return {name: min(some, key=partial(self._seconds, name)) for name, some in both.items()}
+    def _within(self, menu: Menu, work: Schedules, over_bytes: int, threads: int) -> Schedules:
+        """The fastest that takes so much less; the plain primitives where none does."""
+        if over_bytes <= 0:
+            return work
+        spent = work.spent_bytes(work.sizes(self._box), threads)
+        found = menu.fastest_within(spent - over_bytes)
+        return replace(work, primitives=found or menu.schedules.primitives)
+
+    def _may_fit(self, plain: Split | Apart, host: Schedules, device: Schedules) -> bool:
+        """Whether arrays fit, what primitives compute in and blocks not counted."""
+        request, sizes = self._request, plain.sizes(self._box)
+        need = need_of(request, plain, sizes, self.pair[1])
+        process = need.process_bytes - host.spent_bytes(sizes, request.threads)
+        of_device = need.device_bytes - device.spent_bytes(sizes, threads=1)
+        return process <= request.allowed_bytes and of_device <= request.device_bytes
+
+    def _over(self, work: Work) -> tuple[int, int]:
+        """Bytes by which one block in flight exceeds the process's memory, and the GPU's."""
+        need = planner.predicted_need(self._request, work, *self.pair, 1)
+        request = self._request
+        return need.process_bytes - request.allowed_bytes, need.device_bytes - request.device_bytes
 
     @cached_property
-    def _cut(self) -> dict[str, list[Offloaded]]:
-        """Of every convolution the ways to have the GPU compute sub-layers."""
-        room_bytes = int(_LENT * self.request.device_bytes)
-        found: dict[str, list[Offloaded]] = {}
-        for name, problem in self._problems.items():
-            inner = [self._device[name], *candidates(problem.layer, GPU)]
-            able = dict.fromkeys(p for p in inner if isinstance(p, DevicePrimitive))
-            of_conv = able if isinstance(problem.layer, Conv) else ()
-            cut = (sub_layers(p, problem, room_bytes) for p in of_conv)
-            found[name] = [one for one in cut if one is not None]
+    def _host(self) -> Menu:
+        """The host's, with what of the GPU is lent to it."""
+        return self._menu(self.all.host, self._lent)
+
+    @cached_property
+    def _device(self) -> Menu:
+        return self._menu(self.all.device)
+
+    @cached_property
+    def _lent(self) -> dict[str, list[Primitive]]:
+        """For every convolution that is worth the way to a GPU the fastest sub-layers there."""
+        if self._request.device != GPU_RAM:
+            return {}
+        alone, found = self._menu(self.all.host), dict[str, list[Primitive]]()
+        room_bytes = int(_LENT * self._request.device_bytes)
+        for name, seconds in self._seconds(alone).items():
+            problem, _ = alone.problems[name]
+            if not isinstance(problem.layer, Conv):
+                continue
+            inner = [self._device.fastest()[name], *candidates(problem.layer, GPU)]
+            able = [p for p in dict.fromkeys(inner) if isinstance(p, DevicePrimitive)]
+            cut = sub_layers(able, problem, room_bytes, partial(self._pieces, problem), seconds)
+            found[name] = [] if cut is None else [cut]
         return found
 
-    def _seconds(self, name: str, primitive: Primitive) -> float:
-        """Of a layer."""
-        costs, threads = self.request.costs, self.request.threads
-        return costs.step_seconds(primitive, self._problems[name], threads)
+    def _pieces(self, problem: Problem, cut: Offloaded) -> PiecesSeconds:
+        return self._request.costs.pieces_seconds(cut.pieces(problem), self._request.threads)
 
-    @cached_property
-    def _menu(self) -> Menu:
-        return self._menu_of(CPU)
+    def _menu(self, plain: Schedules, lent: Mapping[str, list[Primitive]] | None = None) -> Menu:
+        request, patches = self._request, self._request.hull.voxels / self._box.voxels
+        menu = Menu.of_patches(plain, self._box, patches, request.threads, request.costs)
+        return replace(menu, lent=lent or {})
 
-    @cached_property
-    def _problems(self) -> dict[str, Problem]:
-        return {name: problem for name, (problem, _) in self._menu.problems.items()}
+    def _seconds(self, menu: Menu) -> dict[str, float]:
+        """Of every layer by what is fastest."""
+        return {
+            name: self._step_seconds(menu.problems[name][0], primitive)
+            for name, primitive in menu.fastest().items()
+        }
 
-    @cached_property
-    def _device(self) -> Mapping[str, Primitive]:
-        return self._menu_of(GPU).fastest()
+    def _step_seconds(self, problem: Problem, primitive: Primitive) -> float:
+        return self._request.costs.step_seconds(primitive, problem, self._request.threads)
+
+    @property
+    def _request(self) -> Request:
+        return self.all.request
 
     @cached_property
     def _box(self) -> Box:
-        return largest_box(self.request.layout, self.pair[1])
-
-    def _menu_of(self, device: str) -> Menu:
-        request, box = self.request, self._box
-        plain = Schedules(request.layout, choose_primitives(request.layout, device=device))
-        patches = request.hull.voxels / box.voxels
-        return Menu.of_patches(plain, box, patches, request.threads, request.costs)
+        return largest_box(self._request.layout, self.pair[1])
 
 
-def sub_layers(inner: DevicePrimitive, problem: Problem, room_bytes: int) -> Offloaded | None:
-    """A problem in sub-layers that need no more than so much of a device: cut in half until they
-    fit, each time so that it takes least by its estimate; None where no cut makes them fit."""
-    sub = SubLayer.whole(problem)
-    while True:
-        found = Offloaded(inner, sub)
-        if found.refusal(problem.layer) is None and found.needs(problem).device_bytes <= room_bytes:
-            return found
-        tried = [Offloaded(inner, one) for one in sub.smaller]
-        able = [one for one in tried if one.refusal(problem.layer) is None]
-        if not able:
-            return None
-        sub = min(able, key=lambda one: one.work(problem, 1).seconds(1)).sub
+def sub_layers(
+    primitives: list[DevicePrimitive],
+    problem: Problem,
+    room_bytes: int,
+    seconds: Callable[[Offloaded], PiecesSeconds],
+    limit: float = inf,
+) -> Offloaded | None:
+    """The fastest sub-layers that need no more than so much of a device, by one of its primitives,
+    of those that halving leads to. None where none fit, or take less ``seconds`` than the
+    ``limit``. What is cut further takes at least as long (Dijkstra 1959), but for what more pieces
+    do at the same time, so that the search goes on where a first one fits."""
+    reached: set[Offloaded] = set()
+    to_try: list[tuple[float, int, float, Offloaded]] = []
+    best: Offloaded | None = None
+
+    def reach(one: Offloaded) -> None:
+        if one not in reached and one.refusal(problem.layer) is None:
+            reached.add(one)
+            least, whole = seconds(one)
+            heappush(to_try, (least, len(reached), whole, one))
+
+    for primitive in primitives:
+        reach(Offloaded(primitive, SubLayer.whole(problem)))
+    while to_try and to_try[0][0] < limit:
+        _, _, whole, one = heappop(to_try)
+        fits = one.inner.library_bytes + one.needs(problem).device_bytes <= room_bytes
+        if fits and whole < limit:
+            best, limit = one, whole
+        for sub in one.sub.smaller:
+            reach(replace(one, sub=sub))
+    return best

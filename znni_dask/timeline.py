@@ -30,16 +30,17 @@ class Span(NamedTuple):
 class Spans:
     """What this thread does for a block; noted only where it is ``wanted``."""
 
-    def __init__(self, wanted: bool) -> None:
+    def __init__(self, wanted: bool = True) -> None:
         self._wanted = wanted
         self.found: list[Span] = []
 
     @contextmanager
-    def of(self, what: str) -> Iterator[None]:
-        """Note what is done until this is left."""
+    def of(self, what: str, lane: str | None = None) -> Iterator[None]:
+        """Note what is done until this is left, on a ``lane`` or by this thread."""
         wall, begin = time.time(), time.perf_counter()
         yield
-        self.add([Span(threading.current_thread().name, what, wall, time.perf_counter() - begin)])
+        lane = lane or threading.current_thread().name
+        self.add([Span(lane, what, wall, time.perf_counter() - begin)])
 
     def add(self, spans: Iterable[Span]) -> None:
         """Note what others did."""

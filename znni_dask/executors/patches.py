@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
 from znni_dask.behind import Behind
-from znni_dask.choices import schedules_of
+from znni_dask.choices import Work, schedules_of
 from znni_dask.closing import Closing
 from znni_dask.devices.base import Device
+from znni_dask.executors.apart import ApartExecutor
 from znni_dask.executors.device import DeviceExecutor, executor_of
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.executors.spent import Spent
 from znni_dask.executors.split import SplitExecutor
-from znni_dask.geometry import Box, hull, volume
+from znni_dask.geometry import Box, Size, hull, volume
 from znni_dask.kernels.memory import allocate
 from znni_dask.patches import Layout, patches_of, region_of, spans
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import ITEM_BYTES, Array
 from znni_dask.resources import SLOTS
+from znni_dask.schedule import Schedules
 from znni_dask.selection import Wanted
 from znni_dask.split import Split
 
@@ -36,14 +38,10 @@ class PatchBlocks(Closing):
         sizes = self._schedules.envelope(spans(layout, plan.block, plan.patch))
         largest = ITEM_BYTES * layout.network.out_channels * volume(plan.patch)
         self._answers: SimpleQueue[Array] = SimpleQueue()
-        for _ in range(SLOTS if plan.ends_on_gpu else 1):
+        at_once = (SLOTS if plan.ends_on_gpu else 1) + plan.apart
+        for _ in range(at_once):
             self._answers.put(allocate(largest).view(np.float32))
-        self._executor: SerialExecutor | DeviceExecutor | SplitExecutor
-        if isinstance(self._schedules, Split):
-            assert device is not None
-            self._executor = SplitExecutor(self._schedules, sizes, plan.patch, plan.threads, device)
-        else:
-            self._executor = executor_of(self._schedules, sizes, plan.patch, plan.threads, device)
+        self._executor = executor_for(self._schedules, sizes, plan.patch, plan.threads, device)
 
     def region(self, block: Box, wanted: Wanted | None = None) -> Box:
         """The box of the volume behind the patches of a block that hold something wanted."""
@@ -89,3 +87,15 @@ class PatchBlocks(Closing):
         self._executor.close()
         while not self._answers.empty():
             self._answers.get()
+
+
+def executor_for(
+    work: Work, sizes: Mapping[str, Size], patch: Size, threads: int, device: Device | None
+) -> SerialExecutor | DeviceExecutor | SplitExecutor | ApartExecutor:
+    """What computes patches, with all that it holds."""
+    if isinstance(work, Schedules):
+        return executor_of(work, sizes, patch, threads, device)
+    assert device is not None
+    if isinstance(work, Split):
+        return SplitExecutor(work, sizes, patch, threads, device)
+    return ApartExecutor(work, sizes, patch, threads, device)

@@ -17,6 +17,13 @@ class Spent(NamedTuple):
     seconds: Mapping[Stored, float]
     spans: Sequence[Span] = ()
 
+    def plus(self, other: Spent) -> Spent:
+        """What both spent."""
+        seconds = dict(self.seconds)
+        for array, own in other.seconds.items():
+            seconds[array] = seconds.get(array, 0.0) + own
+        return Spent(seconds, [*self.spans, *other.spans])
+
     @property
     def layer_seconds(self) -> dict[str, float]:
         """Those of every layer, in whatever form its output was made."""

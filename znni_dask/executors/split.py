@@ -29,6 +29,7 @@ from znni_dask.primitives.base import Array
 from znni_dask.resources import SLOTS
 from znni_dask.shares import WAITING
 from znni_dask.split import Split, SplitSchedule
+from znni_dask.timeline import Spans
 
 
 class SplitExecutor(Closing):
@@ -48,7 +49,7 @@ class SplitExecutor(Closing):
         self._split, self._together = split, split.tail.samples
         self._tail = DeviceExecutor(split.tail, sizes, split.part(patch), device)
         self._head = SerialExecutor(split.head, sizes, threads, device)
-        self._head_is_free = threading.Lock()
+        self._head_is_free, self._spans = threading.Lock(), Spans()
         self._pool = ThreadPoolExecutor(SLOTS, thread_name_prefix="znni-split")
         self._handed: SimpleQueue[Bytes] = SimpleQueue()
         for _ in range(1 + waiting):
@@ -64,7 +65,7 @@ class SplitExecutor(Closing):
         (out,) = outs
         memory = self._handed.get()
         try:
-            with self._head_is_free:
+            with self._head_is_free, self._spans.of("first layers", "host"):
                 made = self._head.fragments(todo.head, volumes)
                 fragments = floats(memory, made.shape)
                 np.copyto(fragments, made)
@@ -91,8 +92,8 @@ class SplitExecutor(Closing):
 
     def taken(self) -> Spent:
         """The time spent since this was last asked."""
-        head, tail = self._head.taken(), self._tail.taken()
-        return Spent({**head.seconds, **tail.seconds}, tail.spans)
+        spans, self._spans = self._spans.found, Spans()
+        return self._head.taken().plus(self._tail.taken()).plus(Spent({}, spans))
 
     def close(self) -> None:
         """End the threads, give all memory back, and close the device."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from math import prod
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -35,6 +35,7 @@ from znni_dask.primitives.base import (
 from znni_dask.primitives.gpu.rates import BUS
 from znni_dask.primitives.work import MEMORY, Work
 
+PIECE_SECONDS = 3e-4  # in which the host hands a piece to a device and takes it back
 _WORDS = " in sub-layers of "
 
 
@@ -55,15 +56,15 @@ class SubLayer(NamedTuple):
 
     @property
     def smaller(self) -> Iterator[SubLayer]:
-        """About half of it, by what is cut first: the batch, channels, and at last space, where
-        sub-layers overlap."""
+        """About half of it: the batch first, which costs nothing; then channels, of which every
+        input goes there for all outputs, or space, where sub-layers overlap."""
         if self.batch > 1:
             yield self._replace(batch=ceil_divide(self.batch, 2))
-        elif self.outputs > 1 or self.inputs > 1:
-            if self.outputs > 1:
-                yield self._replace(outputs=ceil_divide(self.outputs, 2))
-            if self.inputs > 1:
-                yield self._replace(inputs=ceil_divide(self.inputs, 2))
+            return
+        if self.outputs > 1:
+            yield self._replace(outputs=ceil_divide(self.outputs, 2))
+        if self.inputs > 1:
+            yield self._replace(inputs=ceil_divide(self.inputs, 2))
         longest = max(self.size)
         if longest > 1:
             axis = self.size.index(longest)
@@ -72,6 +73,38 @@ class SubLayer(NamedTuple):
 
     def __str__(self) -> str:
         return "·".join(map(str, (*self[:3], *self.size)))
+
+
+class PiecesSeconds(NamedTuple):
+    """Of what is done piece by piece: at ``least``, however many pieces there are, and of ``all``
+    of these."""
+
+    least: float
+    all: float
+
+
+class Pieces(NamedTuple):
+    """What a problem falls into: so many like ``problem``, the largest, by a primitive of a device;
+    the bytes that all of them carry there, and back, and those of what is prepared before."""
+
+    primitive: DevicePrimitive
+    problem: Problem
+    times: int
+    up_bytes: int
+    down_bytes: int
+    prepared_bytes: int
+
+    def seconds(
+        self, prepared: float, computing: float, up: float, down: float, host: float
+    ) -> PiecesSeconds:
+        """Where what is prepared takes so long, computing, the ways there and back, and the host
+        that copies: all at the same time, but for the first piece's way there and the last one's
+        back."""
+        parts = computing, up, down, host
+        longest = max(parts)
+        return PiecesSeconds(
+            prepared + longest, prepared + longest + (sum(parts) - longest) / self.times
+        )
 
 
 class Offloading(NamedTuple):
@@ -131,30 +164,33 @@ class Offloaded(Primitive):
 
     def fits(self, layer: Layer) -> bool:
         """Whether the device takes the layer, and all its sub-layers."""
-        conv = cast("Conv", layer)
-        channels = conv.groups == 1 or (
-            self.sub.outputs >= conv.out_channels and self.sub.inputs >= conv.in_channels
-        )
-        return channels and all(
-            self.inner.refusal(self._conv(conv, outputs, inputs)) is None
-            for outputs in _kinds(conv.out_channels, self.sub.outputs)
-            for inputs in _kinds(conv.in_channels, self.sub.inputs)
-        )
+        return _takes(self.inner, cast("Conv", layer), self.sub.outputs, self.sub.inputs)
 
     def flops(self, problem: Problem) -> int:
         return self._count(problem) * self.inner.flops(self._largest(problem))
 
     def work(self, problem: Problem, threads: int) -> Work:
-        """What takes longest: what the device computes, what is copied there and back, or what the
-        host copies; kernels are prepared anew for every problem."""
+        """By the rates that nothing has scaled; `Costs.pieces_seconds` knows better."""
+        pieces = self.pieces(problem)
+        computing = pieces.times * self.inner.work(pieces.problem, 1).seconds(1)
+        up, down = pieces.up_bytes / BUS.per_second, pieces.down_bytes / BUS.per_second
+        host = Work({MEMORY: 2 * (pieces.up_bytes + pieces.down_bytes)}).seconds(threads)
+        host += PIECE_SECONDS * pieces.times
+        kernels = pieces.prepared_bytes / BUS.per_second
+        return Work({}, alone=pieces.seconds(kernels, computing, up, down, host).all)
+
+    def pieces(self, problem: Problem) -> Pieces:
+        """What a problem falls into; kernels are prepared anew for every problem."""
         conv, largest = cast("Conv", problem.layer), self._largest(problem)
         count = self._count(problem)
-        computed = count * self.inner.work(largest, 1).seconds(1)
-        carried = ITEM_BYTES * (count * prod(largest.inputs[0]) + prod(problem.output))
-        bus = (carried + weights_bytes(conv)) / BUS.per_second
-        host = Work({MEMORY: 2 * carried}).seconds(threads)
-        kernels = (self.inner.prepared_bytes(conv) + weights_bytes(conv)) / MEMORY.per_second
-        return Work({}, alone=kernels + max(computed, bus, host))
+        return Pieces(
+            self.inner,
+            largest,
+            count,
+            up_bytes=ITEM_BYTES * count * prod(largest.inputs[0]),
+            down_bytes=ITEM_BYTES * prod(problem.output),
+            prepared_bytes=self.inner.prepared_bytes(conv) + weights_bytes(conv),
+        )
 
     def prepared_bytes(self, layer: Layer) -> int:
         """None but the weights, which the network keeps."""
@@ -167,7 +203,7 @@ class Offloaded(Primitive):
         several = self.sub.inputs < conv.in_channels
         outputs, *_ = _cuts(conv.out_channels, self.sub.outputs)
         first, *_ = _cuts(conv.in_channels, self.sub.inputs)
-        most = self.inner.prepared_bytes(self._conv(conv, outputs, first))
+        most = self.inner.prepared_bytes(_conv(conv, outputs, first))
         kernels = ceil_divide(conv.in_channels, self.sub.inputs) * most
         scratch = self.inner.workspace_bytes(largest, 1)
         beside = scratch if self.inner.beside else 0
@@ -194,7 +230,7 @@ class Offloaded(Primitive):
         own = {"weight": weights["weight"][outputs, :]}
         if conv.groups == 1:
             own["weight"] = own["weight"][:, inputs]
-        cut = self._conv(conv, outputs, inputs)
+        cut = _conv(conv, outputs, inputs)
         if cut.bias:
             own["bias"] = weights["bias"][outputs]
         return self.inner.placed(cut, own, ferry.device)
@@ -282,21 +318,11 @@ class Offloaded(Primitive):
         made: Shape = (batch, _count(piece.outputs), *piece.box.size)
         return replace(
             problem,
-            layer=self._conv(conv, piece.outputs, piece.inputs),
+            layer=_conv(conv, piece.outputs, piece.inputs),
             inputs=(given,),
             output=made,
             offsets=(triple(offset),),
             start=triple(a + b for a, b in zip(problem.start, piece.box.start, strict=True)),
-        )
-
-    def _conv(self, conv: Conv, outputs: slice, inputs: slice) -> Conv:
-        """Of some channels; the first inputs bring the bias."""
-        return replace(
-            conv,
-            in_channels=_count(inputs),
-            out_channels=_count(outputs),
-            bias=conv.bias and inputs.start == 0,
-            relu=conv.relu and _count(inputs) == conv.in_channels,
         )
 
     def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
@@ -310,6 +336,29 @@ class _Piece(NamedTuple):
     outputs: slice
     inputs: slice
     box: Box
+
+
+@lru_cache(1 << 12)
+def _takes(inner: DevicePrimitive, conv: Conv, outputs: int, inputs: int) -> bool:
+    """Whether a primitive takes a convolution by so many channels at most."""
+    if conv.groups > 1 and (outputs < conv.out_channels or inputs < conv.in_channels):
+        return False
+    return all(
+        inner.refusal(_conv(conv, some, seen)) is None
+        for some in _kinds(conv.out_channels, outputs)
+        for seen in _kinds(conv.in_channels, inputs)
+    )
+
+
+def _conv(conv: Conv, outputs: slice, inputs: slice) -> Conv:
+    """Of some channels; the first inputs bring the bias."""
+    return replace(
+        conv,
+        in_channels=_count(inputs),
+        out_channels=_count(outputs),
+        bias=conv.bias and inputs.start == 0,
+        relu=conv.relu and _count(inputs) == conv.in_channels,
+    )
 
 
 def _cuts(count: int, most: int) -> Iterator[slice]:
