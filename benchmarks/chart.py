@@ -204,6 +204,23 @@ def _plan(found: Row) -> Line:
     return [size, memory, f"{about}{rate:,.0f}", f"{rate / predicted / found['rate']:.2f}"]
 
 
+def pipeline(result: Row) -> Iterator[Line]:
+    """Patches over the longer of two stages and the time until the first one arrives."""
+    yield ["split behind", "host, s", "device, s", "over the longer one"]
+    for row in result["groups"]["pipeline"]:
+        seconds = (f"{row[key]:.2f}" for key in ("host_seconds", "device_seconds"))
+        yield [row["behind"], *seconds, f"{row['ratio']:.2f}"]
+
+
+def sublayers(result: Row) -> Iterator[Line]:
+    """A convolution in pieces over what takes longest of the ways and computing."""
+    yield ["cut", "bus, MB/s", "there, s", "computing, s", "back, s", "over the longest"]
+    for row in result["groups"]["sublayers"]:
+        seconds = (f"{row[key]:.2f}" for key in ("up", "compute", "down"))
+        rate = f"{row['bytes_per_second'] / 1e6:,.0f}"
+        yield [row["cut"], rate, *seconds, f"{row['ratio']:.2f}"]
+
+
 TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
     "sizes": sizes,
     "layers": layers,
@@ -216,6 +233,8 @@ TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
     "streaming": streaming,
     "study": study,
     "simulation": simulation,
+    "pipeline": pipeline,
+    "sublayers": sublayers,
 }
 
 

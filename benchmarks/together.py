@@ -1,49 +1,41 @@
-"""Host and GPU together, on the simulated device: what overlaps, and what is predicted.
+"""Host and GPU together, on the simulated device: what is done at the same time.
 
-    OPENBLAS_NUM_THREADS=1 python benchmarks/together.py [--only pipeline|sublayers|runs]
+    OPENBLAS_NUM_THREADS=1 python benchmarks/together.py [--only pipeline|sublayers]
 
 The simulated device computes with numpy and PyTorch on one core, as many times slower as it is
 told, and copies as slowly as it is told; the host computes with the other core. *Pipeline*: patches
 whose first layers the host computes and whose rest the device does, beside the longer of the two
 and the time until the first patch arrives. *Sublayers*: a convolution in pieces, beside what takes
-longest of copying there, computing, and copying back. *Runs*: a chain like n537 but of few
-channels, and a U-Net, from a Zarr store to another by whom one asks for, planned by what was just
-measured, beside the prediction. The result is kept under `benchmarks/results/`.
+longest of copying there, computing, and copying back. The result is kept under
+`benchmarks/results/`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from itertools import product
 from statistics import median
 from typing import Any
 
-import dask
 import numpy as np
 import torch
 
 from machine import keep, kept
-from planning import noise, unet
-from znni_dask import Builder, run, timings
-from znni_dask.calibration import calibrate
+from znni_dask import Builder
 from znni_dask.choices import choose_primitives
 from znni_dask.devices.base import Lane, Lanes, Mark
 from znni_dask.devices.ferry import Ferry
 from znni_dask.devices.simulated import Pace, SimulatedDevice
-from znni_dask.errors import MemoryLimitError
 from znni_dask.executors.split import SplitExecutor
 from znni_dask.geometry import Box
 from znni_dask.kernels.team import Team
 from znni_dask.machine import GPU
-from znni_dask.network.chains import Row, chain
 from znni_dask.network.layers import Conv
-from znni_dask.network.network import Network
 from znni_dask.patches import Layout
 from znni_dask.primitives.base import Problem
 from znni_dask.primitives.gpu.conv_cudnn import GpuConvCudnn
@@ -96,23 +88,24 @@ class WatchedDevice(SimulatedDevice):
 
 
 def pipeline() -> list[dict[str, Any]]:
-    """For devices of several speeds: the time of patches over that of the longer stage."""
+    """Split early and late, for devices of several speeds: the time of patches over that of the
+    longer stage."""
     b = Builder(1)
     x = b.max_pool(b.relu(b.conv(b.input, 24, 5)), 2)
     x = b.relu(b.conv(x, 32, 5))
     network = b.network(b.conv(b.relu(b.conv(x, 32, 3)), 3, 1))
     layout = Layout(network, (512, 64, 64), "reflect")
-    layer = splits(network)[2]
     here, there = choose_primitives(layout), choose_primitives(layout, device=GPU)
-    before = list(here)[: list(here).index(layer) + 1]
-    split = Split.at(layout, layer, there | {name: here[name] for name in before}, 2)
     boxes = [Box((32 * i, 16, 16), (32 * i + 32, 48, 48)) for i in range(1, 1 + PATCHES)]
     rows = []
-    for slowdown in (2.0, 4.0, 8.0):
+    for layer, slowdown in product(splits(network)[2:5:2], (1.0, 2.0, 4.0)):
+        before = list(here)[: list(here).index(layer) + 1]
+        split = Split.at(layout, layer, there | {name: here[name] for name in before}, 2)
         with WatchedDevice(GIB, Pace(slowdown=slowdown)) as device:
             sizes = split.sizes(boxes[0])
             with SplitExecutor(split, sizes, boxes[0].size, 1, device) as executor:
-                rows.append({"slowdown": slowdown, **_pipelined(split, executor, boxes)})
+                found = _pipelined(split, executor, boxes)
+        rows.append({"behind": layer, "slowdown": slowdown, **found})
     return rows
 
 
@@ -149,17 +142,17 @@ def _pipelined(split: Split, executor: SplitExecutor, boxes: list[Box]) -> dict[
 
 CONV = Conv(32, 32, (5, 5, 5))
 SUBS = {
-    "batch": SubLayer(1, 32, 32, (40, 40, 40)),
-    "outputs": SubLayer(8, 8, 32, (40, 40, 40)),
-    "inputs": SubLayer(1, 32, 8, (40, 40, 40)),
-    "space": SubLayer(1, 32, 32, (20, 40, 40)),
+    "batch": SubLayer(1, 32, 32, (28, 28, 28)),
+    "outputs": SubLayer(1, 8, 32, (28, 28, 28)),
+    "inputs": SubLayer(1, 32, 8, (28, 28, 28)),
+    "space": SubLayer(1, 32, 32, (14, 28, 28)),
 }
 
 
 def sublayers() -> list[dict[str, Any]]:
     """A convolution cut in several ways, where the bus is slow and where computing is."""
     problem = Problem(
-        CONV, ((8, 32, 44, 44, 44),), (8, 32, 40, 40, 40), ((0, 0, 0),), (0, 0, 0), (44, 44, 44)
+        CONV, ((16, 32, 32, 32, 32),), (16, 32, 28, 28, 28), ((0, 0, 0),), (0, 0, 0), (32, 32, 32)
     )
     random = np.random.default_rng(0)
     given = random.standard_normal(problem.inputs[0], np.float32)
@@ -169,7 +162,7 @@ def sublayers() -> list[dict[str, Any]]:
     }
     out = np.empty(problem.output, np.float32)
     rows = []
-    for rate in (2e8, 1e9, 1e10):
+    for rate in (5e7, 1e8, 1e10):
         for what, sub in SUBS.items():
             primitive = Offloaded(GpuConvCudnn(), sub)
             needs = offloading([(primitive, problem)])
@@ -196,70 +189,9 @@ def _streamed(work: Callable[[], None], device: WatchedDevice) -> dict[str, Any]
     return {"up": up, "compute": compute, "down": down, "ratio": ratio}
 
 
-# ---- runs
-
-
-def like_n537() -> Network:
-    """Its kernels and its pooling, of 8 channels."""
-    rows = [Row("CONV", (4,) * 3, 8)]
-    for _ in range(3):
-        rows += [Row("POOL", (2,) * 3, 0), Row("CONV", (5,) * 3, 8)]
-    return chain(1, [*rows, Row("CONV", (5,) * 3, 3)])
-
-
-CASES: dict[str, tuple[Callable[[], Network], int, tuple[str, ...]]] = {
-    "like n537": (like_n537, 128, ("1GiB", "100MiB")),
-    "U-Net 3, 16": (partial(unet, 3, 16), 256, ("1GiB", "100MiB")),
-}
-PACE = {"copied_bytes_per_second": 2e9, "slowdown": 1.0}
-DEVICES = ("cpu", "gpu", "cpu+gpu", "gpu+ram", "auto")
-
-
-def runs() -> list[dict[str, Any]]:
-    """By whom one asks for, within memory of the device, large and small."""
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["ZNNI_TIMINGS"] = f"{folder}/timings.json"
-        with dask.config.set({"znni.simulated-gpu": {"memory": "2GiB", **PACE}}):
-            found = calibrate(1).joined(calibrate(1, device_bytes=2 * GIB).found)
-        timings.keep_timings(found)
-        for name, (network, edge, memories) in CASES.items():
-            for memory in memories:
-                for device in DEVICES:
-                    row = {"network": name, "memory": memory, "device": device}
-                    rows.append(row | _run(network(), edge, memory, device, Path(folder)))
-                    print(rows[-1], flush=True)
-    return rows
-
-
-def _run(network: Network, edge: int, memory: str, device: str, folder: Path) -> dict[str, Any]:
-    with dask.config.set({"znni.simulated-gpu": {"memory": memory, **PACE}}):
-        try:
-            made = run(
-                *(network, noise(str(folder), edge), folder / "out.zarr"),
-                device=device,
-                threads=1,
-                memory="4GiB",
-                overwrite=True,
-                pyramid=False,
-            )
-        except MemoryLimitError as error:
-            return {"refused": str(error)}
-    plan = made.plan
-    return {
-        "by": plan.device + (" apart" if plan.apart else ""),
-        "patch": plan.patch,
-        "seconds": made.seconds,
-        "voxels_per_second": made.voxels_per_second,
-        "of_predicted": made.voxels_per_second / plan.voxels_per_second,
-        "device_bytes": plan.device_bytes,
-    }
-
-
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "pipeline": pipeline,
     "sublayers": sublayers,
-    "runs": runs,
 }
 
 

@@ -261,6 +261,31 @@ def test_sub_layers_become_smaller_until_one_voxel_is_left():
     assert seen[1].size == problem.output[2:]
 
 
+def test_pieces_are_on_their_way_there_while_others_come_back(monkeypatch):
+    """Three at once: one there, one computed, one back."""
+    problem = problem_of(*CONVS[0], batch=5)
+    weights, given = values_of(problem)
+    come, went = threading.Event(), []
+
+    def copy(self, target, source):
+        lane = threading.current_thread().name
+        if lane == "znni-down":
+            come.wait(10)
+        target[...] = source
+        went.append(lane)
+        if went.count("znni-up") == 3:
+            come.set()
+
+    monkeypatch.setattr(SimulatedDevice, "copy", copy)
+    sub = SubLayer(1, 6, 4, (4, 5, 6))
+    with SimulatedDevice(64 * MIB) as device:
+        assert close_to(
+            by_sub_layers(problem, sub, weights, given, device), wanted(problem, weights, given)
+        )
+    assert went.index("znni-down") >= went.index("znni-up") + 2
+    assert went[: went.index("znni-down")].count("znni-up") == 3
+
+
 def test_names_tell_all_of_it():
     one = Offloaded(GpuConvDirect(), SubLayer(2, 3, 4, (5, 6, 7)))
     assert Offloaded.inner_name(one.name) == GpuConvDirect().name

@@ -77,7 +77,6 @@ class Ferry:
         turn, computed = 0, list[Mark]()
         for number, part in enumerate(parts):
             back = self._made[number % BERTHS]
-            back.land(self._copy)
             here, there = back.shaped(part.made.shape)
             for given, work in part.pieces:
                 berth = self._given[turn % BERTHS]
@@ -87,6 +86,7 @@ class Ferry:
                     berth.sent.wait()  # what is filled now was copied from until then
                 self._copy(pinned, given)
                 sent = up.do(partial(self.device.copy, placed, pinned), after=berth.used)
+                back.land(self._copy)  # what is computed next would be written over it
                 computed = [compute.do(partial(work, placed, there, self._aside), after=[sent])]
                 berth.sent, berth.used = sent, computed
             back.used = [down.do(partial(self.device.copy, here, there), after=computed)]

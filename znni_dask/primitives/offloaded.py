@@ -84,12 +84,14 @@ class PiecesSeconds(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """What a problem falls into: so many like ``problem``, the largest, by a primitive of a device;
-    the bytes that all of them carry there, and back, and those of what is prepared before."""
+    """What a problem falls into: so many like ``problem``, the largest, by a primitive of a device,
+    in so many ``rows``, for each of which kernels are prepared first; the bytes that all of them
+    carry there, and back, and those of what is prepared."""
 
     primitive: DevicePrimitive
     problem: Problem
     times: int
+    rows: int
     up_bytes: int
     down_bytes: int
     prepared_bytes: int
@@ -98,12 +100,13 @@ class Pieces(NamedTuple):
         self, prepared: float, computing: float, up: float, down: float, host: float
     ) -> PiecesSeconds:
         """Where what is prepared takes so long, computing, the ways there and back, and the host
-        that copies: all at the same time, but for the first piece's way there and the last one's
-        back."""
+        that copies: all at the same time, but for the way there of the first piece of a row, and
+        that back of the last one."""
         parts = computing, up, down, host
         longest = max(parts)
         return PiecesSeconds(
-            prepared + longest, prepared + longest + (sum(parts) - longest) / self.times
+            prepared + longest,
+            prepared + longest + (sum(parts) - longest) * self.rows / self.times,
         )
 
 
@@ -187,6 +190,7 @@ class Offloaded(Primitive):
             self.inner,
             largest,
             count,
+            ceil_divide(conv.out_channels, self.sub.outputs),
             up_bytes=ITEM_BYTES * count * prod(largest.inputs[0]),
             down_bytes=ITEM_BYTES * prod(problem.output),
             prepared_bytes=self.inner.prepared_bytes(conv) + weights_bytes(conv),
