@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dask
 import numpy as np
 import pytest
 
@@ -105,6 +106,25 @@ def test_a_study_times_every_family_that_takes_a_layer():
             seconds = Costs(known).step_seconds(step.primitive, step.problem, 1)
             ratio = seconds / model_seconds(step.primitive, step.problem, 1)
             assert 0.2 * min(own) <= ratio <= 5 * max(own)
+
+
+@pytest.mark.parametrize("mib", [1, 64])
+def test_of_a_device_what_fits_is_measured(mib):
+    with dask.config.set({"znni.simulated-gpu": "64MiB"}):
+        found = list(measured(Study(network(), 12), 1, mib << 20))
+    assert all(one.family.startswith("gpu ") for one in found)
+    assert bool(found) == (mib == 64)
+
+
+def test_the_way_to_a_device_is_measured(monkeypatch):
+    monkeypatch.setattr(calibration, "studies", lambda: iter(()))
+    with dask.config.set(
+        {"znni.simulated-gpu": {"memory": "64MiB", "copied_bytes_per_second": 1e9}}
+    ):
+        costs = Costs(calibration.calibrate(1, device_bytes=64 << 20))
+    assert costs.timings.tell_of("gpu")
+    for nbytes in (1 << 20, 1 << 24):
+        assert costs.bus_seconds(nbytes) >= nbytes / 1e9 > Costs().bus_seconds(nbytes)
 
 
 def test_timings_are_kept_for_this_machine_alone(tmp_path, monkeypatch):

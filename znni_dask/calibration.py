@@ -22,6 +22,7 @@ from znni_dask.network.network import Network
 from znni_dask.network.rewrites import simplify
 from znni_dask.patches import Layout
 from znni_dask.primitives.gpu.rates import BUS
+from znni_dask.resources import device_bytes as needed_bytes
 from znni_dask.schedule import Schedules, Stored
 from znni_dask.timings import Timing, Timings
 
@@ -73,6 +74,8 @@ def measured(study: Study, threads: int, device_bytes: int | None = None) -> Ite
         steps = schedules.steps(schedules.sizes(box))
         models = [model_seconds(step.primitive, step.problem, threads) for step in steps]
         if schedules.repeats * sum(models) > _LONGEST_SECONDS:
+            continue
+        if device_bytes and needed_bytes(schedules, schedules.sizes(box), box.size) > device_bytes:
             continue
         seconds = _seconds(schedules, box, threads, device_bytes)
         for step, model in zip(steps, models, strict=True):

@@ -233,9 +233,14 @@ def computing_need(
         return Need(resources.baseline_bytes + computing)
     layers = device_need(schedules, sizes, patch)
     process = resources.baseline_bytes + OVERHEAD_BYTES + layers.process_bytes
+    return Need(process, device_bytes(schedules, sizes, patch))
+
+
+def device_bytes(schedules: Schedules, sizes: Mapping[str, Size], patch: Size) -> int:
+    """Memory of a device that computes patches."""
     scratch = schedules.workspace_bytes(sizes, threads=1)
     computing = scratch + schedules.workspace_bytes(sizes, threads=1, beside=True)
-    return Need(process, DEVICE_SLACK_BYTES + layers.device_bytes + computing)
+    return DEVICE_SLACK_BYTES + device_need(schedules, sizes, patch).device_bytes + computing
 
 
 def device_need(schedules: Schedules, sizes: Mapping[str, Size], patch: Size) -> Need:
