@@ -40,7 +40,7 @@ from znni_dask.patches import Layout
 from znni_dask.primitives.base import Problem
 from znni_dask.primitives.gpu.conv_cudnn import GpuConvCudnn
 from znni_dask.primitives.offloaded import Offloaded, SubLayer, offloading
-from znni_dask.split import Split, splits
+from znni_dask.split import Split, joined_at, splits
 
 KEPT_AS = "together"
 ROUNDS = 5
@@ -99,8 +99,7 @@ def pipeline() -> list[dict[str, Any]]:
     boxes = [Box((32 * i, 16, 16), (32 * i + 32, 48, 48)) for i in range(1, 1 + PATCHES)]
     rows = []
     for layer, slowdown in product(splits(network)[2:5:2], (1.0, 2.0, 4.0)):
-        before = list(here)[: list(here).index(layer) + 1]
-        split = Split.at(layout, layer, there | {name: here[name] for name in before}, 2)
+        split = Split.at(layout, layer, joined_at(layer, here, there), 2)
         with WatchedDevice(GIB, Pace(slowdown=slowdown)) as device:
             sizes = split.sizes(boxes[0])
             with SplitExecutor(split, sizes, boxes[0].size, 1, device) as executor:

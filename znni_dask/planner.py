@@ -354,10 +354,8 @@ def _read_length(layout: Layout, axis: int, length: int) -> int:
 
 
 def _rate(request: Request, work: Work, block: Size, patch: Size) -> _Candidate:
-    voxels, sizes = (
-        useful_voxels(request, block, patch),
-        work.sizes(largest_box(request.layout, patch)),
-    )
+    voxels = useful_voxels(request, block, patch)
+    sizes = work.sizes(largest_box(request.layout, patch))
     seconds = seconds_of(request, work, sizes, patch, request.hull.voxels / voxels)
     moving = moving_seconds(request.layout, request, 1, 1)
     working = request.together(seconds.under_way / voxels, moving)

@@ -53,7 +53,7 @@ def seconds_of(
         return _split_seconds(resources, work, sizes)
     if isinstance(work, Apart):
         host, device = _apart_seconds(resources, work, sizes, patch)
-        together = host_share(resources, work, sizes, patch) * host.under_way
+        together = 1 / (1 / host.under_way + 1 / device.under_way)
         last = host.under_way / 2 / patches  # which the device may wait for, in the mean
         return Seconds(together + last, device.alone)
     seconds = work.repeats * _seconds(resources, work, sizes)

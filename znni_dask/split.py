@@ -79,6 +79,14 @@ class Run:
         return fragmented | (self.layout.strided - self.strided)
 
 
+def joined_at(
+    layer: str, before: Mapping[str, Primitive], behind: Mapping[str, Primitive]
+) -> dict[str, Primitive]:
+    """Of two primitives for every layer the first up to a layer, and the second behind it."""
+    own = list(before)[: list(before).index(layer) + 1]
+    return {**behind, **{name: before[name] for name in own}}
+
+
 class SplitSchedule(NamedTuple):
     """What is computed of a patch before the split, and of every group of fragments behind it."""
 

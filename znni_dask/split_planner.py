@@ -31,7 +31,7 @@ from znni_dask.primitives.offloaded import Offloaded, PiecesSeconds, SubLayer
 from znni_dask.primitives.table import candidates
 from znni_dask.schedule import Schedules
 from znni_dask.shares import need_of
-from znni_dask.split import Split, splits
+from znni_dask.split import Split, joined_at, splits
 
 _LENT = 0.5  # of a GPU's memory, for sub-layers
 _Primitives = Mapping[str, Primitive]
@@ -83,13 +83,9 @@ class _Ways:
     @cached_property
     def split(self) -> dict[str, Split]:
         """Split behind every layer that allows it."""
-        layout, found = self.request.layout, {}
-        layers = list(self.host.primitives)
-        for layer in splits(layout.network) if self._once else ():
-            before = layers[: layers.index(layer) + 1]
-            own = {name: self.host.primitives[name] for name in before}
-            found[layer] = Split.at(layout, layer, {**self.device.primitives, **own})
-        return found
+        layout, both = self.request.layout, (self.host.primitives, self.device.primitives)
+        layers = splits(layout.network) if self._once else []
+        return {layer: Split.at(layout, layer, joined_at(layer, *both)) for layer in layers}
 
     @cached_property
     def apart(self) -> list[Apart]:
@@ -135,11 +131,7 @@ class _Shared:
         if not self._may_fit(plain, plain.head, plain.tail):
             return None
         head, tail = self._menu(plain.head, self._lent), self._menu(plain.tail)
-        work = replace(
-            plain,
-            head=replace(plain.head, primitives=head.fastest()),
-            tail=replace(plain.tail, primitives=tail.fastest()),
-        )
+        work = replace(plain, head=_fastest(head), tail=_fastest(tail))
         over = self._over(work)[1]
         work = replace(work, tail=self._within(tail, work.tail, over, threads=1))
         over = self._over(work)[0]
@@ -152,10 +144,7 @@ class _Shared:
         """Whole patches by either."""
         if not self._may_fit(plain, plain.host, plain.device):
             return None
-        work = Apart(
-            replace(plain.host, primitives=self._host.fastest()),
-            replace(plain.device, primitives=self._device.fastest()),
-        )
+        work = Apart(_fastest(self._host), _fastest(self._device))
         of_host, of_device = self._over(work)
         work = Apart(
             self._within(self._host, work.host, of_host, self._request.threads),
@@ -165,7 +154,7 @@ class _Shared:
 
     def _unsplit(self) -> Schedules | None:
         """All by the host, the GPU lent to it."""
-        work = replace(self.all.host, primitives=self._host.fastest())
+        work = _fastest(self._host)
         work = self._within(self._host, work, self._over(work)[0], self._request.threads)
         return work if max(self._over(work)) <= 0 else None
 
@@ -242,6 +231,11 @@ class _Shared:
     @cached_property
     def _box(self) -> Box:
         return largest_box(self._request.layout, self.pair[1])
+
+
+def _fastest(menu: Menu) -> Schedules:
+    """Of what is fastest, were there memory enough."""
+    return replace(menu.schedules, primitives=menu.fastest())
 
 
 def sub_layers(

@@ -42,6 +42,11 @@ class Spans:
         lane = lane or threading.current_thread().name
         self.add([Span(lane, what, wall, time.perf_counter() - begin)])
 
+    def taken(self) -> list[Span]:
+        """What was noted since this was last asked."""
+        found, self.found = self.found, []
+        return found
+
     def add(self, spans: Iterable[Span]) -> None:
         """Note what others did."""
         if self._wanted:

@@ -55,8 +55,8 @@ class ApartExecutor(Closing):
 
     def taken(self) -> Spent:
         """The time spent since this was last asked."""
-        spans, self._spans = self._spans.found, Spans()
-        return self._host.taken().plus(self._device.taken()).plus(Spent({}, spans))
+        own = Spent({}, self._spans.taken())
+        return own.plus(self._host.taken()).plus(self._device.taken())
 
     def close(self) -> None:
         """End the threads, give all memory back, and close the device."""

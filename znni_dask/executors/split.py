@@ -92,8 +92,8 @@ class SplitExecutor(Closing):
 
     def taken(self) -> Spent:
         """The time spent since this was last asked."""
-        spans, self._spans = self._spans.found, Spans()
-        return self._head.taken().plus(self._tail.taken()).plus(Spent({}, spans))
+        own = Spent({}, self._spans.taken())
+        return own.plus(self._head.taken()).plus(self._tail.taken())
 
     def close(self) -> None:
         """End the threads, give all memory back, and close the device."""
