@@ -301,18 +301,15 @@ def test_columns_stay_with_their_workers(small, narrow, monkeypatch):
     for worker, block in made:
         where.setdefault(block.start[1:], []).append((worker, block.start[0]))
     assert len({worker for worker, _ in made}) == 2
-    assert len(where) > 2
-    shared = turned_back = gaps = 0
-    for blocks in where.values():
-        parts = {w: [z for worker, z in blocks if worker == w] for w, _ in blocks}
-        shared += len(parts) - 1
-        for starts in parts.values():
-            behind = list(range(min(starts), max(starts) + 1, plan.block[0]))
-            gaps += sorted(starts) != behind
-            turned_back += sum(b < a for a, b in pairwise(starts))
-    assert shared <= 2  # the last columns, which whoever is through with the others takes part of
-    assert turned_back <= 2  # tasks that were begun at once overtook one another
-    assert gaps <= 1  # where of what was taken some was taken back
+    assert len(where) > 4
+    own = [blocks for blocks in where.values() if len({worker for worker, _ in blocks}) == 1]
+    # of the last columns, one of each worker's, whoever is through with its own takes part
+    assert len(own) >= len(where) - 2
+    for blocks in own:
+        starts = [start for _, start in blocks]
+        # tasks that were begun at once may overtake one another
+        moved = [abs(sorted(starts).index(start) - n) for n, start in enumerate(starts)]
+        assert max(moved) < plan.blocks_in_flight
     assert_same(stored(arguments["output"]), want)
 
 
