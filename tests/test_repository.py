@@ -54,6 +54,7 @@ STAIRS = [
     *("executors", "window_planner", "split_planner", "column_planner", "slabs", "planner"),
     *("shares", "resources", "reading"),
     *(
+        "lent",
         "choices",
         "split",
         "apart",

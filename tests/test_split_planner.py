@@ -6,72 +6,19 @@ from itertools import product
 
 import pytest
 from test_planner import request
-from test_split import MIB, pooled, problem_of
+from test_split import MIB, pooled
 
 import graphs
-from znni_dask import Builder, choices, costs, planner, split_planner
+from znni_dask import Builder, choices, planner, split_planner
 from znni_dask.apart import Apart
 from znni_dask.choices import choose_primitives
 from znni_dask.errors import MemoryLimitError
 from znni_dask.machine import CPU, CPU_GPU, GPU, GPU_RAM
 from znni_dask.network.layers import Conv
 from znni_dask.planner import Fits, best_of, predicted_need
-from znni_dask.primitives.gpu.conv_direct import GpuConvDirect
-from znni_dask.primitives.offloaded import Offloaded, SubLayer
 from znni_dask.primitives.table import candidates
 from znni_dask.schedule import Schedules
 from znni_dask.split import Split, splits
-
-# ---- sub-layers
-
-
-def seconds_for(problem):
-    return lambda cut: costs.Costs().pieces_seconds(cut.pieces(problem), 1)
-
-
-def test_sub_layers_fit_the_room_that_there_is():
-    problem = problem_of(Conv(16, 24, (3, 3, 3)), (0, 0, 0), batch=8, size=(20, 20, 20))
-    how = [GpuConvDirect()], problem
-    seconds = seconds_for(problem)
-    found = split_planner.sub_layers(*how, 1 << 40, seconds)
-    assert seconds(found).all <= seconds(Offloaded(GpuConvDirect(), SubLayer.whole(problem))).all
-    for room in (8 * MIB, 2 * MIB, MIB // 2):
-        found = split_planner.sub_layers(*how, room, seconds)
-        assert room / 8 < found.needs(problem).device_bytes <= room
-    assert split_planner.sub_layers(*how, 100, seconds) is None
-    slower = seconds(split_planner.sub_layers(*how, room, seconds)).all
-    assert split_planner.sub_layers(*how, room, seconds, slower) is None
-
-
-def halves(n):
-    return [n, *halves(-(-n // 2))] if n > 1 else [1]
-
-
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("room", [4 * MIB, MIB, MIB // 4, MIB // 16])
-def test_of_sub_layers_the_fastest_are_found(batch, room):
-    """All that halving leads to are tried, the batch first and space along what is longest."""
-    conv = Conv(8, 12, (3, 3, 3))
-    problem = problem_of(conv, (0, 0, 0), batch=batch, size=(16, 16, 16))
-    seconds = seconds_for(problem)
-    inner = [p for p in candidates(conv, GPU) if not p.library_bytes]
-    sizes = [tuple(sorted(s, reverse=True)) for s in product(*[halves(16)] * 3)]
-    wholly = [(n, 12, 8, (16, 16, 16)) for n in halves(batch)]
-    cut = [(1, *some) for some in product(halves(12), halves(8), sizes)]
-    every = [
-        found
-        for primitive, sub in product(inner, [*wholly, *cut])
-        if (found := Offloaded(primitive, SubLayer(*sub))).refusal(conv) is None
-        and found.needs(problem).device_bytes <= room
-        and max(found.sub.size) <= 2 * min(found.sub.size)
-    ]
-    best = min((seconds(one).all for one in every), default=None)
-    made = split_planner.sub_layers(inner, problem, room, seconds)
-    assert (made and seconds(made).all) == pytest.approx(best)
-    assert made is None or made.needs(problem).device_bytes <= room
-
-
-# ---- plans
 
 
 def few():

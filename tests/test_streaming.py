@@ -35,7 +35,7 @@ from znni_dask.schedule import Schedules
 from znni_dask.slabs import granules_of
 
 
-def in_columns(network, volume, boundary, block, granules, primitives=None):
+def in_columns(network, volume, boundary, block, granules, primitives=None, device=None):
     """The answer in columns of blocks (z, y, x), each made slab by slab; every plane of the volume
     is read once for each."""
     layout = Layout(network, volume.shape[1:], boundary)
@@ -46,7 +46,7 @@ def in_columns(network, volume, boundary, block, granules, primitives=None):
         planes = {node.name: granules for node in network}
     out = np.full((network.out_channels, *layout.output_size), np.nan, np.float32)
     memory = memory_of_all(schedules, Cut(block), planes, 2)
-    with ColumnExecutor(network, chosen, memory, 2) as executor:
+    with ColumnExecutor(network, chosen, memory, 2, device) as executor:
         for box in tiles(layout.output_size, block):
             column = Column.of(schedules, box, planes)
             read = []

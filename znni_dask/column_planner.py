@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from math import inf
@@ -21,6 +21,8 @@ from znni_dask.columns import Branches, Column, thickness_of
 from znni_dask.cut import Cut
 from znni_dask.errors import OptionError
 from znni_dask.geometry import AXES, ceil_divide
+from znni_dask.lent import lent_to
+from znni_dask.machine import GPU_RAM
 from znni_dask.network.layers import ONES, Layer
 from znni_dask.network.turned import can_be_turned
 from znni_dask.pages import Program, copied_bytes, memory_of
@@ -104,7 +106,8 @@ def _along_z(layout: Layout, resources: Resources) -> Plan | None:
         for slabs in _searched(layout, resources, in_flight):
             for count in range(in_flight, 0, -1):
                 reading, needed_bytes = slabs.reading(count)
-                if needed_bytes <= resources.allowed_bytes:
+                need = Need(needed_bytes, slabs.computing.device_bytes)
+                if resources.limit(need).over_bytes <= 0:
                     return slabs.plan(count, reading, needed_bytes)
     return None
 
@@ -156,8 +159,10 @@ def _checked_along_z(layout: Layout, resources: Resources, given: Plan) -> Plan:
     schedules = Schedules(layout, primitives)
     if odd := set(primitives) - set(given.granules):
         raise OptionError(f"the plan does not say how many planes of {sorted(odd)[0]!r} are made")
-    if any(stage.samples > 1 for stage in given.stages):
-        raise OptionError("the plan computes several windows at once, and here are slabs")
+    if len(given.stages) > 1 or any(stage.samples > 1 for stage in given.stages):
+        raise OptionError(
+            "the plan has several stages, or several windows at once, and here are slabs"
+        )
     cut = Cut.of(given)
     if cut.in_column > 1 and (schedules.repeats > 1 or not resources.in_order):
         raise OptionError(
@@ -166,7 +171,7 @@ def _checked_along_z(layout: Layout, resources: Resources, given: Plan) -> Plan:
         )
     slabs = Slabs(resources, schedules, cut, Programs(layout, given.granules))
     reading, needed_bytes = slabs.reading(given.blocks_in_flight)
-    check_room(resources, Need(needed_bytes))
+    check_room(resources, Need(needed_bytes, slabs.computing.device_bytes))
     return slabs.plan(given.blocks_in_flight, reading, needed_bytes)
 
 
@@ -249,12 +254,17 @@ def _tried(
         if not isinstance(step.primitive, FormChange)
     }
     menu = Menu(plain, problems, threads, resources.costs, copied_bytes)
+    if lent := resources.device == GPU_RAM:
+        menu = replace(menu, lent=lent_to(menu, resources.device_bytes))
     for _ in range(_AGAIN):
         if (found := menu.best_within(room)) is None:
             return None
         seconds, primitives = found
         slabs = Slabs(resources, Schedules(layout, primitives), cut, programs)
-        over = slabs.estimated_bytes(in_flight) - resources.allowed_bytes
+        need = slabs.estimated_need(in_flight)
+        over = need.process_bytes - resources.allowed_bytes
+        if lent and not 0 < need.device_bytes <= resources.device_bytes:
+            return None  # there is no room, or nothing is worth the way
         if over <= 0:
             turns = count * sum(task.times for task in program.tasks)
             return _Found(slabs, seconds + turns * TURN_SECONDS)

@@ -160,7 +160,7 @@ def _computed(planned: PlannedPass, schedules: Schedules) -> _Computed:
         slabs = Slabs(resources, schedules, cut, Programs(layout, plan.granules))
         steps, made = slabs.steps(), largest_box(layout, cut.column).size
         beside = _beside(steps, resources, plan.predicted_bytes, 0, [0] * len(steps))
-        return _Computed(steps, made, slabs.computing_bytes, beside)
+        return _Computed(steps, made, slabs.computing.process_bytes, beside)
     if isinstance(laid, WindowGrid):
         sizes, made = laid.layout.sizes, laid.layout.output_size
     else:

@@ -133,19 +133,20 @@ Blocks: TypeAlias = PatchBlocks | ColumnBlocks | WindowBlocks
 def blocks_by(laid: Laid, plan: Plan, column_of: Callable[[Box], Box]) -> Blocks:
     """What computes the blocks of an answer, of which ``column_of`` are made in one go; it holds
     threads and memory, perhaps a device, until it is closed. Raises `DeviceError`."""
-    if plan.granules:
-        assert isinstance(laid, Layout)
-        return ColumnBlocks(laid, plan, column_of)
     with ExitStack() as failing:
         device = None
         if plan.device != CPU:
             device = failing.enter_context(opened(plan.allowed_device_bytes))
-        made = _blocks_of(laid, plan, device)
+        made = _blocks_of(laid, plan, column_of, device)
         failing.pop_all()  # what computes closes it from now on
     return made
 
 
-def _blocks_of(laid: Laid, plan: Plan, device: Device | None) -> Blocks:
+def _blocks_of(
+    laid: Laid, plan: Plan, column_of: Callable[[Box], Box], device: Device | None
+) -> Blocks:
+    if isinstance(laid, Layout) and plan.granules:
+        return ColumnBlocks(laid, plan, column_of, device)
     if isinstance(laid, Layout):
         return PatchBlocks(laid, plan, device)
     (stage,) = plan.stages

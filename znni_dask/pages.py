@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import ceil
 from typing import NamedTuple, cast
 
@@ -23,6 +24,7 @@ from znni_dask.kernels.memory import allocated_bytes, odd_lines
 from znni_dask.network.field_of_view import Interval
 from znni_dask.patches import Layout, spans
 from znni_dask.primitives.base import ITEM_BYTES, Form, Primitive, Problem, Shape
+from znni_dask.primitives.offloaded import Offloading, offloading
 from znni_dask.primitives.planes import takes_planes
 from znni_dask.schedule import Schedules, Step, Stored
 
@@ -63,17 +65,19 @@ class Pages:
 class ColumnMemory:
     """What columns take: pages; arrays in one piece, for what does not take planes that lie
     anywhere; what primitives compute in; a slab of the answer, or all of it where it is made in
-    several passes; and tables of where planes lie."""
+    several passes; and tables of where planes lie. What a device that is ``lent`` needs is beside
+    that."""
 
     pages: Pages
     copies_bytes: int
     workspace_bytes: int
     slab_bytes: int
     table_bytes: int
+    lent: Offloading | None
 
     @property
     def all_bytes(self) -> int:
-        """All of it."""
+        """All of it, but for what a device needs."""
         parts = (self.copies_bytes, self.workspace_bytes, self.slab_bytes)
         return self.pages.all_bytes + sum(map(allocated_bytes, parts)) + self.table_bytes
 
@@ -188,7 +192,8 @@ def memory_of(column: Column, threads: int, program: Program | None = None) -> C
     planes = program.given * spacing if len(column.offsets) == 1 else program.planes
     slab = column.network.out_channels * planes * y * x * ITEM_BYTES
     pages = Pages(tuple(largest), tuple(counts), sizes)
-    return ColumnMemory(pages, copies, workspace, slab, _table_bytes(column, program))
+    lent = offloading((step.primitive, step.problem) for _, step in program.steps(column))
+    return ColumnMemory(pages, copies, workspace, slab, _table_bytes(column, program), lent)
 
 
 def _table_bytes(column: Column, program: Program) -> int:
@@ -247,12 +252,14 @@ def memory_of_all(
         found.append(memory_of(column, threads, program))
     pages = found[0].pages  # of the same sizes in all of them
     counts = [max(most) for most in zip(*(one.pages.counts for one in found), strict=True)]
+    lent = [one.lent for one in found if one.lent]
     return ColumnMemory(
         Pages(pages.nbytes, tuple(counts), pages.sizes),
         max(one.copies_bytes for one in found),
         max(one.workspace_bytes for one in found),
         max(one.slab_bytes for one in found),
         max(one.table_bytes for one in found),
+        reduce(Offloading.or_more, lent) if lent else None,
     )
 
 

@@ -16,7 +16,7 @@ from znni_dask.errors import MemoryLimitError, OptionError, OutputError
 from znni_dask.geometry import Size
 from znni_dask.job import Job, Target
 from znni_dask.journal import in_json, is_unfinished
-from znni_dask.machine import CPU, GPU, SHARED
+from znni_dask.machine import CPU, GPU, GPU_RAM, SHARED
 from znni_dask.network.layers import FULL
 from znni_dask.plan import Alternative, Plan
 from znni_dask.pyramid import Pyramid
@@ -35,6 +35,7 @@ _FOUND = ("measured_error", "statistics")  # what metadata tell that was not ask
 _SMALLER = (0.5, 0.2)  # of the memory of a GPU that a plan takes
 _SEARCHED_SECONDS = 30.0  # of a run: of a shorter one slabs, or two devices, are not tried
 _WORTH_SHARING = 1.05  # times faster
+_OF_SLABS = (CPU, GPU_RAM)  # those who compute them
 _WANTED_BYTES = 2  # of a voxel: whether it is wanted, kept, and once more where that is found out
 
 
@@ -197,8 +198,14 @@ def _for_others(
         found, _ = _fastest(laid, ways, request.patch, slabs=bool(plan.granules))
     except MemoryLimitError:  # more threads need more of it
         return plan
-    columns = found.blocks_in_column, found.axis
-    return found if columns in ((1, 0), (plan.blocks_in_column, plan.axis)) else plan
+    return found if _may_make_blocks_of(plan, found) else plan
+
+
+def _may_make_blocks_of(plan: Plan, other: Plan) -> bool:
+    """Whether blocks in columns of a plan can be made by another one: its columns are the same, or
+    every block is made for itself."""
+    columns = other.blocks_in_column, other.axis
+    return columns in ((1, 0), (plan.blocks_in_column, plan.axis))
 
 
 def _smaller(laid: Laid, resources: Resources, plan: Plan, request: Request) -> tuple[Plan, ...]:
@@ -213,10 +220,11 @@ def _smaller(laid: Laid, resources: Resources, plan: Plan, request: Request) -> 
             device=plan.device,
             device_bytes=int(part * plan.device_bytes),
             allowed_bytes=plan.allowed_bytes,
+            in_order=plan.blocks_in_column > 1,
         )
         with suppress(MemoryLimitError):
-            found.append(plan_for(laid, room, request.patch, slabs=False)[0])
-    return tuple(found)
+            found.append(plan_for(laid, room, request.patch, slabs=bool(plan.granules))[0])
+    return tuple(one for one in found if _may_make_blocks_of(plan, one))
 
 
 def read_by(
@@ -288,27 +296,32 @@ def plan_for(
         return window_planner.search(laid, resources)
     asked = planner.Request(**vars(resources), layout=laid, patch=patch)
     if given is not None:
-        if given.granules and resources.device != CPU:
-            raise OptionError(f"slabs are computed by the CPU alone, not by {resources.device}")
+        if given.granules and resources.device not in _OF_SLABS:
+            raise OptionError(
+                f"slabs are computed by {' or '.join(_OF_SLABS)}, not by {resources.device}"
+            )
         if given.granules:
             return column_planner.checked(laid, resources, given), ()
         return planner.checked(asked, given), ()
-    if resources.device in SHARED:
-        return split_planner.search(asked), ()
+    slabs = slabs and patch is None and resources.device in _OF_SLABS
     try:
-        in_patches, others = planner.search(asked)
+        in_patches, others = _in_patches(asked)
     except MemoryLimitError:
-        slabs = slabs and patch is None and resources.device == CPU
         in_slabs = column_planner.search(laid, resources) if slabs else None
         if in_slabs is None:
             raise
         return in_slabs, ()
-    in_patches_only = not slabs or patch is not None or resources.device != CPU
-    if in_patches_only or not _is_long(in_patches, resources):
+    if not slabs or not _is_long(in_patches, resources):
         return in_patches, others
     plans = in_patches, column_planner.search(laid, resources)
     found = (plan for plan in plans if plan is not None)
     return max(found, key=lambda plan: plan.voxels_per_second), others
+
+
+def _in_patches(asked: planner.Request) -> tuple[Plan, tuple[Alternative, ...]]:
+    if asked.device in SHARED:
+        return split_planner.search(asked), ()
+    return planner.search(asked)
 
 
 def _is_long(plan: Plan, resources: Resources) -> bool:

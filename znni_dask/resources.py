@@ -5,7 +5,7 @@ Both planners share it: of patches and of windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import NamedTuple, TypeVar
@@ -17,7 +17,8 @@ from znni_dask.kernels.memory import allocated_bytes
 from znni_dask.machine import CPU, CPU_GPU, GPU, show_bytes
 from znni_dask.network.network import Network
 from znni_dask.plan import Plan, Reading
-from znni_dask.primitives.base import ITEM_BYTES
+from znni_dask.primitives.base import ITEM_BYTES, Primitive
+from znni_dask.primitives.offloaded import Offloading
 from znni_dask.reading import Reads
 from znni_dask.schedule import Schedules
 from znni_dask.storage.cells import Cells
@@ -252,6 +253,15 @@ def device_need(schedules: Schedules, sizes: Mapping[str, Size], patch: Size) ->
     libraries = sum({type(p): p.process_bytes for p in schedules.primitives.values()}.values())
     held = schedules.prepared_bytes + schedules.arena(sizes).bytes + SLOTS * (given + made)
     return Need(network + slots + libraries, held)
+
+
+def lent_need(lent: Offloading, computing: Iterable[Primitive]) -> Need:
+    """Memory of sub-layers that a device computes for the host by such primitives, their libraries
+    included: of the process, and of the device."""
+    libraries = {type(p): p for p in computing}.values()
+    process = lent.load.host_bytes + sum(p.process_bytes for p in libraries)
+    device = DEVICE_SLACK_BYTES + lent.device_bytes + sum(p.library_bytes for p in libraries)
+    return Need(process, device)
 
 
 def slot_bytes(schedules: Schedules, sizes: Mapping[str, Size], patch: Size) -> tuple[int, int]:

@@ -11,15 +11,13 @@ from typing import NamedTuple
 
 from znni_dask.apart import Apart
 from znni_dask.choices import Work, planned
-from znni_dask.devices.ferry import Load
 from znni_dask.geometry import Size, volume
 from znni_dask.kernels.memory import allocated_bytes
 from znni_dask.machine import CPU, CPU_GPU, GPU, GPU_RAM
 from znni_dask.plan import Stage
-from znni_dask.primitives.base import ITEM_BYTES
-from znni_dask.primitives.offloaded import Offloaded, Offloading, offloading
+from znni_dask.primitives.base import ITEM_BYTES, Primitive
+from znni_dask.primitives.offloaded import Offloading, inner_of, offloading
 from znni_dask.resources import (
-    DEVICE_SLACK_BYTES,
     OVERHEAD_BYTES,
     SLOTS,
     Need,
@@ -28,6 +26,7 @@ from znni_dask.resources import (
     computing_need,
     device_need,
     layers_bytes,
+    lent_need,
     network_bytes,
     slot_bytes,
 )
@@ -159,17 +158,13 @@ def _with_sub_layers(
 ) -> Need:
     """What sub-layers of the ``head`` take that a device computes, and scratch memory and
     libraries, which serve the ``tail``, too, ``beside`` what else is taken."""
-    needed = offloading((step.primitive, step.problem) for step in head.steps(sizes))
-    lent = needed or Offloading(Load(), 0, 0, 0)
-    scratch, aside = lent.scratch, lent.beside
+    lent = offloading((step.primitive, step.problem) for step in head.steps(sizes)) or Offloading()
+    told: set[type[Primitive]] = set()
     if tail is not None:
-        scratch = max(scratch, tail.workspace_bytes(sizes, threads=1))
-        aside = max(aside, tail.workspace_bytes(sizes, threads=1, beside=True))
-    told = {type(p) for p in tail.primitives.values()} if tail is not None else set()
-    inner = (p.inner for p in head.primitives.values() if isinstance(p, Offloaded))
-    libraries = {type(p): p for p in inner if type(p) not in told}.values()
-    device = DEVICE_SLACK_BYTES + lent.load.device_bytes + lent.kernels + scratch + aside
-    device += sum(p.library_bytes for p in libraries)
-    host = resources.baseline_bytes + lent.load.host_bytes
-    host += sum(p.process_bytes for p in libraries)
-    return Need(host + beside.process_bytes, device + beside.device_bytes)
+        scratch = tail.workspace_bytes(sizes, threads=1)
+        aside = tail.workspace_bytes(sizes, threads=1, beside=True)
+        lent = lent.or_more(Offloading(scratch=scratch, beside=aside))
+        told = {type(p) for p in tail.primitives.values()}
+    inner = (p for p in inner_of(head.primitives.values()) if type(p) not in told)
+    host, device = lent_need(lent, inner).plus(resources.baseline_bytes + beside.process_bytes)
+    return Need(host, device + beside.device_bytes)

@@ -16,13 +16,24 @@ from typing import Any
 from znni_dask.columns import Column, period_of, thickness_of
 from znni_dask.cut import Cut
 from znni_dask.geometry import Box, ceil_divide
-from znni_dask.pages import STEADY, Program, across_of, copied_bytes, memory_of, memory_of_all
+from znni_dask.pages import (
+    STEADY,
+    ColumnMemory,
+    Program,
+    across_of,
+    copied_bytes,
+    memory_of,
+    memory_of_all,
+)
 from znni_dask.patches import Layout, largest_box
 from znni_dask.plan import Choice, Plan, Reading, Stage
+from znni_dask.primitives.offloaded import inner_of
 from znni_dask.reading import Reads
 from znni_dask.resources import (
     OVERHEAD_BYTES,
+    Need,
     Resources,
+    lent_need,
     moving_seconds,
     network_bytes,
     shared_reading,
@@ -119,27 +130,30 @@ class Slabs:
         long, *_ = self.cut.column
         return self.programs.of(self.schedules, min(long, self.layout.output_size[0]))
 
-    def estimated_bytes(self, in_flight: int) -> int:
-        """Memory of the process, as far as a few slabs tell."""
+    def estimated_need(self, in_flight: int) -> Need:
+        """Memory that is needed, as far as a few slabs tell."""
         column, program = self._column
         wide = across(column, self.cut)
-        computing = memory_of(wide, self.resources.threads, program).all_bytes
         beside = wanted_bytes(self.programs, self.resources, self.cut, in_flight)
-        return computing + self.schedules.prepared_bytes + beside
+        return self._need(memory_of(wide, self.resources.threads, program)).plus(beside)
 
     @cached_property
-    def computing_bytes(self) -> int:
+    def computing(self) -> Need:
         """Memory of computing."""
         threads = self.resources.threads
-        memory = memory_of_all(self.schedules, self.cut, self.granules, threads)
-        return memory.all_bytes + self.schedules.prepared_bytes
+        return self._need(memory_of_all(self.schedules, self.cut, self.granules, threads))
+
+    def _need(self, memory: ColumnMemory) -> Need:
+        inner = inner_of(self.schedules.primitives.values())
+        lent = lent_need(memory.lent, inner) if memory.lent else Need(0)
+        return lent.plus(memory.all_bytes + self.schedules.prepared_bytes)
 
     def reading(self, in_flight: int) -> tuple[Reading, int]:
         """How so many blocks in flight share what is decoded, and the memory of the process."""
 
         def needed(by_cells: bool) -> int:
             beside = beside_bytes(self.programs, self.resources, self.cut, in_flight, by_cells)
-            return self.computing_bytes + beside
+            return self.computing.process_bytes + beside
 
         resources, cut = self.resources, self.cut
         reads = Reads(self.layout, cut.block, resources.cells, resources.hull, cut.in_column)
@@ -172,7 +186,7 @@ class Slabs:
         return Plan(
             patch=(min(period_of(layout, self.granules), long), y, x),
             block=self.cut.block,
-            stages=(Stage("cpu", choices),),
+            stages=(Stage(resources.device, choices),),
             threads=resources.threads,
             blocks_in_flight=in_flight,
             reading=reading,
@@ -181,6 +195,8 @@ class Slabs:
             flops_per_voxel=flops,
             voxels_per_second=1 / (resources.waiting(self.cut.block) * a_voxel),
             blocks_in_column=self.cut.in_column,
+            device_bytes=self.computing.device_bytes,
+            allowed_device_bytes=resources.device_bytes,
         )
 
 

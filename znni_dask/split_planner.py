@@ -13,7 +13,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from heapq import heappop, heappush
 from math import inf
 
 from znni_dask import planner
@@ -21,19 +20,17 @@ from znni_dask.apart import Apart
 from znni_dask.choices import Menu, Work, choose_primitives
 from znni_dask.errors import MemoryLimitError
 from znni_dask.geometry import Box
+from znni_dask.lent import lent_to
 from znni_dask.machine import CPU, CPU_GPU, GPU, GPU_RAM, show_bytes
-from znni_dask.network.layers import Conv
 from znni_dask.patches import largest_box
 from znni_dask.plan import Plan
 from znni_dask.planner import Fits, Found, Pair, Request
-from znni_dask.primitives.base import DevicePrimitive, Primitive, Problem
-from znni_dask.primitives.offloaded import Offloaded, PiecesSeconds, SubLayer
-from znni_dask.primitives.table import candidates
+from znni_dask.primitives.base import Primitive, Problem
+from znni_dask.primitives.offloaded import Offloaded
 from znni_dask.schedule import Schedules
 from znni_dask.shares import need_of
 from znni_dask.split import Split, joined_at, splits
 
-_LENT = 0.5  # of a GPU's memory, for sub-layers
 _Primitives = Mapping[str, Primitive]
 
 
@@ -191,23 +188,9 @@ class _Shared:
 
     @cached_property
     def _lent(self) -> dict[str, list[Primitive]]:
-        """For every convolution that is worth the way to a GPU the fastest sub-layers there."""
         if self._request.device != GPU_RAM:
             return {}
-        alone, found = self._menu(self.all.host), dict[str, list[Primitive]]()
-        room_bytes = int(_LENT * self._request.device_bytes)
-        for name, seconds in self._seconds(alone).items():
-            problem, _ = alone.problems[name]
-            if not isinstance(problem.layer, Conv):
-                continue
-            inner = [self._device.fastest()[name], *candidates(problem.layer, GPU)]
-            able = [p for p in dict.fromkeys(inner) if isinstance(p, DevicePrimitive)]
-            cut = sub_layers(able, problem, room_bytes, partial(self._pieces, problem), seconds)
-            found[name] = [] if cut is None else [cut]
-        return found
-
-    def _pieces(self, problem: Problem, cut: Offloaded) -> PiecesSeconds:
-        return self._request.costs.pieces_seconds(cut.pieces(problem), self._request.threads)
+        return lent_to(self._menu(self.all.host), self._request.device_bytes)
 
     def _menu(self, plain: Schedules, lent: Mapping[str, list[Primitive]] | None = None) -> Menu:
         request, patches = self._request, self._request.hull.voxels / self._box.voxels
@@ -236,36 +219,3 @@ class _Shared:
 def _fastest(menu: Menu) -> Schedules:
     """Of what is fastest, were there memory enough."""
     return replace(menu.schedules, primitives=menu.fastest())
-
-
-def sub_layers(
-    primitives: list[DevicePrimitive],
-    problem: Problem,
-    room_bytes: int,
-    seconds: Callable[[Offloaded], PiecesSeconds],
-    limit: float = inf,
-) -> Offloaded | None:
-    """The fastest sub-layers that need no more than so much of a device, by one of its primitives,
-    of those that halving leads to. None where none fit, or take less ``seconds`` than the
-    ``limit``. What is cut further takes at least as long (Dijkstra 1959), but for what more pieces
-    do at the same time, so that the search goes on where a first one fits."""
-    reached: set[Offloaded] = set()
-    to_try: list[tuple[float, int, float, Offloaded]] = []
-    best: Offloaded | None = None
-
-    def reach(one: Offloaded) -> None:
-        if one not in reached and one.refusal(problem.layer) is None:
-            reached.add(one)
-            least, whole = seconds(one)
-            heappush(to_try, (least, len(reached), whole, one))
-
-    for primitive in primitives:
-        reach(Offloaded(primitive, SubLayer.whole(problem)))
-    while to_try and to_try[0][0] < limit:
-        _, _, whole, one = heappop(to_try)
-        fits = one.inner.library_bytes + one.needs(problem).device_bytes <= room_bytes
-        if fits and whole < limit:
-            best, limit = one, whole
-        for sub in one.sub.smaller:
-            reach(replace(one, sub=sub))
-    return best

@@ -12,6 +12,7 @@ from znni_dask.choices import chosen_primitives
 from znni_dask.closing import Closing
 from znni_dask.columns import Column
 from znni_dask.cut import Cut
+from znni_dask.devices.base import Device
 from znni_dask.executors.spent import Spent
 from znni_dask.executors.streaming import ColumnExecutor
 from znni_dask.geometry import Box
@@ -31,17 +32,23 @@ class ColumnBlocks(Closing):
 
     A block goes on where the one made before it ended, if that is the one before it in its column,
     ``column_of`` it; else the column is begun anew with it. Inside the axis of columns is z: what
-    comes and goes is turned.
+    comes and goes is turned. A ``device`` may be lent to layers.
     """
 
-    def __init__(self, layout: Layout, plan: Plan, column_of: Callable[[Box], Box]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        plan: Plan,
+        column_of: Callable[[Box], Box],
+        device: Device | None = None,
+    ) -> None:
         self._axis, self._column_of = plan.axis, column_of
         self._layout = layout = layout.turned(plan.axis)
         primitives = chosen_primitives(layout, plan)
         self._cut = Cut.of(plan)
         self._schedules, self._granules = Schedules(layout, primitives), plan.granules
         memory = memory_of_all(self._schedules, self._cut, self._granules, plan.threads)
-        self._executor = ColumnExecutor(layout.network, primitives, memory, plan.threads)
+        self._executor = ColumnExecutor(layout.network, primitives, memory, plan.threads, device)
         self._going: _Going | None = None
 
     def region(self, block: Box, wanted: Wanted | None = None) -> Box:

@@ -27,7 +27,7 @@ from znni_dask.machine import GPU_RAM
 from znni_dask.network.network import Network
 from znni_dask.primitives.base import Array, Form, Primitive, Shape
 from znni_dask.primitives.fragments import recombine
-from znni_dask.primitives.offloaded import offloading
+from znni_dask.primitives.offloaded import Offloading, offloading
 from znni_dask.schedule import Schedule, Schedules, Stored
 
 
@@ -50,7 +50,9 @@ class SerialExecutor(Closing):
         self._seconds: defaultdict[Stored, float] = defaultdict(float)
         self._team = Team(threads)
         self._device = device
-        self._ferry = device and _ferry(device, self._team, schedules, sizes)
+        steps = schedules.steps(sizes) if device else ()
+        lent = offloading((step.primitive, step.problem) for step in steps)
+        self._ferry = device and lent and ferry_to(device, self._team, lent)
         self._prepared = prepared(self.network, schedules.primitives)
         self._places = arena.places
         self._arena = allocate(arena.bytes + SLACK_BYTES)
@@ -113,16 +115,10 @@ class SerialExecutor(Closing):
         return found
 
 
-def _ferry(
-    device: Device, team: Team, schedules: Schedules, sizes: Mapping[str, Size]
-) -> Ferry | None:
-    """To a device that computes sub-layers, with all memory that it will take there; None where it
-    computes none."""
-    needed = offloading((step.primitive, step.problem) for step in schedules.steps(sizes))
-    if needed is None:
-        return None
-    device.scratch(needed.scratch)
-    return Ferry(device, team, needed.load)
+def ferry_to(device: Device, team: Team, lent: Offloading) -> Ferry:
+    """To a device that computes sub-layers, with all memory that it will take there."""
+    device.scratch(lent.scratch)
+    return Ferry(device, team, lent.load)
 
 
 def prepared(network: Network, primitives: Mapping[str, Primitive]) -> dict[str, Any]:

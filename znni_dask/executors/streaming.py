@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 
 from znni_dask.closing import Closing
 from znni_dask.columns import Column, Part, Strand, Turn
-from znni_dask.executors.serial import prepared
+from znni_dask.devices.base import Device
+from znni_dask.executors.serial import ferry_to, prepared
 from znni_dask.executors.spent import Spent
 from znni_dask.geometry import Box, Size, add
 from znni_dask.kernels.direct import SLACK_BYTES
 from znni_dask.kernels.memory import Bytes, allocate, odd_lines
 from znni_dask.kernels.pages import GATHER, SCATTER, pages_library
 from znni_dask.kernels.team import Team
+from znni_dask.machine import GPU_RAM
 from znni_dask.network.field_of_view import Interval
 from znni_dask.network.network import Network
 from znni_dask.pages import ColumnMemory, Pages, shape_of
@@ -35,9 +37,11 @@ Numbers = NDArray[np.int64]
 
 class ColumnExecutor(Closing):
     """Computes columns of one network on the CPU, whose memory is no larger than ``memory``;
-    prepared weights are kept between columns.
+    prepared weights are kept between columns. Some primitives have a ``device`` compute sub-layers
+    of slabs, of which the host keeps all planes.
 
-    Not for use by several threads at once. Use it as a context manager, or `close` it.
+    Not for use by several threads at once. Use it as a context manager, or `close` it, and with it
+    the device.
     """
 
     def __init__(
@@ -46,10 +50,13 @@ class ColumnExecutor(Closing):
         primitives: Mapping[str, Primitive],
         memory: ColumnMemory,
         threads: int,
+        device: Device | None = None,
     ) -> None:
         self.network = network
         self._seconds: defaultdict[Stored, float] = defaultdict(float)
         self._team = Team(threads)
+        self._device = device
+        self._ferry = device and memory.lent and ferry_to(device, self._team, memory.lent)
         self._prepared = prepared(network, primitives)
         self._pool = _Pool(memory.pages)
         self._copies = allocate(memory.copies_bytes + SLACK_BYTES)
@@ -93,7 +100,8 @@ class ColumnExecutor(Closing):
         *inputs, made = run.in_one_piece([*turn.reads, *turn.makes[:1]], len(turn.makes))
         for array, part in zip(inputs, turn.reads, strict=True):
             run.copy(GATHER, (part,), array)
-        primitive.apply(ready, problem, inputs, made, self._team)
+        lent = primitive.device == GPU_RAM
+        primitive.apply(ready, problem, inputs, made, self._ferry if lent else self._team)
         run.copy(SCATTER, turn.makes, made)
 
     def taken(self) -> Spent:
@@ -104,6 +112,9 @@ class ColumnExecutor(Closing):
     def close(self) -> None:
         """End the threads and free the memory."""
         self._team.close()
+        self._ferry = None
+        if self._device is not None:
+            self._device.close()
         self._pool = _Pool(Pages((), (), {}))
         self._copies = self._slab = np.empty(0, np.uint8)
 

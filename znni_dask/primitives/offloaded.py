@@ -114,10 +114,10 @@ class Offloading(NamedTuple):
     """What a device that computes sub-layers must have room for, in bytes: what goes there and
     back, the kernels of a layer, scratch memory, and what is computed in ``beside`` that."""
 
-    load: Load
-    kernels: int
-    scratch: int
-    beside: int
+    load: Load = Load()
+    kernels: int = 0
+    scratch: int = 0
+    beside: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -397,3 +397,8 @@ def offloading(problems: Iterable[tuple[Primitive, Problem]]) -> Offloading | No
     """What a device needs for those that `Offloaded` has it compute; None where there are none."""
     needs = [p.needs(problem) for p, problem in problems if isinstance(p, Offloaded)]
     return reduce(Offloading.or_more, needs) if needs else None
+
+
+def inner_of(primitives: Iterable[Primitive]) -> Iterator[DevicePrimitive]:
+    """What a device computes sub-layers by."""
+    return (p.inner for p in primitives if isinstance(p, Offloaded))
