@@ -39,6 +39,7 @@ bench-full: bench
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/simulation.py --real
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/together.py
+	$(BIN)/python benchmarks/ways.py
 	$(BIN)/python pipelines/study.py
 	$(BIN)/python benchmarks/chart.py
 

@@ -7,9 +7,12 @@ from functools import partial
 
 import pytest
 from distributed import Client
+from held import Held
 
 import cuda_source
+from znni_dask import costs, job, planner, split_planner
 from znni_dask.devices.simulated import SimulatedDevice
+from znni_dask.errors import MemoryLimitError
 
 collect_ignore = ["data"]  # what makes it needs TensorFlow
 
@@ -104,3 +107,28 @@ def client():
         worker_dashboard_address=loopback,
     ) as local:
         yield local
+
+
+@pytest.fixture
+def slabs_alone(monkeypatch):
+    """No plan is made in patches; calling a primitive costs nothing, nor sending it somewhere."""
+
+    def nothing(*_):
+        raise MemoryLimitError("no patches here")
+
+    for module in (planner, split_planner):
+        monkeypatch.setattr(module, "search", nothing)
+    monkeypatch.setattr(costs, "STEP_SECONDS", 0.0)
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Simulated devices that runs open, which may be lost."""
+    opened = []
+
+    def keep(allowed):
+        opened.append(Held(allowed))
+        return opened[-1]
+
+    monkeypatch.setattr(job, "opened", keep)
+    return opened

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_split import HOW, MIB, PLAIN, Held, pooled, simulated, small, stored, wide
+from held import Held
+from test_split import HOW, MIB, PLAIN, pooled, simulated, small, stored, wide
 
 import graphs
 import znni_dask

@@ -165,7 +165,7 @@ def test_a_run_in_slabs_equals_the_oracle_within_its_memory(
     monkeypatch.setattr(planner, "search", nothing)
     ways = column_planner._ways
     some = slice(-1, None) if most_passes else slice(1)
-    monkeypatch.setattr(column_planner, "_ways", lambda layout: ways(layout)[some])
+    monkeypatch.setattr(column_planner, "_ways", lambda *given: ways(*given)[some])
     network = graphs.graph(family, seed)
     values = np.random.default_rng(seed).standard_normal((network.in_channels, 60, 50, 70))
     values = values.astype(np.float32)

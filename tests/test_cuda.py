@@ -8,7 +8,7 @@ import pytest
 
 from cuda_source import ARCHITECTURES, SHARED_BYTES, compiled, emulated
 from znni_dask.kernels.codelets import LONGEST, refusal
-from znni_dask.kernels.cuda import direct, layouts, pooling, weaving
+from znni_dask.kernels.cuda import direct, layouts, paging, pooling, weaving
 from znni_dask.kernels.cuda import tiles as cuda_tiles
 from znni_dask.kernels.cuda.kernel import Kernel
 
@@ -194,6 +194,19 @@ def test_weaving(step, check, check_compiles):
     told = 2, *parts, *size, *step
     check(weaving.WEAVE, weaving.blocks(2, *size), 2, fragments, numbers, out, *told)
     check_compiles(weaving.WEAVE)
+
+
+@pytest.mark.parametrize("area", [1, 250, 700])
+@pytest.mark.parametrize("kernel", [paging.GATHER, paging.SCATTER], ids=lambda kernel: kernel.name)
+def test_paging(kernel, area, check, check_compiles):
+    """Pages are larger than what they hold, and not all are used."""
+    random, told = np.random.default_rng(4), (2, 3, 4, area)
+    step = 3 * area + 17
+    pages, array = filled(random, 11 * step), filled(random, *told)
+    numbers = random.permutation(11)[:8].reshape(2, 4)
+    made = 2 if kernel is paging.GATHER else 0
+    check(kernel, paging.blocks(*told), made, pages, numbers, array, *told, step)
+    check_compiles(kernel)
 
 
 DIRECTS = [

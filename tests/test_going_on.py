@@ -173,7 +173,7 @@ def slabs_alone(monkeypatch):
 
     monkeypatch.setattr(planner, "search", nothing)
     ways = column_planner._ways
-    monkeypatch.setattr(column_planner, "_ways", lambda layout: ways(layout)[:1])
+    monkeypatch.setattr(column_planner, "_ways", lambda *given: ways(*given)[:1])
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ from itertools import product
 
 import numpy as np
 import pytest
-from test_split import MIB, Held, pooled, primitives_of, problem_of, simulated, small, stored, wide
+from test_split import MIB, pooled, primitives_of, problem_of, simulated, small, stored, wide
 from test_streaming import in_columns
 
 import graphs
 import znni_dask
 from test_identity import assert_same, at_once, volume_for
-from znni_dask import costs, job, lent, report, split_planner
+from znni_dask import costs, job, lent, report
 from znni_dask.devices.simulated import SimulatedDevice
-from znni_dask.errors import MemoryLimitError, OptionError, RunError
+from znni_dask.errors import OptionError, RunError
 from znni_dask.machine import GPU
 from znni_dask.network.layers import Conv
 from znni_dask.patches import Layout
@@ -99,30 +99,6 @@ def source(tmp_path):
     return tmp_path / "in.npy"
 
 
-@pytest.fixture
-def slabs_alone(monkeypatch):
-    """No plan is made in patches; the way to a device costs next to nothing."""
-
-    def nothing(*_):
-        raise MemoryLimitError("no patches here")
-
-    monkeypatch.setattr(split_planner, "search", nothing)
-    monkeypatch.setattr(costs, "STEP_SECONDS", 0.0)
-
-
-@pytest.fixture
-def devices(monkeypatch):
-    """Those that runs open."""
-    opened = []
-
-    def keep(allowed):
-        opened.append(Held(allowed))
-        return opened[-1]
-
-    monkeypatch.setattr(job, "opened", keep)
-    return opened
-
-
 @pytest.mark.parametrize("network", [wide, pooled])
 def test_a_run_in_slabs_lent_a_device_makes_what_the_cpu_makes(
     network, source, tmp_path, slabs_alone, devices
@@ -184,12 +160,15 @@ def test_a_device_lost_between_slabs_ends_the_run_which_goes_on(
     np.testing.assert_array_equal(stored(out), stored(tmp_path / "whole.zarr"))
 
 
-def test_slabs_are_no_plan_of_a_gpu_alone(source, tmp_path, slabs_alone, devices):
+def test_slabs_are_no_plan_of_two_stages(source, tmp_path, slabs_alone, devices):
     with simulated("24MiB"):
         made = znni_dask.run(wide(), source, tmp_path / "both.zarr", **HOW)
     (stage,) = made.plan.stages
     for stages, message in [
-        ([replace(stage, device="gpu")], "slabs are computed by cpu or gpu.ram, not by gpu"),
+        (
+            [replace(stage, device="cpu"), replace(stage, device="gpu", choices=())],
+            r"slabs are computed by cpu or gpu or gpu\+ram, not by cpu\+gpu",
+        ),
         ([stage, replace(stage, device="gpu", choices=())], "the plan has several stages"),
     ]:
         odd = replace(made.plan, stages=tuple(stages))

@@ -13,6 +13,7 @@ import dask
 import numpy as np
 import pytest
 import zarr
+from held import Held
 
 import graphs
 import oracle
@@ -337,21 +338,6 @@ def test_sub_layers_before_the_split_and_fragments_behind_it(sub):
 
 
 # ---- at the same time
-
-
-class Held(SimulatedDevice):
-    """A device that computes only when it is let, and may be lost."""
-
-    def __init__(self, allowed_bytes):
-        super().__init__(allowed_bytes)
-        self.free, self.lost = threading.Event(), False
-        self.free.set()
-
-    def copy(self, target, source):
-        self.free.wait()
-        if self.lost:
-            raise DeviceError("the device was lost")
-        super().copy(target, source)
 
 
 def executor_of(network, device, waiting=1, together=4, sub=None):

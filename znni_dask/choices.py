@@ -230,7 +230,7 @@ class Menu:
             takes, makes = p.forms(node.layer, channels)
             copied = self.copied_bytes(p, problem)
             one = self.costs.step_seconds(p, problem, self.threads)
-            one += self.costs.copying_seconds(copied, self.threads)
+            one += self.costs.handing_seconds(p, problem, copied, self.threads)
             options.append(
                 Option(
                     seconds=self.costs.setup_seconds(p, node.layer) + runs * one,

@@ -22,7 +22,7 @@ from znni_dask.cut import Cut
 from znni_dask.errors import OptionError
 from znni_dask.geometry import AXES, ceil_divide
 from znni_dask.lent import lent_to
-from znni_dask.machine import GPU_RAM
+from znni_dask.machine import GPU, GPU_RAM
 from znni_dask.network.layers import ONES, Layer
 from znni_dask.network.turned import can_be_turned
 from znni_dask.pages import Program, copied_bytes, memory_of
@@ -41,6 +41,7 @@ from znni_dask.slabs import (
     computed_voxels,
     granules_of,
     halo_of,
+    on_device,
     times_of,
     typical,
     wanted_bytes,
@@ -114,7 +115,7 @@ def _along_z(layout: Layout, resources: Resources) -> Plan | None:
 
 def _searched(layout: Layout, resources: Resources, in_flight: int) -> list[Slabs]:
     """Those that were tried, and fit as far as a few slabs tell: the fastest first."""
-    ways, thicknesses = _ways(layout), _thicknesses(layout)
+    ways, thicknesses = _ways(layout, resources.device), _thicknesses(layout)
     found: dict[_Place, _Found | None] = {}
 
     def seconds(place: _Place) -> float:
@@ -181,9 +182,12 @@ def _thicknesses(layout: Layout) -> list[int]:
     return [unit * n for n in _THICKNESSES if n == 1 or unit * n <= _THICKEST]
 
 
-def _ways(layout: Layout) -> list[Schedules]:
+def _ways(layout: Layout, device: str) -> list[Schedules]:
     """Those of plain primitives: of all fragments at once, and where the first of them are made in
-    several passes, in ever more of them."""
+    several passes, in ever more of them; by a GPU in one pass alone."""
+    if device == GPU:
+        plain = Schedules(layout, choose_primitives(layout, device=GPU))
+        return [plain] if plain.repeats == 1 else []
     chosen = choose_primitives(layout)
     found = [Schedules(layout, chosen)]
     parting, network = Branches(found[0]).parting, layout.network
@@ -223,7 +227,8 @@ def _tried(
     """The cross-section whose pages take such a share of the memory, with the primitives that are
     fastest there; None where none fits."""
     layout, threads = programs.layout, resources.threads
-    room_bytes = (1 - share) * resources.allowed_bytes
+    on_gpu = resources.device == GPU
+    room_bytes = (1 - share) * (resources.device_bytes if on_gpu else resources.allowed_bytes)
 
     @cache
     def cut_of(section: tuple[int, int]) -> Cut:
@@ -236,9 +241,12 @@ def _tried(
         column, program = programs.of(plain, min(cut.column[0], layout.output_size[0]))
         wide = across(column, cut)
         memory = memory_of(wide, threads, program)
+        left = resources.allowed_bytes - wanted_bytes(programs, resources, cut, in_flight)
+        if on_gpu:
+            process, device = on_device(memory)
+            return wide, program, resources.device_bytes - device if process <= left else 0
         pages = memory.pages.all_bytes + memory.slab_bytes + memory.table_bytes
-        beside = wanted_bytes(programs, resources, cut, in_flight)
-        return wide, program, resources.allowed_bytes - beside - pages
+        return wide, program, left - pages
 
     sections = _sections(layout, resources)
     first = bisect_left(sections, True, key=lambda s: column_of(cut_of(s))[-1] > room_bytes)
@@ -254,7 +262,7 @@ def _tried(
         if not isinstance(step.primitive, FormChange)
     }
     menu = Menu(plain, problems, threads, resources.costs, copied_bytes)
-    if lent := resources.device == GPU_RAM:
+    if resources.device == GPU_RAM:
         menu = replace(menu, lent=lent_to(menu, resources.device_bytes))
     for _ in range(_AGAIN):
         if (found := menu.best_within(room)) is None:
@@ -262,9 +270,11 @@ def _tried(
         seconds, primitives = found
         slabs = Slabs(resources, Schedules(layout, primitives), cut, programs)
         need = slabs.estimated_need(in_flight)
-        over = need.process_bytes - resources.allowed_bytes
-        if lent and not 0 < need.device_bytes <= resources.device_bytes:
-            return None  # there is no room, or nothing is worth the way
+        of_process = need.process_bytes - resources.allowed_bytes
+        of_device = need.device_bytes - resources.device_bytes
+        over, elsewhere = (of_device, of_process) if on_gpu else (of_process, of_device)
+        if elsewhere > 0:
+            return None
         if over <= 0:
             turns = count * sum(task.times for task in program.tasks)
             return _Found(slabs, seconds + turns * TURN_SECONDS)

@@ -10,13 +10,16 @@ from math import log2
 from znni_dask.machine import GPU
 from znni_dask.network.layers import Layer
 from znni_dask.primitives.base import Primitive, Problem
-from znni_dask.primitives.gpu.rates import BUS
+from znni_dask.primitives.gpu.joining import GpuConcatenation
+from znni_dask.primitives.gpu.rates import BUS, LAUNCHES
+from znni_dask.primitives.gpu.rates import MEMORY as OF_GPU
 from znni_dask.primitives.offloaded import PIECE_SECONDS, Offloaded, Pieces, PiecesSeconds
-from znni_dask.primitives.work import MEMORY, READING, TOUCHING, WRITING
+from znni_dask.primitives.work import MEMORY, READING, TOUCHING, WRITING, Work
 from znni_dask.schedule import Step
 from znni_dask.timings import Timings
 
 STEP_SECONDS = 5e-5  # calling a primitive
+COPYING = GpuConcatenation().family  # of what copies on a GPU
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ class Costs:
     def copying_seconds(self, nbytes: int, threads: int) -> float:
         """Seconds to read and write so much memory."""
         return 2 * nbytes / MEMORY.per_second / threads
+
+    def handing_seconds(
+        self, primitive: Primitive, problem: Problem, nbytes: int, threads: int
+    ) -> float:
+        """Seconds to copy so much that a primitive is handed instead of its arrays, or makes."""
+        if primitive.device != GPU:
+            return self.copying_seconds(nbytes, threads)
+        copying = Work({OF_GPU: 2 * nbytes, LAUNCHES: 1 + len(problem.inputs)}).seconds(1)
+        return self.timings.ratio(COPYING, 1, primitive.features(problem)) * copying
 
     def bus_seconds(self, nbytes: int) -> float:
         """Seconds to copy so much to a device, or back."""

@@ -159,8 +159,11 @@ def _computed(planned: PlannedPass, schedules: Schedules) -> _Computed:
         cut = Cut.of(plan)
         slabs = Slabs(resources, schedules, cut, Programs(layout, plan.granules))
         steps, made = slabs.steps(), largest_box(layout, cut.column).size
-        beside = _beside(steps, resources, plan.predicted_bytes, 0, [0] * len(steps))
-        return _Computed(steps, made, slabs.computing.process_bytes, beside)
+        process, device = slabs.computing
+        on_gpu = resources.device == GPU
+        whole = plan.device_bytes if on_gpu else plan.predicted_bytes
+        beside = _beside(steps, resources, whole, 0, [0] * len(steps))
+        return _Computed(steps, made, device if on_gpu else process, beside)
     if isinstance(laid, WindowGrid):
         sizes, made = laid.layout.sizes, laid.layout.output_size
     else:

@@ -261,7 +261,8 @@ class BlockMaker(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
 
             with spans.of("reading"):
                 behind = Behind.of(time, blocks.ahead(block, region), read)
-            at_once = SLOTS if job.plans[kind].ends_on_gpu else 1
+            plan = job.plans[kind]
+            at_once = SLOTS if plan.ends_on_gpu and not plan.granules else 1
             with self._computing.through(turn, at_once), spans.of("computing"):
                 blocks.make(block, behind, take, wanted)
             del behind  # it makes room for what writing takes

@@ -55,8 +55,13 @@ class Pages:
     sizes: Mapping[Stored, int]
 
     @property
+    def held_bytes(self) -> int:
+        """What they hold."""
+        return sum(count * n for count, n in zip(self.counts, self.nbytes, strict=True))
+
+    @property
     def all_bytes(self) -> int:
-        """All of them."""
+        """What the host takes for all of them."""
         both = zip(self.counts, self.nbytes, strict=True)
         return sum(allocated_bytes(count * nbytes) for count, nbytes in both)
 
@@ -66,7 +71,8 @@ class ColumnMemory:
     """What columns take: pages; arrays in one piece, for what does not take planes that lie
     anywhere; what primitives compute in; a slab of the answer, or all of it where it is made in
     several passes; and tables of where planes lie. What a device that is ``lent`` needs is beside
-    that."""
+    that. Planes that are loaded at once take ``loaded_bytes``; of what primitives compute in
+    ``beside_bytes`` are beside the scratch memory of a device."""
 
     pages: Pages
     copies_bytes: int
@@ -74,6 +80,8 @@ class ColumnMemory:
     slab_bytes: int
     table_bytes: int
     lent: Offloading | None
+    loaded_bytes: int
+    beside_bytes: int
 
     @property
     def all_bytes(self) -> int:
@@ -181,10 +189,11 @@ def memory_of(column: Column, threads: int, program: Program | None = None) -> C
     counts = [int(program.held[:, which == n].sum(axis=1).max()) for n in range(len(largest))]
     ends = (column.source, program.loaded), (column.answer, program.given)
     copies = max(array.form.nbytes(shape_of(column, array, n, 1)) for array, n in ends)
-    workspace = 0
+    workspace = beside = 0
     for _, step in program.steps(column):
         forms = step.operation.inputs[0].form, step.operation.output.form
-        workspace = max(workspace, step.primitive.workspace_bytes(step.problem, threads))
+        own = step.primitive.workspace_bytes(step.problem, threads)
+        workspace, beside = max(workspace, own), max(beside, own * step.primitive.beside)
         copies = max(copies, copied_bytes(step.primitive, step.problem, forms))
     _, y, x = column.output.size
     spacing = column.schedules.layout.fragments[0]
@@ -193,7 +202,9 @@ def memory_of(column: Column, threads: int, program: Program | None = None) -> C
     slab = column.network.out_channels * planes * y * x * ITEM_BYTES
     pages = Pages(tuple(largest), tuple(counts), sizes)
     lent = offloading((step.primitive, step.problem) for _, step in program.steps(column))
-    return ColumnMemory(pages, copies, workspace, slab, _table_bytes(column, program), lent)
+    tables = _table_bytes(column, program)
+    loaded = column.source.form.nbytes(shape_of(column, column.source, program.loaded, 1))
+    return ColumnMemory(pages, copies, workspace, slab, tables, lent, loaded, beside)
 
 
 def _table_bytes(column: Column, program: Program) -> int:
@@ -260,6 +271,8 @@ def memory_of_all(
         max(one.slab_bytes for one in found),
         max(one.table_bytes for one in found),
         reduce(Offloading.or_more, lent) if lent else None,
+        max(one.loaded_bytes for one in found),
+        max(one.beside_bytes for one in found),
     )
 
 

@@ -35,7 +35,7 @@ _FOUND = ("measured_error", "statistics")  # what metadata tell that was not ask
 _SMALLER = (0.5, 0.2)  # of the memory of a GPU that a plan takes
 _SEARCHED_SECONDS = 30.0  # of a run: of a shorter one slabs, or two devices, are not tried
 _WORTH_SHARING = 1.05  # times faster
-_OF_SLABS = (CPU, GPU_RAM)  # those who compute them
+_OF_SLABS = (CPU, GPU, GPU_RAM)  # those who compute them
 _WANTED_BYTES = 2  # of a voxel: whether it is wanted, kept, and once more where that is found out
 
 

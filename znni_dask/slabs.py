@@ -16,6 +16,7 @@ from typing import Any
 from znni_dask.columns import Column, period_of, thickness_of
 from znni_dask.cut import Cut
 from znni_dask.geometry import Box, ceil_divide
+from znni_dask.machine import GPU
 from znni_dask.pages import (
     STEADY,
     ColumnMemory,
@@ -30,7 +31,9 @@ from znni_dask.plan import Choice, Plan, Reading, Stage
 from znni_dask.primitives.offloaded import inner_of
 from znni_dask.reading import Reads
 from znni_dask.resources import (
+    DEVICE_SLACK_BYTES,
     OVERHEAD_BYTES,
+    SLOTS,
     Need,
     Resources,
     lent_need,
@@ -144,9 +147,14 @@ class Slabs:
         return self._need(memory_of_all(self.schedules, self.cut, self.granules, threads))
 
     def _need(self, memory: ColumnMemory) -> Need:
-        inner = inner_of(self.schedules.primitives.values())
-        lent = lent_need(memory.lent, inner) if memory.lent else Need(0)
-        return lent.plus(memory.all_bytes + self.schedules.prepared_bytes)
+        primitives, kept = self.schedules.primitives.values(), self.schedules.prepared_bytes
+        if self.resources.device == GPU:
+            libraries = {type(p): p.process_bytes for p in primitives}
+            beside, device = on_device(memory)
+            device += memory.copies_bytes + memory.workspace_bytes + memory.beside_bytes
+            return Need(beside + sum(libraries.values()), device + kept)
+        lent = lent_need(memory.lent, inner_of(primitives)) if memory.lent else Need(0)
+        return lent.plus(memory.all_bytes + kept)
 
     def reading(self, in_flight: int) -> tuple[Reading, int]:
         """How so many blocks in flight share what is decoded, and the memory of the process."""
@@ -170,14 +178,15 @@ class Slabs:
             primitive, times = step.primitive, share * task.times
             one = costs.step_seconds(primitive, step.problem, resources.threads)
             copied = copied_bytes(primitive, step.problem)
-            one += costs.copying_seconds(copied, resources.threads) + TURN_SECONDS
+            one += costs.handing_seconds(primitive, step.problem, copied, resources.threads)
+            one += TURN_SECONDS
             seconds[step.operation.node.name] += times * one
             flops += times * primitive.flops(step.problem)
         primitives = self.schedules.primitives
-        once = costs.touching_seconds(needed_bytes - resources.baseline_bytes)
+        once = resources.touching_seconds(needed_bytes)
         once += sum(costs.setup_seconds(p, layout.network[n].layer) for n, p in primitives.items())
         moved = moving_seconds(layout, resources, reading.amplification, 1)
-        a_voxel = sum(seconds.values()) + moved + once / resources.hull.voxels
+        a_voxel = resources.together(sum(seconds.values()), moved) + once / resources.hull.voxels
         long, y, x = (min(b, n) for b, n in zip(self.cut.column, layout.output_size, strict=True))
         choices = tuple(
             Choice(name, primitive.name, seconds[name], self.granules[name])
@@ -232,6 +241,13 @@ def wanted_bytes(programs: Programs, resources: Resources, cut: Cut, in_flight: 
     little = kept <= _LITTLE * resources.allowed_bytes
     beside = beside_bytes(programs, resources, cut, in_flight, by_cells=little)
     return beside + kept * little
+
+
+def on_device(memory: ColumnMemory) -> Need:
+    """Memory that columns take on a device, and of the process, but for what primitives keep and
+    compute in."""
+    ends = SLOTS * (memory.loaded_bytes + memory.slab_bytes)
+    return Need(memory.table_bytes + ends, DEVICE_SLACK_BYTES + memory.pages.held_bytes + ends)
 
 
 def times_of(layout: Layout, resources: Resources, cut: Cut) -> float:

@@ -4,6 +4,7 @@ made slab by slab."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 
@@ -13,9 +14,11 @@ from znni_dask.closing import Closing
 from znni_dask.columns import Column
 from znni_dask.cut import Cut
 from znni_dask.devices.base import Device
+from znni_dask.executors.device_columns import DeviceColumnExecutor
 from znni_dask.executors.spent import Spent
 from znni_dask.executors.streaming import ColumnExecutor
 from znni_dask.geometry import Box
+from znni_dask.machine import GPU
 from znni_dask.network.field_of_view import Interval
 from znni_dask.pages import memory_of_all
 from znni_dask.patches import Layout
@@ -25,6 +28,7 @@ from znni_dask.schedule import Schedules
 from znni_dask.selection import Wanted
 
 Take = Callable[[Box, Array], None]
+_Executor: TypeAlias = ColumnExecutor | DeviceColumnExecutor
 
 
 class ColumnBlocks(Closing):
@@ -48,7 +52,12 @@ class ColumnBlocks(Closing):
         self._cut = Cut.of(plan)
         self._schedules, self._granules = Schedules(layout, primitives), plan.granules
         memory = memory_of_all(self._schedules, self._cut, self._granules, plan.threads)
-        self._executor = ColumnExecutor(layout.network, primitives, memory, plan.threads, device)
+        how = layout.network, primitives, memory
+        self._executor: _Executor
+        if device is not None and plan.device == GPU:
+            self._executor = DeviceColumnExecutor(*how, device)
+        else:
+            self._executor = ColumnExecutor(*how, plan.threads, device)
         self._going: _Going | None = None
 
     def region(self, block: Box, wanted: Wanted | None = None) -> Box:
@@ -93,9 +102,12 @@ class _Going:
     """A column that is being made, as far as blocks asked for it. Planes that were not read
     beforehand are read ``at_once``, so many."""
 
-    def __init__(self, executor: ColumnExecutor, column: Column, time: int, at_once: int) -> None:
+    def __init__(self, executor: _Executor, column: Column, time: int, at_once: int) -> None:
         self._column, self._time, self._at_once = column, time, at_once
-        self._slabs = executor.slabs(column, self._read)
+        if isinstance(executor, DeviceColumnExecutor):
+            self._slabs = executor.slabs(column, self._read, self._is_at_hand)
+        else:
+            self._slabs = executor.slabs(column, self._read)
         self._slab: tuple[Box, Array] | None = None  # of which a part is not taken yet
         self._at = column.output.start[0]
         self._behind: Behind | None = None
@@ -133,6 +145,13 @@ class _Going:
             found.append(values[:, at - box.start[0] : end - box.start[0]])
             at = end
         return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
+
+    def _is_at_hand(self, planes: Interval) -> bool:
+        """Whether planes were read beforehand, for the block that is being made."""
+        behind, first = self._behind, self._column.input.start[0]
+        assert behind is not None
+        start, stop = behind.box.start[0] - first, behind.box.stop[0] - first
+        return start <= planes[0] and planes[1] <= stop
 
     def _holding(self, plane: int) -> tuple[Box, Values]:
         """A box of planes with this one, and its values. Some were not read beforehand: where a

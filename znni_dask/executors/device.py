@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.closing import Closing
-from znni_dask.devices.base import Device, Lane, Mark
+from znni_dask.devices.base import Device, Mark
+from znni_dask.executors.lanes import Clock
 from znni_dask.executors.serial import SerialExecutor
 from znni_dask.executors.spent import Spent
 from znni_dask.geometry import Size, add
@@ -46,7 +46,7 @@ class DeviceExecutor(Closing):
         self.network, self._device = network, device
         self._seconds: defaultdict[Stored, float] = defaultdict(float)
         self._spans: list[Span] = []
-        self._lock, self._clock = threading.Lock(), _Clock(device)
+        self._lock, self._clock = threading.Lock(), Clock(device)
         self._placed: dict[str, Any] = placed(network, schedules.primitives, device)
         self._places = arena.places
         self._arena = device.empty(arena.bytes)
@@ -71,9 +71,11 @@ class DeviceExecutor(Closing):
                 sample[...] = volume[:, z, y, x]
             made, answer = slot.made((len(outs), *outs[0].shape))
             marks: list[tuple[Stored, Mark, Mark]] = []
-            sent = self._do("up", partial(self._device.copy, there, given))
-            computed = self._do("compute", partial(self._compute, todo, there, made, marks), sent)
-            back = self._do("down", partial(self._device.copy, answer, made), computed)
+            do, copy = self._clock.do, self._device.copy
+            sent = do("up", partial(copy, there, given))
+            work = partial(self._compute, todo, there, made, marks)
+            computed = do("compute", work, [sent.end])
+            back = do("down", partial(copy, answer, made), [computed.end])
             back.end.wait()
             for out, sample in zip(outs, answer, strict=True):
                 out[...] = sample
@@ -84,17 +86,6 @@ class DeviceExecutor(Closing):
             self._spans.extend(spans)
             for array, begin, end in marks:
                 self._seconds[array] += end.seconds_since(begin)
-
-    def _do(self, lane: str, work: Callable[[], object], after: _Done | None = None) -> _Done:
-        """Have a lane do something, after what another has done."""
-        found: Lane = getattr(self._device.lanes, lane)
-        begin: list[Mark] = []
-
-        def timed() -> None:
-            begin.append(found.mark())
-            work()
-
-        return _Done(lane, begin, found.do(timed, [after.end] if after else []))
 
     def _compute(
         self, todo: Schedule, given: Any, made: Any, marks: list[tuple[Stored, Mark, Mark]]
@@ -139,29 +130,6 @@ class DeviceExecutor(Closing):
 
     def _view(self, array: Stored, shape: Shape) -> Any:
         return floats(self._arena[self._places[array] :], shape)
-
-
-class _Done(NamedTuple):
-    """Something that a lane was asked for: its begin, which is there once it has begun, and end."""
-
-    lane: str
-    begin: list[Mark]
-    end: Mark
-
-
-class _Clock:
-    """Tells when marks of a device are passed."""
-
-    def __init__(self, device: Device) -> None:
-        self._zero = device.lanes.compute.do(lambda: None)
-        self._zero.wait()
-        self._time = time.time()
-
-    def span(self, done: _Done) -> Span:
-        """When something was done that is done."""
-        (begin,), end = done.begin, done.end
-        start = self._time + begin.seconds_since(self._zero)
-        return Span(f"device, {done.lane}", done.lane, start, end.seconds_since(begin))
 
 
 class _Slot:
