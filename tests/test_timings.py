@@ -18,6 +18,9 @@ from znni_dask.patches import Layout
 from znni_dask.primitives.base import Problem
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
+from znni_dask.primitives.gpu.conv_direct import GpuConvDirect
+from znni_dask.primitives.gpu.joining import GpuConcatenation
+from znni_dask.primitives.gpu.rates import MEMORY
 from znni_dask.schedule import Schedules
 from znni_dask.timings import Timing, Timings
 
@@ -125,6 +128,19 @@ def test_the_way_to_a_device_is_measured(monkeypatch):
     assert costs.timings.tell_of("gpu")
     for nbytes in (1 << 20, 1 << 24):
         assert costs.bus_seconds(nbytes) >= nbytes / 1e9 > Costs().bus_seconds(nbytes)
+
+
+def test_copies_in_one_piece_are_as_slow_as_those_that_were_measured():
+    """Whatever they are for: of convolutions more is told than of what copies."""
+    primitive, problem = GpuConvDirect(), conv_problem(16)
+    features = GpuConcatenation().features(problem)
+    slow = Timings(tuple(Timing(GpuConcatenation().family, 1, features, r) for r in (9.0, 11.0)))
+    plain, nbytes = Costs().handing_seconds(primitive, problem, 1 << 24, 1), 1 << 24
+    assert plain >= 2 * nbytes / MEMORY.per_second
+    found = Costs(slow).handing_seconds(primitive, problem, nbytes, 1)
+    assert 9 * plain < found < 11.01 * plain
+    on_cpu = Costs(slow).handing_seconds(ConvDirectBlocked(), problem, nbytes, 2)
+    assert on_cpu == Costs().copying_seconds(nbytes, 2)
 
 
 def test_timings_are_kept_for_this_machine_alone(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from znni_dask.schedule import Step
 from znni_dask.timings import Timings
 
 STEP_SECONDS = 5e-5  # calling a primitive
-COPYING = GpuConcatenation().family  # of what copies on a GPU
+_COPY = GpuConcatenation()  # which does nothing else
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Costs:
         if primitive.device != GPU:
             return self.copying_seconds(nbytes, threads)
         copying = Work({OF_GPU: 2 * nbytes, LAUNCHES: 1 + len(problem.inputs)}).seconds(1)
-        return self.timings.ratio(COPYING, 1, primitive.features(problem)) * copying
+        return self.timings.ratio(_COPY.family, 1, _COPY.features(problem)) * copying
 
     def bus_seconds(self, nbytes: int) -> float:
         """Seconds to copy so much to a device, or back."""
