@@ -221,6 +221,35 @@ def sublayers(result: Row) -> Iterator[Line]:
         yield [row["cut"], rate, *seconds, f"{row['ratio']:.2f}"]
 
 
+def ways(result: Row) -> Iterator[Line]:
+    """Every way to use a GPU that computes nothing: what was planned, and what was made."""
+    yield ["network", "of the GPU's memory", "by", "how", "planned, voxels/s", "made", "of planned"]
+    for row in result["rows"]:
+        if "refused" in row:
+            yield [row["network"], *_part(row), row["way"], "refused", "–", "–", "–"]
+            continue
+        made = row.get("voxels_per_second")
+        told = [f"{made:,.0f}", f"{made / row['predicted_voxels_per_second']:.2f}"] if made else []
+        planned = f"{row['predicted_voxels_per_second']:,.0f}"
+        yield [row["network"], *_part(row), row["way"], _how(row), planned, *(told or ["–", "–"])]
+
+
+def _part(row: Row) -> Line:
+    return ["all" if row["share"] == 1 else f"1/{row['share']}"]
+
+
+def _how(row: Row) -> str:
+    """What the plan of one of the ways is."""
+    who = f"{row['device']}: " if row["way"] == "auto" else ""
+    if row["apart"]:
+        return f"{who}patches by either"
+    first, *rest = row["stages"]
+    lent = sum("sub-layers" in primitive for primitive in first.values())
+    found = "slabs" if row["slabs"] else "patches"
+    found += f", {lent} layers lent" if lent else ""
+    return f"{who}{found}, split behind {[*first][-1]}" if rest else f"{who}{found}"
+
+
 TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
     "sizes": sizes,
     "layers": layers,
@@ -235,6 +264,7 @@ TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
     "simulation": simulation,
     "pipeline": pipeline,
     "sublayers": sublayers,
+    "ways": ways,
 }
 
 

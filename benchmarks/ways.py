@@ -82,9 +82,10 @@ class IdleDevice(SimulatedDevice):
     )
 
     def launch(self, kernel: Kernel, blocks: int, *arguments: Any) -> None:
-        """As long as memory takes what it reads and writes."""
-        arrays = (a for a in arguments if isinstance(a, np.ndarray))
-        self.spend(sum(array.nbytes for array in arrays) / MEMORY.per_second)
+        """As long as memory takes to be read and written, by kernels that only copy: of the arrays
+        that they are told of the smaller one."""
+        arrays = (a for a in arguments if isinstance(a, np.ndarray) and a.dtype == np.float32)
+        self.spend(2 * min(array.nbytes for array in arrays) / MEMORY.per_second)
 
     @staticmethod
     def spend(seconds: float) -> None:

@@ -277,7 +277,9 @@ def problem_of(layer, primitive, batch, channels, size, box):
 
 
 def inputs_of(layer, count, random, batch=2):
-    wide = next((n for n in (getattr(layer, "in_channels", 0), getattr(layer, "width", 0)) if n), 4)
+    few = 3 if isinstance(layer, layers.MaxPool | layers.AveragePool) else 4  # in either form
+    told = getattr(layer, "in_channels", 0), getattr(layer, "width", 0), few
+    wide = next(n for n in told if n)
     narrow = isinstance(layer, layers.Arithmetic)
     channels = [1 if narrow and i == 1 else wide for i in range(count)]
     arrays = [random.standard_normal((batch, c, *SIZE)).astype(np.float32) for c in channels]

@@ -30,6 +30,7 @@ from znni_dask.primitives.work import LOOPS, MEMORY, Work
 _STRIP_BYTES = 1 << 19  # of the rows that one strip of outputs reads again in the next plane
 _LEAST_STRIP = 8  # rows: those of windows that reach beyond a strip are combined twice
 _AHEAD_BYTES = 8192  # which is how far ahead rows are fetched at least
+_FEW = 3  # channels
 _NONE = np.ones(1, np.float32)
 _PADDED = "fragments cannot pad: a padded pooling keeps its own grid"
 
@@ -189,7 +190,10 @@ class _Pooling(OfPlanes):
         return form is Form.BLOCKED
 
     def forms(self, layer: Layer, channels: Sequence[int]) -> tuple[Form | None, Form | None]:
-        return None, None
+        """In blocks, but of so few channels that most of a block would be empty: voxel by voxel
+        they take ten times as long, more than changes of form."""
+        form = None if max(channels) <= _FEW else Form.BLOCKED
+        return form, form
 
     def flops(self, problem: Problem) -> int:
         return pooling_flops(problem)
