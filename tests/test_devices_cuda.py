@@ -9,6 +9,7 @@ import cupy_words
 import dask
 import numpy as np
 import pytest
+from test_device_columns import in_slabs
 
 import graphs
 from test_identity import assert_same, at_once, in_patches, volume_for
@@ -41,6 +42,17 @@ def test_patches_equal_the_oracle(family, seed, imagined):
     volume = volume_for(network, seed)
     with CudaDevice(256 * MIB) as device:
         got = in_patches(network, volume, "reflect", (16, 18, 20), device=device)
+    assert_same(got, at_once(network, volume, "reflect"))
+    assert device._pool.freed
+
+
+@pytest.mark.parametrize(("family", "seed"), [("chain", 0), ("unet", 2)])
+def test_slabs_equal_the_oracle(family, seed, imagined):
+    imagined()
+    network = graphs.graph(family, seed)
+    volume = volume_for(network, seed)
+    with CudaDevice(256 * MIB) as device:
+        got = in_slabs(network, volume, "reflect", (99, 24, 32), 3, device)
     assert_same(got, at_once(network, volume, "reflect"))
     assert device._pool.freed
 

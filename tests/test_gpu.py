@@ -14,6 +14,7 @@ import pytest
 import zarr
 from test_cuda import (  # noqa: F401 - collected here, with the fixtures below
     test_lines_of_every_length_are_transformed,
+    test_paging,
     test_pooling,
     test_tiles_are_transformed,
     test_tiles_are_transformed_back,
@@ -25,6 +26,7 @@ from test_cuda_values import (  # noqa: F401
     test_values_are_fetched,
     test_values_are_interpolated,
 )
+from test_device_columns import in_slabs
 from test_devices import (  # noqa: F401
     same_size,
     test_threads_that_ask_at_once_get_their_own_answers,
@@ -390,6 +392,15 @@ def test_patches_of_every_graph_equal_the_oracle(family, seed):
 
 
 @pytest.mark.parametrize("name", ["tiled", "whole fft", "cudnn"])
+@pytest.mark.parametrize(("family", "seed"), [("chain", 0), ("unet", 2), ("residual", 1)])
+def test_slabs_equal_the_oracle(family, seed):
+    network = graphs.graph(family, seed)
+    volume = volume_for(network)
+    with CudaDevice(1 << 30) as device:
+        got = in_slabs(network, volume, "reflect", (99, 24, 32), 3, device)
+    assert_same(got, at_once(network, volume, "reflect"))
+
+
 @pytest.mark.parametrize(("family", "seed"), [("chain", 1), ("unet", 2), ("residual", 1)])
 def test_patches_by_every_convolution_equal_the_oracle(family, seed, name):
     network = graphs.graph(family, seed)
