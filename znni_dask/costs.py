@@ -90,5 +90,7 @@ def bus_features(nbytes: int) -> tuple[float, ...]:
 
 
 def model_seconds(primitive: Primitive, problem: Problem, threads: int) -> float:
-    """Seconds of one step on the machine that `work.Rate` tells of."""
-    return STEP_SECONDS + primitive.work(problem, threads).seconds(threads)
+    """Seconds of one step on the machine that `work.Rate` tells of. What a device does is asked for
+    while it does what comes before."""
+    calling = 0.0 if primitive.device == GPU else STEP_SECONDS
+    return calling + primitive.work(problem, threads).seconds(threads)
