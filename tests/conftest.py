@@ -118,7 +118,8 @@ def slabs_alone(monkeypatch):
 
     for module in (planner, split_planner):
         monkeypatch.setattr(module, "search", nothing)
-    monkeypatch.setattr(costs, "STEP_SECONDS", 0.0)
+    for name in ("STEP_SECONDS", "PIECE_SECONDS"):
+        monkeypatch.setattr(costs, name, 0.0)
 
 
 @pytest.fixture
