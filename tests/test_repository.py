@@ -52,9 +52,8 @@ STAIRS = [
         "options",
     ),
     *("executors", "window_planner", "split_planner", "column_planner", "slabs", "planner"),
-    *("shares", "resources", "reading"),
+    *("lent", "shares", "resources", "reading"),
     *(
-        "lent",
         "choices",
         "split",
         "apart",

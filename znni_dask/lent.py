@@ -17,6 +17,7 @@ from znni_dask.primitives.base import DevicePrimitive, Primitive, Problem
 from znni_dask.primitives.gpu.conv_fft_tiles import gpu_tiles
 from znni_dask.primitives.offloaded import Offloaded, PiecesSeconds, SubLayer
 from znni_dask.primitives.table import candidates
+from znni_dask.resources import DEVICE_SLACK_BYTES
 
 _SHARE = 0.5  # of a GPU's memory, for the sub-layers of one layer
 
@@ -25,6 +26,7 @@ def lent_to(host: Menu, device_bytes: int) -> dict[str, list[Primitive]]:
     """For every convolution of the ``host`` that is worth the way to a GPU, which has so much
     memory, the fastest sub-layers there."""
     costs, threads, found = host.costs, host.threads, dict[str, list[Primitive]]()
+    room_bytes = int(_SHARE * (device_bytes - DEVICE_SLACK_BYTES))
 
     def seconds(problem: Problem, cut: Offloaded) -> PiecesSeconds:
         return costs.pieces_seconds(cut.pieces(problem), threads)
@@ -36,8 +38,9 @@ def lent_to(host: Menu, device_bytes: int) -> dict[str, list[Primitive]]:
         step_seconds = partial(costs.step_seconds, problem=problem, threads=threads)
         inner = [p for p in candidates(problem.layer, GPU) if isinstance(p, DevicePrimitive)]
         inner += sorted(gpu_tiles(problem), key=step_seconds)[:1]
-        limit, room_bytes = step_seconds(primitive), int(_SHARE * device_bytes)
-        cut = sub_layers(inner, problem, room_bytes, partial(seconds, problem), limit)
+        cut = sub_layers(
+            inner, problem, room_bytes, partial(seconds, problem), step_seconds(primitive)
+        )
         found[name] = [] if cut is None else [cut]
     return found
 

@@ -116,9 +116,12 @@ class SerialExecutor(Closing):
 
 
 def ferry_to(device: Device, team: Team, lent: Offloading) -> Ferry:
-    """To a device that computes sub-layers, with all memory that it will take there."""
+    """To a device that computes sub-layers, with all memory that it will take there. Raises
+    `DeviceError` where there is no room."""
     device.scratch(lent.scratch)
-    return Ferry(device, team, lent.load)
+    ferry = Ferry(device, team, lent.load)
+    device.empty(lent.kernels)  # given back at once, to the device's pool, which keeps it for them
+    return ferry
 
 
 def prepared(network: Network, primitives: Mapping[str, Primitive]) -> dict[str, Any]:
