@@ -50,7 +50,8 @@ from znni_dask.slabs import (
 _THICKNESSES = (1, 2, 4, 8)  # of slabs, in fragments or alignments
 _THICKEST = 128  # voxels
 _THIN = (2, 4, 8, 16, 32)  # voxels of the volume that layers at full resolution make at once
-_SHARES = (1.0, 0.85, 0.7)  # of the memory that pages take at most
+_SHARES = (1.0, 0.85, 0.7, 0.55)  # of the memory that pages take at most
+_FIRST_SHARES = (0.85, 0.7)
 _AGAIN = 3  # times that primitives are chosen for one, within less memory each time
 _LONGEST, _WIDEST = 16, 32  # blocks, in chunks
 _LESS_TWICE = 1.05  # times, along another axis, for which that is tried, too
@@ -118,11 +119,14 @@ def _searched(layout: Layout, resources: Resources, in_flight: int) -> list[Slab
     ways, thicknesses = _ways(layout, resources.device), _thicknesses(layout)
     found: dict[_Place, _Found | None] = {}
 
+    @cache
+    def programs(thickness: int, thin: int) -> Programs:
+        return Programs(layout, granules_of(layout, thickness, thin))
+
     def seconds(place: _Place) -> float:
         if place not in found:
-            programs = Programs(layout, granules_of(layout, place.thickness, place.thin))
-            way = ways[place.way]
-            found[place] = _tried(resources, way, programs, place.share, in_flight)
+            made = programs(place.thickness, place.thin)
+            found[place] = _tried(resources, ways[place.way], made, place.share, in_flight)
         one = found[place]
         return inf if one is None else one.seconds
 
@@ -130,7 +134,10 @@ def _searched(layout: Layout, resources: Resources, in_flight: int) -> list[Slab
         return _climb(seconds, start, [start._replace(thickness=n) for n in thicknesses])
 
     middle = thicknesses[len(thicknesses) // 2]
-    starts = [_Place(way, middle, thin=4, share=0.85) for way in range(len(ways))]
+    starts = [
+        min((_Place(way, middle, thin=4, share=share) for share in _FIRST_SHARES), key=seconds)
+        for way in range(len(ways))
+    ]
     best = min(map(climbed, starts), key=seconds)
     best = min(best, climbed(best._replace(thin=16)), key=seconds)
     best = _climb(seconds, best, [best._replace(thin=n) for n in _THIN])
