@@ -38,6 +38,7 @@ bench-full: bench
 	$(BIN)/python benchmarks/feeding.py
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/simulation.py --real
+	$(BIN)/python benchmarks/cluster.py
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python benchmarks/together.py
 	$(BIN)/python benchmarks/ways.py
 	$(BIN)/python pipelines/study.py

@@ -193,6 +193,19 @@ def simulation(result: Row) -> Iterator[Line]:
         yield [str(row["workers"]), row["case"], *counts, *times, row["limits"]]
 
 
+def cluster(result: Row) -> Iterator[Line]:
+    """What is made through dask, over what bare loops make."""
+    yield ["by", "cores each", "a block takes", "voxels/s in bare loops", "voxels/s", "of that"]
+    for row in result["rows"]:
+        rates = row.get("voxels_per_second", {})
+        for way, share in row.get("of_the_loop", {}).items():
+            if way != "loop":
+                seconds = f"{row['block_seconds']:.1f} s"
+                each = str(row["threads"])
+                both = f"{rates['loop']:,.0f}", f"{rates[way]:,.0f}"
+                yield [f"`{way}`", each, seconds, *both, f"{share:.3f}"]
+
+
 def _plan(found: Row) -> Line:
     """What it makes at once, the memory that it took, its rate (about, where the machine gave more
     or less meanwhile), and that over the one predicted for what the machine gave."""
@@ -262,6 +275,7 @@ TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
     "streaming": streaming,
     "study": study,
     "simulation": simulation,
+    "cluster": cluster,
     "pipeline": pipeline,
     "sublayers": sublayers,
     "ways": ways,

@@ -138,6 +138,7 @@ def compared(name: str, edge: int) -> dict[str, Any]:
     return {
         "name": name,
         "edge": edge,
+        "threads": chosen.threads,
         "block": chosen.block,
         "blocks": first["blocks"],
         "block_seconds": edge**3 / first["blocks"] / rates["loop"] * loops,

@@ -44,6 +44,7 @@ from znni_dask.patches import Layout
 from znni_dask.patchwise import WindowExecutor
 from znni_dask.planner import Request, plan
 from znni_dask.primitives.base import Array, Shape
+from znni_dask.primitives.forms import FormChange
 from znni_dask.schedule import Schedules
 from znni_dask.windows import WholeWindow
 
@@ -173,6 +174,8 @@ def layers_by_torch(network: Network, made: int, team: Team) -> Iterator[tuple[s
     layout = Layout(network, (1024,) * 3, "valid")
     patch = Box((0, 0, 0), (made,) * 3)
     for step in Schedules(layout, choose_primitives(layout)).schedule(patch).steps:
+        if isinstance(step.primitive, FormChange):
+            continue  # of this project's own
         problem, node = step.problem, step.operation.node
         layer = node.layer
         batch, channels, edge, *_ = problem.inputs[0]

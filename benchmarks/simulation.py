@@ -51,6 +51,7 @@ CASES = (
     Case("16 alike", (Group(16, 1.0),), 300, 3),
     Case("32 alike", (Group(32, 1.5),), 400, 3),
     Case("few blocks", (Group(16, 3.0),), 40, 3),
+    Case("1 : 4", (Group(1, 0.4), Group(1, 0.1)), 200),
     Case("quick and slow", (Group(8, 1.6), Group(8, 0.4)), 400),
     Case("some come later", (Group(8, 0.6), Group(8, 0.6, 8.0)), 400),
     Case("reading limits", (Group(16, 0.4),), 400, 3, read_seconds=0.05),
