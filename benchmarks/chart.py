@@ -153,7 +153,10 @@ def streaming(result: Row) -> Iterator[Line]:
         *("network", "within", "slabs", "memory", "voxels/s", "of predicted", "products"),
         *("patches", "memory", "voxels/s", "times", "times PyTorch"),
     ]
-    for row in result["rows"]:
+    networks = [*dict.fromkeys(row["network"] for row in result["rows"])]
+    for row in sorted(
+        result["rows"], key=lambda r: (networks.index(r["network"]), int(r["limit"][:-2]))
+    ):
         told = [_plan(row.get(way, {})) for way in ("slabs", "patches")]
         products = _number(row["slabs"].get("products_over_least"))
         times = [_number(_times(row, other)) for other in ("patches", "torch")]
@@ -178,6 +181,45 @@ def study(result: Row) -> Iterator[Line]:
             shown = f"{predicted:,.0f}" if predicted >= 1 else f"{predicted:.1g}"
             size = "·".join(map(str, found["patch"]))
             yield [name, algorithm, size, *_plan(found)[1:3], shown]
+
+
+def planning(result: Row) -> Iterator[Line]:
+    """Voxels a second over those predicted, for every network within every limit; and for how many
+    they are within a fifth, of those that ran on a machine that was steady."""
+    limits = [*dict.fromkeys(row["limit"] for row in result["rows"])]
+    yield ["network", *limits]
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    good: dict[str, list[bool]] = {limit: [] for limit in limits}
+    for row in result["rows"]:
+        told = "refused" if "refused" in row else "–"
+        if "seconds" in row:
+            ratio = row["voxels_per_second"] / row["predicted_voxels_per_second"] / row["rate"]
+            told = f"{'≈ ' if 'unsteady' in row else ''}{ratio:.2f}"
+            if "unsteady" not in row:
+                good[row["limit"]].append(abs(ratio - 1) <= 0.2)
+        found[row["network"]][row["limit"]] = told
+    for network, cells in found.items():
+        yield [network, *(cells.get(limit, "–") for limit in limits)]
+    yield ["within a fifth", *(f"{sum(one)} of {len(one)}" for one in good.values())]
+
+
+def promise(result: Row) -> Iterator[Line]:
+    """How many cases ended how, and what they took of what was allowed, and predicted."""
+    yield ["", "cases", "of them 8 blocks or more", "peak over predicted", "over allowed"]
+    kept = [row for row in result["rows"] if "peak_bytes" in row]
+    for name in ("kept", "refused", "died"):
+        count = str(result["ends"].get(name, 0))
+        if name != "kept":
+            yield [name, count, "–", "–", "–"]
+            continue
+        shares = (
+            sorted(row["peak_bytes"] / row[key] for row in kept)
+            for key in ("predicted_bytes", "allowed_bytes")
+        )
+        spans = (
+            f"{one[0]:.2f} to {one[-1]:.2f}, median {one[len(one) // 2]:.2f}" for one in shares
+        )
+        yield [name, count, str(result["many_blocks"]), *spans]
 
 
 def simulation(result: Row) -> Iterator[Line]:
@@ -274,6 +316,8 @@ TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
     "complete": complete,
     "streaming": streaming,
     "study": study,
+    "planning": planning,
+    "promise": promise,
     "simulation": simulation,
     "cluster": cluster,
     "pipeline": pipeline,

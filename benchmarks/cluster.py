@@ -39,8 +39,9 @@ from znni_dask.importers.to_onnx import save
 from znni_dask.job import BlockMaker
 from znni_dask.kernels.team import Team
 from znni_dask.kernels.warm import compile_kernels
-from znni_dask.machine import allowed_bytes, anonymous_bytes, cores
+from znni_dask.machine import anonymous_bytes, cores
 from znni_dask.network.build import Builder
+from znni_dask.options import allowed_bytes
 from znni_dask.passes import create_outputs
 from znni_dask.plan import Plan
 from znni_dask.storage.urls import location

@@ -76,11 +76,11 @@ def measure(kind: str, folder: Path, size: int, memory: str) -> dict[str, object
         **said,
         "peak_bytes_from_outside": int(used.max()),
         "peak_bytes_of_tenths": tenths,
-        "samples": [[round(s, 1), int(u)] for s, u in _thinned(seconds, used)],
+        "samples": [[round(s, 1), int(u)] for s, u in thinned(seconds, used)],
     }
 
 
-def _thinned(seconds: np.ndarray, used: np.ndarray, count: int = 300) -> list[tuple[float, int]]:
+def thinned(seconds: np.ndarray, used: np.ndarray, count: int = 300) -> list[tuple[float, int]]:
     """At most so many samples: of each part the largest."""
     parts = np.array_split(np.arange(len(used)), min(count, len(used)))
     return [(float(seconds[i]), int(used[i])) for i in (p[used[p].argmax()] for p in parts)]

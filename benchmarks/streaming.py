@@ -9,8 +9,8 @@ process of its own. Reading and writing do not count. Runs count only between tw
 machine's rate that agree within 10 %; the machine is measured anew for every network, so that what
 is predicted is of the same hour. The result is kept under `benchmarks/results/`.
 
-``products_over_least`` are the products of spectra of a column over those of the best cubic tiles,
-if nothing were computed but the answer.
+``products_over_least`` are the products of spectra of slabs in the middle of a column over those of
+the best cubic tiles, if nothing were computed but the answer.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from znni_dask.machine import MemoryMeter, anonymous_bytes, cores, parse_bytes
 from znni_dask.network.chains import PAPER_NETWORKS
 from znni_dask.network.field_of_view import Interval
 from znni_dask.network.rewrites import simplify
-from znni_dask.pages import memory_of_all
+from znni_dask.pages import STEADY, memory_of_all
 from znni_dask.patches import Layout, largest_box
 from znni_dask.plan import Plan
 from znni_dask.primitives.base import Problem
 from znni_dask.primitives.conv_fft_tiles import PRODUCTS, ConvTiledFFT
 from znni_dask.resources import Resources
 from znni_dask.schedule import Schedules
-from znni_dask.slabs import Programs, Slabs
+from znni_dask.slabs import Programs, across, typical
 
 LIMITS = ("2GB", "4GB", "12GB")
 SIZE, SIZE_OF_OTHERS = (1024, 1024, 1024), (512, 512, 512)
@@ -95,7 +95,7 @@ def one(name: str, limit: str, threads: int, way: str) -> dict[str, Any]:
         "voxels_per_second": 1 / seconds,
         "predicted_voxels_per_second": 1 / computing,
         "flops_per_voxel": plan.flops_per_voxel,
-        "products_over_least": products_over_least(layout, resources, plan),
+        "products_over_least": products_over_least(layout, plan),
         "peak_bytes": meter.peak_bytes,
         "predicted_bytes": plan.predicted_bytes,
     }
@@ -148,16 +148,18 @@ def in_slabs(layout: Layout, plan: Plan) -> float:
     return passes * median(b - a for a, b in pairwise(ends[BEFORE:])) / voxels
 
 
-def products_over_least(layout: Layout, resources: Resources, plan: Plan) -> float | None:
+def products_over_least(layout: Layout, plan: Plan) -> float | None:
     """Of a plan in slabs; None of others, and where nothing is computed in tiles."""
     if not plan.granules:
         return None
     schedules = Schedules(layout, chosen_primitives(layout, plan))
-    cut = Cut.of(plan)
-    slabs = Slabs(resources, schedules, cut, Programs(layout, plan.granules))
-    made = prod(largest_box(layout, cut.column).size)
+    period, cut = period_of(layout, plan.granules), Cut.of(plan)
+    column, program = Programs(layout, plan.granules).of(schedules, STEADY * period)
+    both = zip(program.tasks, program.steady, strict=True)
+    program = replace(program, tasks=tuple(task._replace(times=times) for task, times in both))
+    made = period * prod(largest_box(layout, cut.block).size[1:])
     done = least = 0.0
-    for step, times in slabs.steps():
+    for step, times in typical(across(column, cut), program):
         if isinstance(step.primitive, ConvTiledFFT):
             done += times * step.primitive.work(step.problem, 1).amount(PRODUCTS) / made
             spacing = prod(layout.network.spacing[step.operation.node.name])

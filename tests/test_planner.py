@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 from xml.etree import ElementTree
@@ -15,7 +16,7 @@ from znni_dask.choices import choose_primitives, chosen_primitives
 from znni_dask.costs import Costs
 from znni_dask.errors import MemoryLimitError, OptionError
 from znni_dask.geometry import Box, tiles, volume
-from znni_dask.machine import GPU
+from znni_dask.machine import GPU, parse_bytes
 from znni_dask.network.build import Builder
 from znni_dask.network.chains import n337
 from znni_dask.patches import Layout, patches_of, spans
@@ -78,7 +79,8 @@ def test_one_byte_less_than_the_smallest_plan_is_refused():
         plan(request(network, allowed=1 << 20))
     text = str(found.value)
     assert "largest layer" in text
-    assert "allow at least" in text
+    least = re.search(r"allow at least (\S+ \S+),", text)[1]
+    assert plan(request(network, allowed=parse_bytes(least.replace(" ", ""))))
     tight = request(network, allowed=8 << 30, patch=(16, 16, 16))
     needed = _smallest(tight)
     assert plan(replace(tight, allowed_bytes=needed)).predicted_bytes == needed

@@ -18,6 +18,7 @@ from typing import Any
 
 import dask
 from distributed import Client, LocalCluster
+from distributed.security import Security
 
 from znni_dask.devices.opening import AUTO, Found, Wanted, gpu_of
 from znni_dask.errors import MemoryLimitError, OptionError
@@ -311,6 +312,12 @@ def connected(
 
 def _client_of(address: str) -> Client:
     try:
+        keys = Security().get_connection_args("client")["ssl_context"]
+        if address.startswith("tls://") and keys is None:
+            raise OptionError(
+                f"no scheduler answers at {address}: it is encrypted, and dask is configured with "
+                "no certificate and key (distributed.comm.tls, or DASK_DISTRIBUTED__COMM__TLS__…)"
+            )
         return Client(address, set_as_default=False)
     except (OSError, ValueError) as error:
         raise OptionError(f"no scheduler answers at {address}: {error}") from None

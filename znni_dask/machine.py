@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from math import ceil
 from pathlib import Path
 
 import psutil
@@ -168,14 +169,17 @@ def parse_bytes(size: str | float) -> int:
     return int(value)
 
 
-def show_bytes(value: float) -> str:
-    """A size for people, in binary units.
+def show_bytes(value: float, enough: bool = False) -> str:
+    """A size for people, in binary units; rounded up where it is to be ``enough``.
 
     >>> show_bytes(3 << 20), show_bytes(1.5 * 2**30), show_bytes(2**50)
     ('3 MiB', '1.50 GiB', '1024.00 TiB')
+    >>> show_bytes((3 << 20) + 1, enough=True), show_bytes(1.501 * 2**30, enough=True)
+    ('4 MiB', '1.51 GiB')
     """
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
-            return f"{value:.0f} {unit}"
+            return f"{ceil(value) if enough else value:.0f} {unit}"
         value /= 1024
-    return f"{value:.2f} GiB" if value < 1024 else f"{value / 1024:.2f} TiB"
+    value, unit = (value, "GiB") if value < 1024 else (value / 1024, "TiB")
+    return f"{ceil(100 * value) / 100 if enough else value:.2f} {unit}"

@@ -401,7 +401,8 @@ def _refusal(fits: Fits, sizes: list[Pair]) -> str:
     )
     layer = schedules.largest_layer(schedules.sizes(largest_box(request.layout, patch)))
     limit = request.limit(predicted_need(request, schedules, block, patch, 1))
-    remedy = f"allow at least {show_bytes(limit.needed_bytes)}{limit.where}"
+    needed = show_bytes(limit.needed_bytes, enough=True)
+    remedy = f"allow at least {needed}{limit.where}"
     if request.patch is not None:
         remedy += ", or a smaller patch"
     elif volume(request.unit) > 32**3:
@@ -410,6 +411,6 @@ def _refusal(fits: Fits, sizes: list[Pair]) -> str:
     return (
         f"no plan fits {show_bytes(limit.allowed_bytes)}{limit.where}: the smallest patch "
         f"(output {text(patch)}, in blocks of {text(block)}) needs "
-        f"{show_bytes(limit.needed_bytes)}{'' if limit.where else used}; its largest layer is "
+        f"{needed}{'' if limit.where else used}; its largest layer is "
         f"{layer!r} ({request.layout.network[layer].layer.kind}). To go on, {remedy}"
     )

@@ -62,11 +62,11 @@ def plan(layouts: Sequence[OutputLayout], used_bytes: int, allowed_bytes: int) -
         needed = used_bytes + in_flight * per_block
         if needed <= allowed_bytes or not per_block:
             return Pyramid(in_flight, needed)
+    block = f"{show_bytes(per_block)} for a block of {text(_block(layouts[0], 1))}"
     raise MemoryLimitError(
-        f"the coarser levels of the output need {show_bytes(needed)}, {show_bytes(allowed_bytes)} "
-        f"are allowed: {show_bytes(per_block)} for a block of {text(_block(layouts[0], 1))}. To go "
-        "on, allow at least so much, choose smaller chunks or shards, or leave the levels out "
-        "(pyramid=False, --no-pyramid)"
+        f"the coarser levels of the output need {show_bytes(needed, enough=True)}, "
+        f"{show_bytes(allowed_bytes)} are allowed: {block}. To go on, allow at least so much, "
+        "choose smaller chunks or shards, or leave the levels out (pyramid=False, --no-pyramid)"
     )
 
 

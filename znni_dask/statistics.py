@@ -102,10 +102,10 @@ def _in_flight(source: Volume, means: Means) -> tuple[int, int]:
     base, allowed_bytes = means.baseline_bytes + OVERHEAD_BYTES + 2 * tables, means.allowed_bytes
     fitting = min((allowed_bytes - base) // each, MOST_BLOCKS_IN_FLIGHT)
     if fitting < 1:
+        needed = show_bytes(base + each, enough=True)
         raise MemoryLimitError(
             f"the statistics of {source.path} are taken in boxes of {text(box)} voxels, which need "
-            f"{show_bytes(base + each)}, {show_bytes(allowed_bytes)} are allowed: allow at least "
-            f"{show_bytes(base + each)}"
+            f"{needed}, {show_bytes(allowed_bytes)} are allowed: allow at least {needed}"
         )
     return fitting, base + fitting * each
 

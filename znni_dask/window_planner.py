@@ -240,12 +240,13 @@ def _best(
 def _refusal(grid: WindowGrid, plain: _Way, resources: Resources, smallest: _Candidate) -> str:
     limit = resources.limit(_predicted_need(grid, plain, resources, smallest, 1, False))
     layer = plain.schedules.largest_layer(grid.layout.sizes)
+    needed = show_bytes(limit.needed_bytes, enough=True)
     return (
-        f"windows of {text(grid.window)} need {show_bytes(limit.needed_bytes)}{limit.where}, "
+        f"windows of {text(grid.window)} need {needed}{limit.where}, "
         f"{show_bytes(limit.allowed_bytes)} are allowed; the largest layer is {layer!r} "
         f"({grid.network[layer].layer.kind}); a block of {text(smallest.block)} reads "
-        f"{text(smallest.region)} voxels. To go on, allow at least "
-        f"{show_bytes(limit.needed_bytes)}, or choose smaller windows or chunks"
+        f"{text(smallest.region)} voxels. To go on, allow at least {needed}, or choose smaller "
+        "windows or chunks"
     )
 
 

@@ -1,0 +1,99 @@
+"""Connections to a cluster: encrypted ones, and workers that fall silent."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import ExitStack
+from subprocess import Popen
+
+import dask
+import distributed
+import numpy as np
+import pytest
+import zarr
+from distributed import Client, LocalCluster
+from distributed.security import Security
+
+import graphs
+import znni_dask
+from test_identity import assert_same, at_once
+from znni_dask.errors import OptionError
+from znni_dask.importers.to_onnx import to_onnx
+
+LOOPBACK = "127.0.0.1:0"
+HOW = {"chunks": 16, "patch": 16, "memory": "8GiB"}
+
+
+@pytest.fixture
+def files(tmp_path):
+    network = graphs.graph("chain", 1)
+    values = np.random.default_rng(0).standard_normal((network.in_channels, 40, 40, 40))
+    values = values.astype(np.float32)
+    zarr.create_array(tmp_path / "in.zarr", data=values, chunks=(1, 16, 16, 16))
+    (tmp_path / "network.onnx").write_bytes(to_onnx(network).SerializeToString())
+    places = [str(tmp_path / name) for name in ("network.onnx", "in.zarr", "out.zarr")]
+    return places, at_once(network, values, "reflect")
+
+
+def local(workers, **how):
+    return LocalCluster(
+        n_workers=workers,
+        threads_per_worker=2,
+        dashboard_address=LOOPBACK,
+        worker_dashboard_address=LOOPBACK,
+        memory_limit=0,
+        **how,
+    )
+
+
+def test_an_encrypted_cluster_is_reached_as_dask_is_configured(files):
+    places, want = files
+    keys = Security.temporary()
+    client = keys.get_tls_config_for_role("client")
+    tls = "distributed.comm.tls"
+    told = {
+        f"{tls}.ca-file": client["ca_file"],
+        f"{tls}.client.cert": client["cert"],
+        f"{tls}.client.key": client["key"],
+    }
+    with local(1, processes=False, protocol="tls://", security=keys) as cluster:
+        address = cluster.scheduler_address
+        assert address.startswith("tls://")
+        with dask.config.set(told):
+            znni_dask.run(*places, client=address, **HOW)
+        assert_same(np.asarray(zarr.open_group(places[2], mode="r")["0"]).reshape(want.shape), want)
+        with pytest.raises(OptionError, match=r"tls://.* it is encrypted, .* no certificate"):
+            znni_dask.run(*places[:2], places[2] + ".2", client=address, **HOW)
+
+
+def test_what_a_silent_worker_had_goes_to_others(files, monkeypatch):
+    """One that is cut off, say: neither it nor its connection tells of it, and it writes on when it
+    is back."""
+    places, want = files
+    monkeypatch.setattr(distributed.scheduler, "heartbeat_interval", lambda _: 0.1)
+    with (
+        dask.config.set({"distributed.scheduler.worker-ttl": "1s"}),
+        local(0, protocol="tcp://") as cluster,
+        Client(cluster, set_as_default=False) as client,
+        ExitStack() as stack,
+    ):
+        command = [sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address]
+        options = ["--no-nanny", "--no-dashboard", "--nthreads", "2"]
+        begun = [stack.enter_context(Popen([*command, *options])) for _ in range(2)]
+        client.wait_for_workers(2)
+        silent, left = begun
+
+        def fall_silent(done, total):
+            if done > total / 3:
+                silent.send_signal(signal.SIGSTOP)
+
+        try:
+            made = znni_dask.run(*places, client=client, progress=fall_silent, **HOW)
+            assert made.blocks == 27
+            assert len(cluster.scheduler.workers) == 1
+        finally:
+            silent.send_signal(signal.SIGCONT)
+            left.terminate()
+        silent.wait(30)
+    assert_same(np.asarray(zarr.open_group(places[2], mode="r")["0"]).reshape(want.shape), want)
