@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import psutil
 import zarr
-from memory import ROOT, thinned
 
 from machine import keep
+from memory import ROOT, thinned
 from znni_dask.importers.to_onnx import save
 from znni_dask.machine import anonymous_bytes, parse_bytes
 from znni_dask.network.build import Builder

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
+import zarr
 from distributed import Client
-from held import Held
 
 import cuda_source
+import graphs
+from held import Held
+from test_identity import at_once
 from znni_dask import costs, job, planner, split_planner
 from znni_dask.devices.simulated import SimulatedDevice
 from znni_dask.errors import MemoryLimitError
+from znni_dask.importers.to_onnx import to_onnx
 
 collect_ignore = ["data"]  # what makes it needs TensorFlow
 
@@ -133,3 +138,15 @@ def devices(monkeypatch):
 
     monkeypatch.setattr(job, "opened", keep)
     return opened
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A network, a volume and a place for the answer; and the answer."""
+    network = graphs.graph("chain", 1)
+    values = np.random.default_rng(0).standard_normal((network.in_channels, 40, 40, 40))
+    values = values.astype(np.float32)
+    zarr.create_array(tmp_path / "in.zarr", data=values, chunks=(1, 16, 16, 16))
+    (tmp_path / "network.onnx").write_bytes(to_onnx(network).SerializeToString())
+    places = [str(tmp_path / name) for name in ("network.onnx", "in.zarr", "out.zarr")]
+    return places, at_once(network, values, "reflect")

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from held import Held
 from test_split import HOW, MIB, PLAIN, pooled, simulated, small, stored, wide
 
 import graphs
 import znni_dask
+from held import Held
 from test_identity import assert_same, at_once, extended, in_patches, volume_for
 from znni_dask import forecast, job, report, split_planner
 from znni_dask.apart import Apart

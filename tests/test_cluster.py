@@ -19,10 +19,9 @@ import pytest
 import zarr
 from distributed import Client, LocalCluster, get_worker
 
-import graphs
 import znni_dask
 from kills import failing_after
-from test_identity import assert_same, at_once
+from test_identity import assert_same
 from znni_dask import cluster as cluster_module
 from znni_dask import costs, feeding, passes, tasks
 from znni_dask import worker as worker_module
@@ -30,7 +29,6 @@ from znni_dask.cli import main
 from znni_dask.cluster import Cluster, Crew, Means, connected, share
 from znni_dask.errors import DeviceError, MemoryLimitError, OptionError, RunError
 from znni_dask.feeding import Work, feed
-from znni_dask.importers.to_onnx import to_onnx
 from znni_dask.job import BlockMaker
 from znni_dask.machine import anonymous_bytes
 
@@ -53,17 +51,6 @@ def two():
     """Two workers in this process."""
     with local(2) as cluster, Client(cluster, set_as_default=False) as client:
         yield Cluster(client)
-
-
-@pytest.fixture
-def files(tmp_path):
-    network = graphs.graph("chain", 1)
-    values = np.random.default_rng(0).standard_normal((network.in_channels, 40, 40, 40))
-    values = values.astype(np.float32)
-    zarr.create_array(tmp_path / "in.zarr", data=values, chunks=(1, 16, 16, 16))
-    (tmp_path / "network.onnx").write_bytes(to_onnx(network).SerializeToString())
-    places = [str(tmp_path / name) for name in ("network.onnx", "in.zarr", "out.zarr")]
-    return places, at_once(network, values, "reflect")
 
 
 def stored(path):

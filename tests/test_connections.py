@@ -9,42 +9,16 @@ from subprocess import Popen
 
 import dask
 import distributed
-import numpy as np
 import pytest
-import zarr
-from distributed import Client, LocalCluster
+from distributed import Client
 from distributed.security import Security
 
-import graphs
 import znni_dask
-from test_identity import assert_same, at_once
+from test_cluster import local, stored
+from test_identity import assert_same
 from znni_dask.errors import OptionError
-from znni_dask.importers.to_onnx import to_onnx
 
-LOOPBACK = "127.0.0.1:0"
 HOW = {"chunks": 16, "patch": 16, "memory": "8GiB"}
-
-
-@pytest.fixture
-def files(tmp_path):
-    network = graphs.graph("chain", 1)
-    values = np.random.default_rng(0).standard_normal((network.in_channels, 40, 40, 40))
-    values = values.astype(np.float32)
-    zarr.create_array(tmp_path / "in.zarr", data=values, chunks=(1, 16, 16, 16))
-    (tmp_path / "network.onnx").write_bytes(to_onnx(network).SerializeToString())
-    places = [str(tmp_path / name) for name in ("network.onnx", "in.zarr", "out.zarr")]
-    return places, at_once(network, values, "reflect")
-
-
-def local(workers, **how):
-    return LocalCluster(
-        n_workers=workers,
-        threads_per_worker=2,
-        dashboard_address=LOOPBACK,
-        worker_dashboard_address=LOOPBACK,
-        memory_limit=0,
-        **how,
-    )
 
 
 def test_an_encrypted_cluster_is_reached_as_dask_is_configured(files):
@@ -62,7 +36,7 @@ def test_an_encrypted_cluster_is_reached_as_dask_is_configured(files):
         assert address.startswith("tls://")
         with dask.config.set(told):
             znni_dask.run(*places, client=address, **HOW)
-        assert_same(np.asarray(zarr.open_group(places[2], mode="r")["0"]).reshape(want.shape), want)
+        assert_same(stored(places[2]), want)
         with pytest.raises(OptionError, match=r"tls://.* it is encrypted, .* no certificate"):
             znni_dask.run(*places[:2], places[2] + ".2", client=address, **HOW)
 
@@ -96,4 +70,4 @@ def test_what_a_silent_worker_had_goes_to_others(files, monkeypatch):
             silent.send_signal(signal.SIGCONT)
             left.terminate()
         silent.wait(30)
-    assert_same(np.asarray(zarr.open_group(places[2], mode="r")["0"]).reshape(want.shape), want)
+    assert_same(stored(places[2]), want)

@@ -13,11 +13,11 @@ import dask
 import numpy as np
 import pytest
 import zarr
-from held import Held
 
 import graphs
 import oracle
 import znni_dask
+from held import Held
 from test_identity import assert_same, at_once, extended, in_patches, volume_for
 from znni_dask import Builder, costs, forecast, job, report, split_planner
 from znni_dask.choices import choose_primitives
