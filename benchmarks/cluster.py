@@ -1,10 +1,11 @@
 """What a run costs beside its blocks: a paper's network through dask, and in bare loops.
 
-    python benchmarks/cluster.py [--only NAME] [--edge 256]
+    python benchmarks/cluster.py [--only NAME] [--edge 192]
 
 *one*: all cores make the blocks of a volume, reading and writing them: in a loop without dask, by
 `znni_dask.run` in its own process, and by a worker that it starts. *two*: a process for every core,
-each in such a loop with its share of the blocks, and as many workers of one thread. What is
+each in such a loop with its share of the blocks, and as many workers of one thread, in patches, so
+that there are blocks enough to share. What is
 compared is what is made in a second, from the first block to the last; a round counts only between
 two probes of the machine's rate that agree within 10 %. *reading*: how often two workers together
 decode the voxels of a large volume, through caches of 1 GiB each, where the network sees far. The
@@ -49,19 +50,32 @@ from znni_dask.storage.urls import location
 KEPT_AS = "cluster"
 NETWORK = "n337"
 MEMORY = "6GiB"  # of all processes
-AGREE, ROUNDS, TRIES = 0.1, 3, 6
-HOW: Options = {"dtype": "uint8", "pyramid": False, "chunks": 64}
+AGREE, ROUNDS, TRIES = 0.1, 5, 9
+HOW: dict[str, Options] = {
+    "one": {"dtype": "uint8", "pyramid": False, "chunks": 64},
+    "two": {"dtype": "uint8", "pyramid": False, "chunks": 96, "patch": 96},
+    "reading": {"dtype": "uint8", "pyramid": False, "chunks": 128, "memory": "12GiB"},
+}
 FAR = 80  # voxels that a network sees beyond a block whose reading is counted
 CACHE_BYTES = 1 << 30
 
 
-def looped(volume: str, output: str, plan: Plan, part: int, parts: int) -> dict[str, Any]:
+def planned(name: str, plan: Plan) -> Options:
+    """How what is so called is made by a plan."""
+    how = HOW[name].copy()
+    how.pop("patch", None)
+    return how | {"plan": [plan]}
+
+
+def looped(
+    name: str, volume: str, output: str, plan: Plan, part: int, parts: int
+) -> dict[str, Any]:
     """Make one of so many parts of the blocks without dask, as soon as a line is read."""
-    found = asked(NETWORK, volume, plan=[plan], **HOW)
+    found = asked(NETWORK, volume, **planned(name, plan))
     compile_kernels()
     means = Means(plan.threads, allowed_bytes(MEMORY), anonymous_bytes())
-    planned = plan_all(found, Crew.of({"here": means}))
-    (ready,) = create_outputs(found.application, planned, found.request, location(output), False)
+    made = plan_all(found, Crew.of({"here": means}))
+    (ready,) = create_outputs(found.application, made, found.request, location(output), False)
     maker = BlockMaker(ready.job)
     every = [*ready.job.blocks()]
     runs = sorted({ready.job.run(at) for at in every}, key=str)
@@ -71,18 +85,20 @@ def looped(volume: str, output: str, plan: Plan, part: int, parts: int) -> dict[
     begin = time.time()
     maker.setup(SimpleNamespace(name="here"))
     with ThreadPoolExecutor(plan.blocks_in_flight) as pool:
-        made = [*pool.map(lambda at: maker.make(*at), mine)]
-    return {"begin": begin, "end": time.time(), "voxels": sum(one.voxels for one in made)}
+        voxels = sum(one.voxels for one in pool.map(lambda at: maker.make(*at), mine))
+    return {"begin": begin, "end": time.time(), "voxels": voxels}
 
 
-def through_dask(volume: str, output: str, plan: Plan | None, workers: int) -> dict[str, Any]:
+def through_dask(
+    name: str, volume: str, output: str, plan: Plan | None, workers: int
+) -> dict[str, Any]:
     """Make all blocks by so many workers, or in this process where that is 0."""
-    how: Options = {**HOW, "memory": MEMORY}
+    how = HOW[name] if plan is None else planned(name, plan)
     made = run(
         *(NETWORK, volume, output),
         overwrite=True,
         workers=workers or None,
-        **(how if plan is None else how | {"plan": [plan]}),
+        **(how | {"memory": MEMORY}),
     )
     return {
         "begin": 0.0,
@@ -93,11 +109,11 @@ def through_dask(volume: str, output: str, plan: Plan | None, workers: int) -> d
     }
 
 
-def together(folder: Path, volume: str, plan: Path, kind: str, processes: int) -> dict[str, Any]:
+def together(name: str, volume: str, plan: Path, kind: str, processes: int) -> dict[str, Any]:
     """What so many processes of one kind tell that begin at the same time."""
     began = []
     for part in range(processes):
-        asked_of = [kind, volume, str(folder / f"{kind}-{part}.zarr"), str(plan)]
+        asked_of = [name, kind, volume, str(plan.with_name(f"{kind}-{part}.zarr")), str(plan)]
         command = [sys.executable, __file__, "--one", *asked_of, str(part), str(processes)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         began.append(subprocess.Popen(command, text=True, **pipes))
@@ -107,7 +123,11 @@ def together(folder: Path, volume: str, plan: Path, kind: str, processes: int) -
             while process.stdout.readline() != "ready\n":
                 if process.poll() is not None:
                     raise SystemExit(f"a {kind} failed with {process.returncode}")
-    told = [json.loads(p.communicate("\n")[0].splitlines()[-1]) for p in began]
+        for process in began:
+            assert process.stdin
+            process.stdin.write("\n")
+            process.stdin.flush()
+    told = [json.loads(process.communicate()[0].splitlines()[-1]) for process in began]
     seconds = max(t["end"] for t in told) - min(t["begin"] for t in told)
     return {**told[0], "voxels_per_second": sum(t["voxels"] for t in told) / seconds}
 
@@ -117,15 +137,14 @@ def compared(name: str, edge: int) -> dict[str, Any]:
     loops, ways = (1, (0, 1)) if name == "one" else (cores(), (cores(),))
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as place, Team(cores()) as team:
-        folder = Path(place)
-        volume, plan = noise(place, edge), folder / "plan.json"
-        first = together(folder, volume, plan, str(ways[-1]), 1)
+        volume, plan = noise(place, edge), Path(place) / "plan.json"
+        first = together(name, volume, plan, str(ways[-1]), 1)
         plan.write_text(first["plan"])
         for _ in range(TRIES):
             row, before = {}, rate(team)
-            row["loop"] = together(folder, volume, plan, "loop", loops)["voxels_per_second"]
+            row["loop"] = together(name, volume, plan, "loop", loops)["voxels_per_second"]
             for way in ways:
-                told = together(folder, volume, plan, str(way), 1)
+                told = together(name, volume, plan, str(way), 1)
                 row["run" if way == 0 else f"workers={way}"] = told["voxels_per_second"]
             if abs(rate(team) / before - 1) <= AGREE:
                 print(name, *(f"{way} {value:,.0f}" for way, value in row.items()), flush=True)
@@ -154,7 +173,7 @@ def read_by_two(size: int) -> dict[str, Any]:
     two workers decode of it. Its chunks are made when they are read."""
     b = Builder(1)
     seen = b.network(b.conv(b.input, 1, 3, dilation=FAR))
-    how: Options = {**HOW, "chunks": 128, "memory": "12GiB"}
+    how = HOW["reading"]
     with tempfile.TemporaryDirectory() as place:
         save(seen, Path(place) / "network.onnx")
         path = f"{place}/volume.zarr"
@@ -182,18 +201,18 @@ def read_by_two(size: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", choices=["one", "two", "reading"], action="append")
-    parser.add_argument("--edge", type=int, default=256, help="of the volume of one and two")
+    parser.add_argument("--edge", type=int, default=192, help="of the volume of one and two")
     parser.add_argument("--size", type=int, default=2048, help="of that which is read")
-    parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=7, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        kind, volume, output, path, part, parts = given.one
+        name, kind, volume, output, path, part, parts = given.one
         plan = Plan.from_json(Path(path).read_text()) if Path(path).exists() else None
         if kind == "loop":
             assert plan
-            told = looped(volume, output, plan, int(part), int(parts))
+            told = looped(name, volume, output, plan, int(part), int(parts))
         else:
-            told = through_dask(volume, output, plan, int(kind))
+            told = through_dask(name, volume, output, plan, int(kind))
         print(json.dumps(told))
         return
     measures: dict[str, Callable[[], dict[str, Any]]] = {
