@@ -11,6 +11,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import dask
 import numpy as np
@@ -23,6 +24,7 @@ import znni_dask
 from test_identity import assert_same, at_once, in_patches, volume_for
 from znni_dask import Builder, job, recompute, report, resources
 from znni_dask.choices import choose_primitives
+from znni_dask.cli import main
 from znni_dask.devices import opening
 from znni_dask.devices.opening import Wanted, gpu_of
 from znni_dask.devices.simulated import Pace, SimulatedDevice
@@ -461,6 +463,25 @@ def test_the_timeline_tells_what_every_lane_did(paths, tmp_path):
     lanes = {e["tid"]: e["args"]["name"] for e in events if e.get("name") == "thread_name"}
     assert {lanes[e["tid"]] for e in done if e["name"] == "up"} == {"device, up"}
     assert min(event["ts"] for event in done) >= 0
+
+
+def test_a_page_of_a_run_shows_what_every_lane_did(files, tmp_path, capsys):
+    (*paths, _), page = files[0], tmp_path / "run.html"
+    target, options = str(tmp_path / "out.zarr"), ["--device", "gpu", "--chunks", "16,16,16"]
+    with simulated():
+        assert main(["infer", *paths, target, *options, "--html", str(page)]) == 0
+        shown = page.read_text()
+        assert shown.startswith("<!doctype html>")
+        assert shown.count("<svg") == 2
+        for word in ("device, up", "device, compute", "device, down", "writing", "predicted"):
+            assert word in shown, word
+        assert "voxels/s; memory: " in shown
+        assert main(["infer", *paths, target, *options, "--html", str(page)]) == 0
+        assert "is complete already" in page.read_text()
+        none = str(tmp_path / "none" / "run.html")
+        assert main(["infer", *paths, f"{target}.2", *options, "--html", none]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert not Path(f"{target}.2").exists()
 
 
 def test_a_timeline_that_cannot_be_written_is_told_before_anything_is(paths, tmp_path):

@@ -65,6 +65,9 @@ def _add_infer(infer: argparse.ArgumentParser) -> None:
     infer.add_argument(
         "--timeline", metavar="FILE", help="when what was done, as Chrome and Perfetto show it"
     )
+    infer.add_argument(
+        "--html", metavar="FILE", help="a page with pictures of the run to make, too"
+    )
     _add_options(infer)
     where = infer.add_argument_group("where it is computed (default: in this process)")
     either = where.add_mutually_exclusive_group()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.progress import (
@@ -37,7 +38,7 @@ from znni_dask.kernels import compiled
 from znni_dask.machine import GPU, cores
 from znni_dask.options import computing_threads
 from znni_dask.outlook import Outlook, outlooks
-from znni_dask.page import page
+from znni_dask.page import page_of_plans, page_of_run, require_pictures
 from znni_dask.running import run
 from znni_dask.sketch import Sketch
 from znni_dask.storage.urls import without_secrets
@@ -90,20 +91,28 @@ def _info(options: argparse.Namespace) -> int:
 
 def _infer(options: argparse.Namespace) -> int:
     console = _console()
-    with _telling_of_compilation(console), _progress(console) as progress:
-        summary = run(
-            options.network,
-            options.input,
-            options.output,
-            overwrite=options.overwrite,
-            client=options.scheduler,
-            workers=options.workers,
-            progress=progress,
-            timeline=options.timeline,
-            **asked(options),
-        )
-    for line in report.run_lines(summary):
-        console.print(line, soft_wrap=True)
+    with TemporaryDirectory() as folder:
+        trace = options.timeline
+        if options.html:
+            require_pictures()
+            _write(options.html, "")  # a place that cannot be written is told of before the run
+            trace = trace or f"{folder}/timeline.json"
+        with _telling_of_compilation(console), _progress(console) as progress:
+            summary = run(
+                options.network,
+                options.input,
+                options.output,
+                overwrite=options.overwrite,
+                client=options.scheduler,
+                workers=options.workers,
+                progress=progress,
+                timeline=trace,
+                **asked(options),
+            )
+        for line in report.run_lines(summary):
+            console.print(line, soft_wrap=True)
+        if options.html:
+            _write(options.html, page_of_run(_title(options), summary, Path(trace)))
     return 0
 
 
@@ -117,8 +126,7 @@ def _plan(options: argparse.Namespace) -> int:
         found = [*forecasts(*asked_for, **asked(options))]
         expected = [None] * len(found)
     if options.html:
-        title = f"{options.network} on {without_secrets(options.input)}"
-        _write(options.html, page(title, found))
+        _write(options.html, page_of_plans(_title(options), found))
     told = [*zip(found, expected, strict=True)]
     if options.format == "json":
         described = [
@@ -140,6 +148,10 @@ def _plan(options: argparse.Namespace) -> int:
             for line in report_cluster.outlook_lines(there):
                 console.print(line, soft_wrap=True)
     return 0
+
+
+def _title(options: argparse.Namespace) -> str:
+    return f"{options.network} on {without_secrets(options.input)}"
 
 
 def _write(place: str, made: str) -> None:

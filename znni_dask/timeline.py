@@ -1,7 +1,7 @@
 """When what was done, on which lane of which worker: a trace that Chrome and Perfetto show.
 
-The file is an array of events in the trace event format, written as blocks are made; a run that
-is killed leaves one that can be shown as well.
+The file is an array of events in the trace event format, an event a line, written as blocks are
+made; a run that is killed leaves one that can be shown as well.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,3 +94,21 @@ class Timeline(Closing):
 
     def _write(self, event: dict[str, object]) -> None:
         self._file.write(json.dumps(event) + ",\n")
+
+
+def spans_of(path: Path) -> Iterator[tuple[str, Span]]:
+    """What every worker did, of a trace that a `Timeline` wrote, as blocks were done; beginnings in
+    seconds since that of the run."""
+    workers: dict[int, str] = {}
+    lanes: dict[int, str] = {}
+    with path.open(encoding="utf-8") as file:
+        for line in islice(file, 1, None):
+            event = json.loads(line.rstrip(",]\n"))
+            match event.get("ph"), event.get("name"):
+                case "M", "process_name":
+                    workers[event["pid"]] = event["args"]["name"]
+                case "M", _:
+                    lanes[event["tid"]] = event["args"]["name"]
+                case "X", what:
+                    begin, seconds = 1e-6 * event["ts"], 1e-6 * event["dur"]
+                    yield workers[event["pid"]], Span(lanes[event["tid"]], what, begin, seconds)
