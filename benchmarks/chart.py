@@ -237,15 +237,21 @@ def simulation(result: Row) -> Iterator[Line]:
 
 def cluster(result: Row) -> Iterator[Line]:
     """What is made through dask, over what bare loops make."""
-    yield ["by", "cores each", "a block takes", "voxels/s in bare loops", "voxels/s", "of that"]
+    yield [
+        "by",
+        "cores each",
+        "blocks of",
+        "a block takes",
+        "rate over that of loops",
+        "idle",
+        "loops idle",
+    ]
     for row in result["rows"]:
-        rates = row.get("voxels_per_second", {})
         for way, share in row.get("of_the_loop", {}).items():
             if way != "loop":
-                seconds = f"{row['block_seconds']:.1f} s"
-                each = str(row["threads"])
-                both = f"{rates['loop']:,.0f}", f"{rates[way]:,.0f}"
-                yield [f"`{way}`", each, seconds, *both, f"{share:.3f}"]
+                size, seconds = "·".join(map(str, row["block"])), f"{row['block_seconds']:.1f} s"
+                idle = (f"{100 * row['idle'][one]:.1f} %" for one in (way, "loop"))
+                yield [f"`{way}`", str(row["threads"]), size, seconds, f"{share:.3f}", *idle]
 
 
 def _plan(found: Row) -> Line:

@@ -1,15 +1,15 @@
 """What a run costs beside its blocks: a paper's network through dask, and in bare loops.
 
-    python benchmarks/cluster.py [--only NAME] [--edge 192]
+    python benchmarks/cluster.py [--only NAME]
 
 *one*: all cores make the blocks of a volume, reading and writing them: in a loop without dask, by
 `znni_dask.run` in its own process, and by a worker that it starts. *two*: a process for every core,
 each in such a loop with its share of the blocks, and as many workers of one thread, in patches, so
-that there are blocks enough to share. What is
-compared is what is made in a second, from the first block to the last; a round counts only between
-two probes of the machine's rate that agree within 10 %. *reading*: how often two workers together
-decode the voxels of a large volume, through caches of 1 GiB each, where the network sees far. The
-result is kept under `benchmarks/results/`.
+that there are blocks enough to share. Compared is what is made in a second after the first block of
+every process, for which kernels are compiled and prepared, and in how much of the time nothing was
+computed; a round counts only between two probes of the machine's rate that agree within 10 %.
+*reading*: how often two workers together decode the voxels of a large volume, through caches of
+1 GiB each, where the network sees far. The result is kept under `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -46,14 +46,16 @@ from znni_dask.options import allowed_bytes
 from znni_dask.passes import create_outputs
 from znni_dask.plan import Plan
 from znni_dask.storage.urls import location
+from znni_dask.timeline import Span, spans_of
 
 KEPT_AS = "cluster"
 NETWORK = "n337"
 MEMORY = "6GiB"  # of all processes
-AGREE, ROUNDS, TRIES = 0.1, 5, 9
+AGREE, ROUNDS, TRIES = 0.1, 7, 11
+SIZES = {"one": (128, 256), "two": (128, 128)}  # how wide and how long the volume is
 HOW: dict[str, Options] = {
     "one": {"dtype": "uint8", "pyramid": False, "chunks": 64},
-    "two": {"dtype": "uint8", "pyramid": False, "chunks": 96, "patch": 96},
+    "two": {"dtype": "uint8", "pyramid": False, "chunks": 64, "patch": 64},
     "reading": {"dtype": "uint8", "pyramid": False, "chunks": 128, "memory": "12GiB"},
 }
 FAR = 80  # voxels that a network sees beyond a block whose reading is counted
@@ -76,17 +78,36 @@ def looped(
     means = Means(plan.threads, allowed_bytes(MEMORY), anonymous_bytes())
     made = plan_all(found, Crew.of({"here": means}))
     (ready,) = create_outputs(found.application, made, found.request, location(output), False)
-    maker = BlockMaker(ready.job)
-    every = [*ready.job.blocks()]
-    runs = sorted({ready.job.run(at) for at in every}, key=str)
-    mine = [at for at in every if runs.index(ready.job.run(at)) % parts == part]
+    job = replace(ready.job, timeline=True)
+    maker = BlockMaker(job)
+    every = [*job.blocks()]
+    first, stop = (len(every) * n // parts for n in (part, part + 1))
+    maker.setup(SimpleNamespace(name="here"))
     print("ready", flush=True)
     sys.stdin.readline()
-    begin = time.time()
-    maker.setup(SimpleNamespace(name="here"))
     with ThreadPoolExecutor(plan.blocks_in_flight) as pool:
-        voxels = sum(one.voxels for one in pool.map(lambda at: maker.make(*at), mine))
-    return {"begin": begin, "end": time.time(), "voxels": voxels}
+        blocks = [*pool.map(lambda at: maker.make(*at), every[first:stop])]
+    return told(("here", span) for one in blocks for span in one.spans)
+
+
+def told(spans: Iterable[tuple[str, Span]]) -> dict[str, float]:
+    """Of what some processes did: blocks that they make in a second, but for the first of each, and
+    the share of the time between these in which a process computes nothing."""
+    blocks: defaultdict[str, list[Span]] = defaultdict(list)
+    for worker, span in spans:
+        if span.what == "computing":
+            blocks[worker].append(span)
+    rate = idle = 0.0
+    for made in blocks.values():
+        first, *others = sorted(made, key=_end)
+        seconds = max(map(_end, others)) - _end(first)
+        rate += len(others) / seconds
+        idle += 1 - sum(span.seconds for span in others) / seconds
+    return {"blocks_per_second": rate, "idle": idle / len(blocks)}
+
+
+def _end(span: Span) -> float:
+    return span.start_seconds + span.seconds
 
 
 def through_dask(
@@ -98,15 +119,11 @@ def through_dask(
         *(NETWORK, volume, output),
         overwrite=True,
         workers=workers or None,
+        timeline=f"{output}.json",
         **(how | {"memory": MEMORY}),
     )
-    return {
-        "begin": 0.0,
-        "end": made.seconds,
-        "voxels": made.voxels_per_second * made.seconds,
-        "plan": made.plan.to_json(),
-        "blocks": made.blocks,
-    }
+    found = told(spans_of(Path(f"{output}.json")))
+    return found | {"plan": made.plan.to_json(), "blocks": made.blocks}
 
 
 def together(name: str, volume: str, plan: Path, kind: str, processes: int) -> dict[str, Any]:
@@ -127,44 +144,52 @@ def together(name: str, volume: str, plan: Path, kind: str, processes: int) -> d
             assert process.stdin
             process.stdin.write("\n")
             process.stdin.flush()
-    told = [json.loads(process.communicate()[0].splitlines()[-1]) for process in began]
-    seconds = max(t["end"] for t in told) - min(t["begin"] for t in told)
-    return {**told[0], "voxels_per_second": sum(t["voxels"] for t in told) / seconds}
+    found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in began]
+    rate = sum(one["blocks_per_second"] for one in found)
+    idle = sum(one["idle"] for one in found) / len(found)
+    return found[0] | {"blocks_per_second": rate, "idle": idle}
 
 
-def compared(name: str, edge: int) -> dict[str, Any]:
+def compared(name: str) -> dict[str, Any]:
     """Blocks made in the ways of one ``name``: medians of rounds, and of their ratios."""
     loops, ways = (1, (0, 1)) if name == "one" else (cores(), (cores(),))
-    rows: list[dict[str, float]] = []
+    rows: list[dict[str, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as place, Team(cores()) as team:
-        volume, plan = noise(place, edge), Path(place) / "plan.json"
+        volume, plan = noise(place, *SIZES[name]), Path(place) / "plan.json"
         first = together(name, volume, plan, str(ways[-1]), 1)
         plan.write_text(first["plan"])
         for _ in range(TRIES):
             row, before = {}, rate(team)
-            row["loop"] = together(name, volume, plan, "loop", loops)["voxels_per_second"]
+            row["loop"] = together(name, volume, plan, "loop", loops)
             for way in ways:
-                told = together(name, volume, plan, str(way), 1)
-                row["run" if way == 0 else f"workers={way}"] = told["voxels_per_second"]
+                called = "run" if way == 0 else f"workers={way}"
+                row[called] = together(name, volume, plan, str(way), 1)
             if abs(rate(team) / before - 1) <= AGREE:
-                print(name, *(f"{way} {value:,.0f}" for way, value in row.items()), flush=True)
+                shown = (
+                    f"{way} {v['blocks_per_second']:.4f} {v['idle']:.4f}" for way, v in row.items()
+                )
+                print(name, *shown, flush=True)
                 rows.append(row)
             if len(rows) == ROUNDS:
                 break
     if not rows:
         return {"name": name, "unsteady": True}
     chosen = Plan.from_json(first["plan"])
-    rates = {way: median(row[way] for row in rows) for way in rows[0]}
+
+    def medians(key: str) -> dict[str, float]:
+        return {way: median(row[way][key] for row in rows) for way in rows[0]}
+
+    rates = [{way: found["blocks_per_second"] for way, found in row.items()} for row in rows]
     return {
         "name": name,
-        "edge": edge,
         "threads": chosen.threads,
         "block": chosen.block,
         "blocks": first["blocks"],
-        "block_seconds": edge**3 / first["blocks"] / rates["loop"] * loops,
+        "block_seconds": loops / medians("blocks_per_second")["loop"],
         "rounds": len(rows),
-        "voxels_per_second": rates,
-        "of_the_loop": {way: median(row[way] / row["loop"] for row in rows) for way in rates},
+        "blocks_per_second": medians("blocks_per_second"),
+        "idle": medians("idle"),
+        "of_the_loop": {way: median(row[way] / row["loop"] for row in rates) for way in rates[0]},
     }
 
 
@@ -201,7 +226,6 @@ def read_by_two(size: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", choices=["one", "two", "reading"], action="append")
-    parser.add_argument("--edge", type=int, default=192, help="of the volume of one and two")
     parser.add_argument("--size", type=int, default=2048, help="of that which is read")
     parser.add_argument("--one", nargs=7, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -210,14 +234,14 @@ def main() -> None:
         plan = Plan.from_json(Path(path).read_text()) if Path(path).exists() else None
         if kind == "loop":
             assert plan
-            told = looped(name, volume, output, plan, int(part), int(parts))
+            found = looped(name, volume, output, plan, int(part), int(parts))
         else:
-            told = through_dask(name, volume, output, plan, int(kind))
-        print(json.dumps(told))
+            found = through_dask(name, volume, output, plan, int(kind))
+        print(json.dumps(found))
         return
     measures: dict[str, Callable[[], dict[str, Any]]] = {
-        "one": lambda: compared("one", given.edge),
-        "two": lambda: compared("two", given.edge),
+        "one": lambda: compared("one"),
+        "two": lambda: compared("two"),
         "reading": lambda: read_by_two(given.size),
     }
     rows = {row["name"]: row for row in kept(KEPT_AS).get("rows", ())}

@@ -33,6 +33,7 @@ from znni_dask import run, timings
 from znni_dask.asking import Options
 from znni_dask.calibration import calibrate
 from znni_dask.forecast import forecasts
+from znni_dask.geometry import text
 from znni_dask.importers.to_onnx import to_onnx
 from znni_dask.kernels.team import Team
 from znni_dask.machine import cores
@@ -165,11 +166,11 @@ def one(name: str, limit: str, threads: int, seconds: float, folder: str) -> dic
     }
 
 
-def noise(folder: str, edge: int) -> str:
-    """A volume, made where it is not there yet."""
-    place = Path(folder) / f"volume-{edge}.zarr"
+def noise(folder: str, edge: int, length: int = 0) -> str:
+    """A volume, along z as long as wide or so long, made where it is not there yet."""
+    shape = (length or edge, edge, edge)
+    place = Path(folder) / f"volume-{text(shape)}.zarr"
     if not place.exists():
-        shape = (edge, edge, edge)
         values = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
         zarr.create_array(place, shape=shape, chunks=CHUNKS, dtype="uint8")[...] = values
     return str(place)
