@@ -238,20 +238,16 @@ def simulation(result: Row) -> Iterator[Line]:
 def cluster(result: Row) -> Iterator[Line]:
     """What is made through dask, over what bare loops make."""
     yield [
-        "by",
-        "cores each",
-        "blocks of",
-        "a block takes",
-        "rate over that of loops",
-        "idle",
-        "loops idle",
+        *("by", "cores each", "blocks of", "a block takes", "rate over that of loops"),
+        *("best over best", "idle", "loops idle"),
     ]
     for row in result["rows"]:
         for way, share in row.get("of_the_loop", {}).items():
             if way != "loop":
                 size, seconds = "·".join(map(str, row["block"])), f"{row['block_seconds']:.1f} s"
-                idle = (f"{100 * row['idle'][one]:.1f} %" for one in (way, "loop"))
-                yield [f"`{way}`", str(row["threads"]), size, seconds, f"{share:.3f}", *idle]
+                rates = (f"{one:.2f}" for one in (share, row["best_of_the_best_loop"][way]))
+                idle = (f"{100 * row['idle'][one]:.2f} %" for one in (way, "loop"))
+                yield [f"`{way}`", str(row["threads"]), size, seconds, *rates, *idle]
 
 
 def _plan(found: Row) -> Line:

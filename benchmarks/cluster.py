@@ -2,14 +2,17 @@
 
     python benchmarks/cluster.py [--only NAME]
 
-*one*: all cores make the blocks of a volume, reading and writing them: in a loop without dask, by
-`znni_dask.run` in its own process, and by a worker that it starts. *two*: a process for every core,
-each in such a loop with its share of the blocks, and as many workers of one thread, in patches, so
-that there are blocks enough to share. Compared is what is made in a second after the first block of
-every process, for which kernels are compiled and prepared, and in how much of the time nothing was
-computed; a round counts only between two probes of the machine's rate that agree within 10 %.
-*reading*: how often two workers together decode the voxels of a large volume, through caches of
-1 GiB each, where the network sees far. The result is kept under `benchmarks/results/`.
+*resting*: what dask takes of a core while there is nothing to do. *beside*: how much longer blocks
+take in a loop while it does so in the same process. *one*: all cores make the blocks
+of a volume, reading and writing them: in a loop without dask, by `znni_dask.run` in its own
+process, and by a worker that it starts. *two*: a process for every core, each in such a loop with
+its share of the blocks, and as many workers of one thread, in patches, so that there are blocks
+enough to share. Compared is what is made in a second after the first block of every process, for
+which kernels are compiled and prepared: the median of the rounds' ratios, and, as others use the
+machine, the best of the rounds; and in how much of the time nothing was computed. A round counts
+only between two probes of the machine's rate that agree within 10 %. *reading*: how often two
+workers together decode the voxels of a large volume, through caches of 1 GiB each, where the
+network sees far. The result is kept under `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -19,23 +22,26 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import zarr
 
 from machine import keep, kept
 from planning import noise, rate
 from znni_dask import run
 from znni_dask.asking import Options, asked
-from znni_dask.cluster import Crew, Means
-from znni_dask.forecast import plan_all
+from znni_dask.cluster import Crew, Means, connected
+from znni_dask.forecast import forecasts, plan_all
 from znni_dask.importers.to_onnx import save
 from znni_dask.job import BlockMaker
 from znni_dask.kernels.team import Team
@@ -52,12 +58,17 @@ KEPT_AS = "cluster"
 NETWORK = "n337"
 MEMORY = "6GiB"  # of all processes
 AGREE, ROUNDS, TRIES = 0.1, 7, 11
-SIZES = {"one": (128, 256), "two": (128, 128)}  # how wide and how long the volume is
+SIZES = {
+    "one": (128, 256),
+    "two": (128, 128),
+    "beside": (192, 30),
+}  # how wide and how long the volume is
 HOW: dict[str, Options] = {
     "one": {"dtype": "uint8", "pyramid": False, "chunks": 64},
     "two": {"dtype": "uint8", "pyramid": False, "chunks": 64, "patch": 64},
     "reading": {"dtype": "uint8", "pyramid": False, "chunks": 128, "memory": "12GiB"},
 }
+RESTING_SECONDS = 20.0
 FAR = 80  # voxels that a network sees beyond a block whose reading is counted
 CACHE_BYTES = 1 << 30
 
@@ -69,20 +80,25 @@ def planned(name: str, plan: Plan) -> Options:
     return how | {"plan": [plan]}
 
 
-def looped(
-    name: str, volume: str, output: str, plan: Plan, part: int, parts: int
-) -> dict[str, Any]:
-    """Make one of so many parts of the blocks without dask, as soon as a line is read."""
+def maker_of(name: str, volume: str, output: str, plan: Plan) -> BlockMaker:
+    """What makes blocks on a worker, set up here."""
     found = asked(NETWORK, volume, **planned(name, plan))
     compile_kernels()
     means = Means(plan.threads, allowed_bytes(MEMORY), anonymous_bytes())
     made = plan_all(found, Crew.of({"here": means}))
     (ready,) = create_outputs(found.application, made, found.request, location(output), False)
-    job = replace(ready.job, timeline=True)
-    maker = BlockMaker(job)
-    every = [*job.blocks()]
-    first, stop = (len(every) * n // parts for n in (part, part + 1))
+    maker = BlockMaker(replace(ready.job, timeline=True))
     maker.setup(SimpleNamespace(name="here"))
+    return maker
+
+
+def looped(
+    name: str, volume: str, output: str, plan: Plan, part: int, parts: int
+) -> dict[str, Any]:
+    """Make one of so many parts of the blocks without dask, as soon as a line is read."""
+    maker = maker_of(name, volume, output, plan)
+    every = [*maker.job.blocks()]
+    first, stop = (len(every) * n // parts for n in (part, part + 1))
     print("ready", flush=True)
     sys.stdin.readline()
     with ThreadPoolExecutor(plan.blocks_in_flight) as pool:
@@ -158,12 +174,14 @@ def compared(name: str) -> dict[str, Any]:
         volume, plan = noise(place, *SIZES[name]), Path(place) / "plan.json"
         first = together(name, volume, plan, str(ways[-1]), 1)
         plan.write_text(first["plan"])
-        for _ in range(TRIES):
-            row, before = {}, rate(team)
-            row["loop"] = together(name, volume, plan, "loop", loops)
-            for way in ways:
-                called = "run" if way == 0 else f"workers={way}"
-                row[called] = together(name, volume, plan, str(way), 1)
+        called = {"loop": ("loop", loops)} | {
+            f"workers={way}" if way else "run": (str(way), 1) for way in ways
+        }
+        for turn in range(TRIES):
+            row, before, order = {}, rate(team), [*called]
+            order = order[turn % len(order) :] + order[: turn % len(order)]  # none is always first
+            for what in order:
+                row[what] = together(name, volume, plan, *called[what])
             if abs(rate(team) / before - 1) <= AGREE:
                 shown = (
                     f"{way} {v['blocks_per_second']:.4f} {v['idle']:.4f}" for way, v in row.items()
@@ -180,6 +198,7 @@ def compared(name: str) -> dict[str, Any]:
         return {way: median(row[way][key] for row in rows) for way in rows[0]}
 
     rates = [{way: found["blocks_per_second"] for way, found in row.items()} for row in rows]
+    best = {way: max(row[way] for row in rates) for way in rates[0]}
     return {
         "name": name,
         "threads": chosen.threads,
@@ -189,8 +208,53 @@ def compared(name: str) -> dict[str, Any]:
         "rounds": len(rows),
         "blocks_per_second": medians("blocks_per_second"),
         "idle": medians("idle"),
+        "rounds_blocks_per_second": rates,
         "of_the_loop": {way: median(row[way] / row["loop"] for row in rates) for way in rates[0]},
+        "best_of_the_best_loop": {way: best[way] / best["loop"] for way in best},
     }
+
+
+def beside() -> dict[str, Any]:
+    """Seconds of blocks in a loop, and of those for which dask rested in the same process: two
+    without it, two with it."""
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    wide, count = SIZES["beside"]
+    with tempfile.TemporaryDirectory() as place:
+        volume = noise(place, wide, 64 * count)
+        options: Options = {**HOW["one"], "memory": MEMORY}
+        (found,) = forecasts(NETWORK, volume, **options)
+        maker = maker_of("one", volume, f"{place}/out.zarr", found.plan)
+        for number, at in enumerate(maker.job.blocks()):
+            rests = number % 4 in (2, 3)
+            with connected() if rests else nullcontext():
+                spans = maker.make(*at).spans
+            if number >= 2:  # the first is not like the others
+                seconds[rests] += [span.seconds for span in spans if span.what == "computing"]
+    without, with_it = (median(seconds[rests]) for rests in (False, True))
+    return {
+        "name": "beside",
+        "block": found.plan.block,
+        "seconds": seconds[False],
+        "seconds_beside_dask": seconds[True],
+        "times": with_it / without,
+        "times_of_the_shortest": min(seconds[True]) / min(seconds[False]),
+    }
+
+
+def resting() -> dict[str, Any]:
+    """What dask takes of a core while there is nothing to do: its client, scheduler and worker in
+    this process, and where the worker is another one, all together."""
+    found = {}
+    for way, workers in (("run", None), ("workers=1", 1)):
+        with connected(workers=workers, memory=None if workers is None else MEMORY):
+            time.sleep(RESTING_SECONDS / 4)  # until all has begun
+            this = psutil.Process()
+            processes = [this, *this.children(recursive=True)]
+            before = sum(sum(one.cpu_times()[:2]) for one in processes)
+            time.sleep(RESTING_SECONDS)
+            after = sum(sum(one.cpu_times()[:2]) for one in processes)
+        found[way] = (after - before) / RESTING_SECONDS
+    return {"name": "resting", "of_a_core": found}
 
 
 def read_by_two(size: int) -> dict[str, Any]:
@@ -225,7 +289,9 @@ def read_by_two(size: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", choices=["one", "two", "reading"], action="append")
+    parser.add_argument(
+        "--only", choices=["resting", "beside", "one", "two", "reading"], action="append"
+    )
     parser.add_argument("--size", type=int, default=2048, help="of that which is read")
     parser.add_argument("--one", nargs=7, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -240,6 +306,8 @@ def main() -> None:
         print(json.dumps(found))
         return
     measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "resting": resting,
+        "beside": beside,
         "one": lambda: compared("one"),
         "two": lambda: compared("two"),
         "reading": lambda: read_by_two(given.size),

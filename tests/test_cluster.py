@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -489,6 +490,26 @@ def test_what_kills_its_workers_is_given_up_and_all_else_is_done():
         feed(cluster, cluster.crew(), work)
     assert isinstance(found.pop(3), ConnectionError)
     assert found == {n: n for n in range(12) if n != 3}
+
+
+def test_workers_killed_at_any_moment_change_nothing(kills, files):
+    (network, volume, target), want = files
+    random, how = np.random.default_rng(2), {"chunks": 8, "patch": 8, "memory": "8GiB"}
+    with local(2, processes=True) as mortal, Client(mortal, set_as_default=False) as client:
+        undisturbed = znni_dask.run(network, volume, target, client=client, **how)
+        first = stored(target)
+        assert_same(first, want)
+        for _ in range(kills or 2):
+            nannies = [*mortal.workers.values()]
+            killed = random.choice([nanny.pid for nanny in nannies])
+            moment = float(random.uniform(0, undisturbed.seconds))
+            killing = threading.Timer(moment, os.kill, (killed, signal.SIGKILL))
+            killing.start()
+            made = znni_dask.run(network, volume, target, client=client, overwrite=True, **how)
+            killing.join()
+            assert made.blocks == undisturbed.blocks == 125
+            np.testing.assert_array_equal(stored(target), first)
+            client.wait_for_workers(2)
 
 
 def test_a_scheduler_that_goes_leaves_a_run_that_can_be_finished(files, two, monkeypatch):

@@ -16,6 +16,7 @@ from distributed.security import Security
 import znni_dask
 from test_cluster import local, stored
 from test_identity import assert_same
+from znni_dask.cluster import connected
 from znni_dask.errors import OptionError
 
 HOW = {"chunks": 16, "patch": 16, "memory": "8GiB"}
@@ -71,3 +72,14 @@ def test_what_a_silent_worker_had_goes_to_others(files, monkeypatch):
             left.terminate()
         silent.wait(30)
     assert_same(stored(places[2]), want)
+
+
+def test_dask_wakes_up_rarely_where_it_is_started_here():
+    """Every time takes a core from what is computed."""
+    with connected(workers=1, memory="4GiB") as cluster:
+        (told,) = cluster.client.run(dask.config.get, "distributed.admin").values()
+        (profiled,) = cluster.client.run(
+            dask.config.get, "distributed.worker.profile.enabled"
+        ).values()
+    assert told["tick"]["interval"] == "1s"
+    assert not profiled

@@ -29,7 +29,11 @@ from znni_dask.resources import MOST_BLOCKS_IN_FLIGHT
 from znni_dask.storage.urls import Location
 
 _LOOPBACK = "127.0.0.1:0"  # distributed's web servers listen to all the world unless told
-_UNWATCHED = {"distributed.worker.profile.enabled": False}
+QUIET = {  # every wake-up of dask's loops takes a core from what is computed: by default 4 % of it
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "5s",
+}
 _HERE: dict[str, Any] = {  # of workers on this machine
     "threads_per_worker": MOST_BLOCKS_IN_FLIGHT,
     "memory_limit": 0,  # what is planned is what is used: dask has nothing to bound
@@ -326,7 +330,7 @@ def _client_of(address: str) -> Client:
 @contextmanager
 def _in_process() -> Iterator[Client]:
     with (
-        dask.config.set(_UNWATCHED),
+        dask.config.set(QUIET),
         Client(processes=False, n_workers=1, **_HERE) as local,
     ):
         yield local
@@ -339,7 +343,7 @@ def _on_this_machine(
     """Processes of their own, which share what there is."""
     each = share(workers, memory, threads)
     with (
-        dask.config.set(_UNWATCHED),
+        dask.config.set(QUIET),
         LocalCluster(processes=True, n_workers=workers, env=each.environment, **_HERE) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from math import ceil
@@ -148,9 +149,12 @@ class MemoryMeter:
         self.peak_bytes = max(self.peak_bytes, self._measure())
 
     def _sample(self) -> None:
+        """Less and less often, to a tenth: of a long run that is often enough."""
+        begin = time.monotonic()
         while True:
             self.peak_bytes = max(self.peak_bytes, self._measure())
-            if self._stop.wait(self._seconds):
+            rarely = (time.monotonic() - begin) / 50
+            if self._stop.wait(min(10 * self._seconds, max(self._seconds, rarely))):
                 return
 
 

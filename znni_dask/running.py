@@ -23,7 +23,7 @@ from znni_dask.cluster import Cluster, Crew, connected
 from znni_dask.geometry import Size
 from znni_dask.journal import Journal, forget, journal_of
 from znni_dask.kernels.warm import compile_kernels
-from znni_dask.machine import MemoryMeter
+from znni_dask.machine import MemoryMeter, own_bytes
 from znni_dask.making import Pass, Progress, make_all
 from znni_dask.network.network import Network
 from znni_dask.passes import (
@@ -48,10 +48,10 @@ _RECORD = "znni_run"  # of an image's metadata: what its last run took, beside w
 @dataclass(frozen=True)
 class Summary:
     """What a run did, on so many ``workers`` as it was planned for. ``peak_bytes`` is the
-    anonymous memory that a worker took at most; of one in this process, all that this process and
-    its children took. The plan says what was promised and allowed, ``measured_bytes`` what
-    was predicted while statistics were taken (0 where they were not). There are no passes where
-    the output was complete before."""
+    anonymous memory that a worker took at most; of one in this process, all that this process took.
+    The plan says what was promised and allowed, ``measured_bytes`` what was predicted while
+    statistics were taken (0 where they were not). There are no passes where the output was complete
+    before."""
 
     output: Location
     passes: tuple[Pass, ...]
@@ -182,7 +182,7 @@ def run(
     compile_kernels()
     with (
         nullcontext() if timeline is None else Timeline(Path(timeline)) as line,
-        MemoryMeter() as meter,
+        MemoryMeter(measure=own_bytes) as meter,
         connected(client, workers, request.memory, request.threads, request.device) as cluster,
     ):
         cluster.forget(place)

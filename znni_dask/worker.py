@@ -18,7 +18,7 @@ from distributed import Nanny
 from distributed.comm import get_address_host
 from distributed.utils import get_ip
 
-from znni_dask.cluster import Means
+from znni_dask.cluster import QUIET, Means
 from znni_dask.devices.opening import gpus
 from znni_dask.errors import OptionError
 from znni_dask.machine import cores, nodes
@@ -80,7 +80,7 @@ def serve(
 
     Raises `OptionError` where no scheduler answers.
     """
-    with suppress(asyncio.CancelledError):  # told to end
+    with dask.config.set(QUIET), suppress(asyncio.CancelledError):  # told to end
         asyncio.run(_serve(address, places(memory, threads), name))
 
 
