@@ -77,7 +77,7 @@ def options_of(random: np.random.Generator) -> tuple[Size, str, dict[str, str]]:
     size = triple([int(n) for n in random.integers(60, 240, 3)])
     options = {
         "--dtype": str(random.choice(["uint8", "float32"])),
-        "--chunks": str(random.choice(["32", "64", "16,64,64"])),
+        "--chunks": str(random.choice(["32,32,32", "64,64,64", "16,64,64"])),
         "--threads": str(random.integers(1, 3)),
     }
     return size, str(random.choice(["uint8", "uint16", "float32"])), options

@@ -66,8 +66,8 @@ class Lines(Closing):
 
     def begin(self, first: str) -> None:
         """Go on with the lines that are there, or begin some by their first; from now on what is
-        added is put."""
-        self._patience(lambda: self._open(first))
+        added is put. What is refused here is told at once: nothing has been made yet."""
+        self._open(first)
         self._ending.clear()
         self._thread = threading.Thread(target=self._keep_putting, name="znni journal", daemon=True)
         self._thread.start()
