@@ -16,7 +16,12 @@ from test_identity import assert_same
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "cluster.md"
 COMMANDS = {  # what a queue does, here and at once
-    "sbatch": 'setsid sh "$1" >/dev/null 2>&1 &\necho "Submitted batch job $!"',
+    # The script is read before sbatch returns: dask-jobqueue removes it then.
+    "sbatch": """
+job=$(cat "$1")
+setsid sh -c "$job" >/dev/null 2>&1 &
+echo "Submitted batch job $!"
+""",
     "scancel": 'kill -- "-$1"',
 }
 MODULES = {
