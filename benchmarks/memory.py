@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -24,7 +26,7 @@ import zarr
 from machine import keep
 from reading import stored
 from znni_dask.geometry import triple
-from znni_dask.machine import anonymous_bytes, parse_bytes, show_bytes
+from znni_dask.machine import anonymous_bytes, show_bytes
 
 ROOT = Path(__file__).parents[1]
 NETWORK = ROOT / "examples" / "networks" / "boundary_valid.onnx"
@@ -33,11 +35,12 @@ SECONDS = 0.25  # between two samples
 CHUNK = 128
 RUN = """
 import json, sys, znni_dask
-network, volume, output, memory = sys.argv[1:]
-made = znni_dask.run(network, volume, output, memory=memory, dtype="uint8")
+*files, options = sys.argv[1:]
+made = znni_dask.run(*files, **json.loads(options))
 print(json.dumps({
     "peak_bytes": made.peak_bytes,
     "predicted_bytes": made.plan.predicted_bytes,
+    "allowed_bytes": made.plan.allowed_bytes,
     "patch": made.plan.patch,
     "block": made.plan.block,
     "blocks": made.blocks,
@@ -47,35 +50,48 @@ print(json.dumps({
 """
 
 
-def watched(command: list[str]) -> tuple[list[tuple[float, int]], dict[str, object]]:
-    """Run a command to its end: its memory at moments, and what it says at last."""
+def watched(
+    files: list[str],
+    options: Mapping[str, Any],
+    held: Callable[[int], tuple[int, ...]],
+    seconds: float,
+) -> tuple[list[tuple[float, ...]], dict[str, Any]]:
+    """Run in a process of its own, from network, volume and output, with such options: moments, so
+    many seconds apart, with what it held then, and what it says at last. What ``held`` tells of a
+    process is left out while it is empty."""
+    command = [sys.executable, "-c", RUN, *files, json.dumps(options)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     begin, samples = time.perf_counter(), []
     while process.poll() is None:
-        samples.append((time.perf_counter() - begin, anonymous_bytes(process.pid)))
-        time.sleep(SECONDS)
+        if now := held(process.pid):
+            samples.append((time.perf_counter() - begin, *map(float, now)))
+        time.sleep(seconds)
     said, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"the run failed with {process.returncode}")
     return samples, json.loads(said.splitlines()[-1])
 
 
-def measure(kind: str, folder: Path, size: int, memory: str) -> dict[str, object]:
+def tenths(used: np.ndarray) -> list[int]:
+    """The most that was held in every tenth of a run."""
+    return [int(part.max()) for part in np.array_split(used, 10)]
+
+
+def measure(kind: str, folder: Path, size: int, memory: str) -> dict[str, Any]:
     """One row of the result."""
     volume = stored(kind, folder, triple([size] * 3), CHUNK)
     [path] = [p for p in folder.iterdir() if p.name.startswith(("volume", "zarr"))]
     where = f"{path}:/v" if kind == "hdf5" else str(path)
-    output = folder.parent / f"{kind}-answer.zarr"
-    samples, said = watched([sys.executable, "-c", RUN, str(NETWORK), where, str(output), memory])
+    files = [str(NETWORK), where, str(folder.parent / f"{kind}-answer.zarr")]
+    options = {"memory": memory, "dtype": "uint8"}
+    samples, said = watched(files, options, lambda pid: (anonymous_bytes(pid),), SECONDS)
     assert volume.size == (size,) * 3
-    seconds, used = (np.array(column) for column in zip(*samples, strict=True))
-    tenths = [int(part.max()) for part in np.array_split(used, 10)]
+    seconds, used = np.array(samples).T
     return {
         "kind": kind,
-        "allowed_bytes": parse_bytes(memory),
         **said,
         "peak_bytes_from_outside": int(used.max()),
-        "peak_bytes_of_tenths": tenths,
+        "peak_bytes_of_tenths": tenths(used),
         "samples": [[round(s, 1), int(u)] for s, u in thinned(seconds, used)],
     }
 
@@ -96,20 +112,19 @@ def same(first: Path, second: Path) -> bool:
     )
 
 
-def draw(rows: list[dict[str, object]], path: Path) -> None:
-    """Memory over time, beside what was predicted and what is allowed."""
+def draw(curves: Mapping[str, Any], allowed: int, predicted: int, path: Path) -> None:
+    """Memory over time, each curve so called, beside what is allowed and what was predicted."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
-    for row in rows:
-        seconds, used = np.array(row["samples"]).T
-        axes.plot(seconds / 60, used / 2**30, label=f"measured, from {row['kind']}")
-    axes.axhline(int(str(rows[0]["allowed_bytes"])) / 2**30, color="red", label="allowed")
-    predicted = max(int(str(row["predicted_bytes"])) for row in rows) / 2**30
-    axes.axhline(predicted, color="black", linestyle="--", label="predicted")
+    for called, samples in curves.items():
+        seconds, used = np.array(samples).T
+        axes.plot(seconds / 60, used / 2**30, label=called)
+    axes.axhline(allowed / 2**30, color="red", label="allowed")
+    axes.axhline(predicted / 2**30, color="black", linestyle="--", label="predicted")
     axes.set(xlabel="minutes", ylabel="anonymous memory, GiB", ylim=(0, None), xlim=(0, None))
     axes.legend(loc="center", bbox_to_anchor=(0.5, 0.7), ncols=2)
     figure.savefig(path)
@@ -121,7 +136,7 @@ def main() -> None:
     parser.add_argument("--memory", default="2GiB")
     parser.add_argument("--folder", type=Path, help="for volumes; by default a temporary one")
     options = parser.parse_args()
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as answers:
         for kind in KINDS:
             with tempfile.TemporaryDirectory(dir=answers) as folder:
@@ -131,7 +146,7 @@ def main() -> None:
             )
             rows.append(row)
             peak, predicted, allowed = (
-                show_bytes(int(str(row[name])))
+                show_bytes(row[name])
                 for name in ("peak_bytes_from_outside", "predicted_bytes", "allowed_bytes")
             )
             print(
@@ -139,7 +154,10 @@ def main() -> None:
                 f"{allowed} allowed; the same answer: {row['same_as_the_first']}",
                 flush=True,
             )
-    draw(rows, ROOT / "docs" / "images" / "memory.svg")
+    curves = {f"measured, from {row['kind']}": row["samples"] for row in rows}
+    predicted = max(row["predicted_bytes"] for row in rows)
+    path = ROOT / "docs" / "images" / "memory.svg"
+    draw(curves, rows[0]["allowed_bytes"], predicted, path)
     print(f"kept in {keep('memory', {'rows': rows})}")
 
 
