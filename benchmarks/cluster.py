@@ -2,17 +2,17 @@
 
     python benchmarks/cluster.py [--only NAME]
 
-*resting*: what dask takes of a core while there is nothing to do. *beside*: how much longer blocks
-take in a loop while it does so in the same process. *one*: all cores make the blocks
-of a volume, reading and writing them: in a loop without dask, by `znni_dask.run` in its own
-process, and by a worker that it starts. *two*: a process for every core, each in such a loop with
-its share of the blocks, and as many workers of one thread, in patches, so that there are blocks
-enough to share. Compared is what is made in a second after the first block of every process, for
-which kernels are compiled and prepared: the median of the rounds' ratios, and, as others use the
-machine, the best of the rounds; and in how much of the time nothing was computed. A round counts
-only between two probes of the machine's rate that agree within 10 %. *reading*: how often two
-workers together decode the voxels of a large volume, through caches of 1 GiB each, where the
-network sees far. The result is kept under `benchmarks/results/`.
+*resting*: what dask takes of a core while there is nothing to do, set up as `run` does it and as
+dask does by itself. *beside*: how much longer blocks take in a loop while it rests in the same
+process. *one*: all cores make the blocks of a volume, reading and writing them: in a loop without
+dask, by `znni_dask.run` in its own process, and by a worker that it starts. *two*: a process for
+every core, each in such a loop with its share of the blocks, and as many workers of one thread, in
+patches, so that there are blocks enough to share. Compared is what is made in a second after the
+first block of every process, for which kernels are compiled and prepared: the median of the rounds'
+ratios, and, as others use the machine, the best of the rounds; and in how much of the time nothing
+was computed. A round counts only between two probes of the machine's rate that agree within 10 %.
+*reading*: how often two workers together decode the voxels of a large volume, through caches of
+1 GiB each, where the network sees far. The result is kept under `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -35,6 +35,7 @@ from typing import Any
 
 import psutil
 import zarr
+from distributed import Client
 
 from machine import keep, kept
 from planning import noise, rate
@@ -244,9 +245,15 @@ def beside() -> dict[str, Any]:
 def resting() -> dict[str, Any]:
     """What dask takes of a core while there is nothing to do: its client, scheduler and worker in
     this process, and where the worker is another one, all together."""
+    ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "run": connected,
+        "workers=1": lambda: connected(workers=1, memory=MEMORY),
+        "dask": lambda: Client(processes=False, n_workers=1),
+        "dask, a worker": lambda: Client(processes=True, n_workers=1),
+    }
     found = {}
-    for way, workers in (("run", None), ("workers=1", 1)):
-        with connected(workers=workers, memory=None if workers is None else MEMORY):
+    for way, begun in ways.items():
+        with begun():
             time.sleep(RESTING_SECONDS / 4)  # until all has begun
             this = psutil.Process()
             processes = [this, *this.children(recursive=True)]

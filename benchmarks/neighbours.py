@@ -182,8 +182,8 @@ def compared(name: str, limit: str, seconds: float, folder: str) -> dict[str, An
         for kind in counts
     }
     again = [CHOSEN, *(what for some in best.values() for what in some)]
-    turns = {what: [rate(asked[what]) or 0.0 for _ in range(1)] for what in again}
-    for _ in range(TURNS - 1):
+    turns: dict[str, list[float]] = {what: [] for what in again}
+    for _ in range(TURNS):
         for what in again:
             turns[what].append(rate(asked[what]) or 0.0)
     medians = {what: median(found) for what, found in turns.items()}

@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -90,9 +90,8 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _infer(options: argparse.Namespace) -> int:
-    console = _console()
-    with TemporaryDirectory() as folder:
-        trace = options.timeline
+    console, trace = _console(), options.timeline
+    with TemporaryDirectory() if options.html else nullcontext() as folder:
         if options.html:
             require_pictures()
             _write(options.html, "")  # a place that cannot be written is told of before the run

@@ -29,7 +29,7 @@ from znni_dask.resources import MOST_BLOCKS_IN_FLIGHT
 from znni_dask.storage.urls import Location
 
 _LOOPBACK = "127.0.0.1:0"  # distributed's web servers listen to all the world unless told
-QUIET = {  # every wake-up of dask's loops takes a core from what is computed: by default 4 % of it
+QUIET = {  # every wake-up of dask's loops takes a core from what is computed
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",
     "distributed.admin.system-monitor.interval": "5s",
@@ -316,15 +316,20 @@ def connected(
 
 def _client_of(address: str) -> Client:
     try:
-        keys = Security().get_connection_args("client")["ssl_context"]
-        if address.startswith("tls://") and keys is None:
-            raise OptionError(
-                f"no scheduler answers at {address}: it is encrypted, and dask is configured with "
-                "no certificate and key (distributed.comm.tls, or DASK_DISTRIBUTED__COMM__TLS__…)"
+        if address.startswith("tls://") and not _has_keys():
+            raise ValueError(
+                "it is encrypted, and dask is configured with no certificate and key "
+                "(distributed.comm.tls, or DASK_DISTRIBUTED__COMM__TLS__…)"
             )
         return Client(address, set_as_default=False)
     except (OSError, ValueError) as error:
         raise OptionError(f"no scheduler answers at {address}: {error}") from None
+
+
+def _has_keys() -> bool:
+    """Whether dask is configured to reach what is encrypted. Where it is not, distributed raises a
+    TypeError, and leaves a client that waits for a minute when the process ends."""
+    return Security().get_connection_args("client")["ssl_context"] is not None
 
 
 @contextmanager

@@ -182,8 +182,8 @@ def run(
     compile_kernels()
     with (
         nullcontext() if timeline is None else Timeline(Path(timeline)) as line,
-        MemoryMeter(measure=own_bytes) as meter,
         connected(client, workers, request.memory, request.threads, request.device) as cluster,
+        MemoryMeter(measure=own_bytes) if cluster.alone else nullcontext() as meter,
     ):
         cluster.forget(place)
         crew = cluster.crew()
@@ -215,7 +215,7 @@ def run(
         passes=passes,
         times=application.volume.times,
         seconds=seconds,
-        peak_bytes=meter.peak_bytes if cluster.alone else max(p.peak_bytes for p in passes),
+        peak_bytes=meter.peak_bytes if meter else max(p.peak_bytes for p in passes),
         measured_bytes=measured_bytes,
         workers=len(crew.kind),
     )
