@@ -40,7 +40,7 @@ class Spans:
         """Note what is done until this is left, on a ``lane`` or by this thread."""
         wall, begin = time.time(), time.perf_counter()
         yield
-        lane = lane or threading.current_thread().name
+        lane = lane or f"thread {threading.current_thread().name.rpartition('-')[2]}"  # its number
         self.add([Span(lane, what, wall, time.perf_counter() - begin)])
 
     def taken(self) -> list[Span]:
