@@ -12,12 +12,18 @@ from znni_dask import machine
 _SAME_BYTES = 4 << 10
 
 
-def traced_peak(work):
+def traced_peak(work, allowed=None):
     """Bytes that Python allocates at most while ``work()`` runs: the least of three times or more,
     until it came twice, because what other threads of this process allocate meanwhile (a cluster's
-    that ends, say) is counted, too."""
+    that ends, say) is counted, too. Where it is more than is ``allowed`` they are waited for."""
     peaks = []
-    while len(peaks) < 3 or (peaks[1] - peaks[0] > _SAME_BYTES and len(peaks) < 9):
+    while (
+        len(peaks) < 3
+        or (peaks[1] - peaks[0] > _SAME_BYTES and len(peaks) < 9)
+        or (allowed is not None and peaks[0] > allowed and len(peaks) < 30)
+    ):
+        if len(peaks) >= 9:
+            time.sleep(0.1)
         tracemalloc.start()
         try:
             work()

@@ -47,11 +47,12 @@ from znni_dask.slabs import (
     wanted_bytes,
 )
 
-_THICKNESSES = (1, 2, 4, 8)  # of slabs, in fragments or alignments
+_THICKNESSES = (1, 2, 4, 8, 12, 16, 24)  # of slabs, in fragments or alignments
+_FIRST = slice(2, 4)  # of these, where the search begins
 _THICKEST = 128  # voxels
 _THIN = (2, 4, 8, 16, 32)  # voxels of the volume that layers at full resolution make at once
 _SHARES = (1.0, 0.85, 0.7, 0.55)  # of the memory that pages take at most
-_FIRST_SHARES = (0.85, 0.7)  # of each way, which is then judged by the faster one
+_FIRST_SHARES = (0.85, 0.7)
 _AGAIN = 3  # times that primitives are chosen for one, within less memory each time
 _LONGEST, _WIDEST = 16, 32  # blocks, in chunks
 _LESS_TWICE = 1.05  # times, along another axis, for which that is tried, too
@@ -133,9 +134,9 @@ def _searched(layout: Layout, resources: Resources, in_flight: int) -> list[Slab
     def climbed(start: _Place) -> _Place:
         return _climb(seconds, start, [start._replace(thickness=n) for n in thicknesses])
 
-    middle = thicknesses[len(thicknesses) // 2]
+    first = [*product(thicknesses[_FIRST] or thicknesses[-1:], _FIRST_SHARES)]
     starts = [
-        min((_Place(way, middle, thin=4, share=share) for share in _FIRST_SHARES), key=seconds)
+        min((_Place(way, thick, thin=4, share=share) for thick, share in first), key=seconds)
         for way in range(len(ways))
     ]
     best = min(map(climbed, starts), key=seconds)
