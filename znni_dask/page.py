@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from znni_dask.running import Summary
 
 _WIDTH = 160  # letters of a table's line
-_STYLE = "body{font-family:sans-serif;margin:2em;max-width:80em}pre{overflow-x:auto}svg{width:100%;height:auto}"
+_STYLE = (
+    "body{font-family:sans-serif;margin:2em;max-width:80em}"
+    "pre{overflow-x:auto}svg{width:100%;height:auto}"
+)
 _CHOSEN, _OTHERS, _TOO_LARGE = "tab:red", "tab:blue", "none"
 _MOST_SPANS = 3000  # of a timeline that is drawn: the first
 
