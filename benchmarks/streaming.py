@@ -1,6 +1,6 @@
 """Blocks made slab by slab beside patches, of the networks of the ZNNi paper and a U-Net.
 
-    python benchmarks/streaming.py [--only n537] [--limit 4GB] [--threads 2]
+    python benchmarks/streaming.py [--only n537] [--limit 4GB] [--threads 2] [--way slabs]
 
 Within some limits the fastest plan in slabs is searched for a large volume and run in the middle of
 a column; within the largest the fastest in patches, too, of which one after the first counts, and
@@ -10,7 +10,8 @@ machine's rate that agree within 10 %; the machine is measured anew for every ne
 is predicted is of the same hour. The result is kept under `benchmarks/results/`.
 
 ``products_over_least`` are the products of spectra of slabs in the middle of a column over those of
-the best cubic tiles, if nothing were computed but the answer.
+the best cubic tiles, if nothing were computed but the answer; `fewest` is the plan in slabs that
+has fewest, of all ways to make fragments, thicknesses and shares of the memory that pages take.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from math import prod
+from math import inf, prod
 from statistics import median
 from typing import Any
 
@@ -62,6 +63,7 @@ LIMITS = ("2GB", "4GB", "12GB")
 SIZE, SIZE_OF_OTHERS = (1024, 1024, 1024), (512, 512, 512)
 NETWORKS = {**PAPER_NETWORKS, "U-Net 4, 32": partial(unet, 4, 32)}
 BEFORE, SLABS = 1, 3  # thick slabs that do not count, and those that do
+WAYS = ("slabs", "patches", "fewest", "torch")  # the last ones of the papers' networks
 REPEATS = 2  # of a patch, of which the last counts
 
 
@@ -76,6 +78,8 @@ def one(name: str, limit: str, threads: int, way: str) -> dict[str, Any]:
     plan: Plan | None = None
     if way == "slabs":
         plan = column_planner.search(layout, resources)
+    elif way == "fewest":
+        plan = fewest_products(layout, resources)
     else:
         try:
             plan = planner.plan(planner.Request(**vars(resources), layout=layout))
@@ -169,6 +173,12 @@ def products_over_least(layout: Layout, plan: Plan) -> float | None:
     return done / least if least else None
 
 
+def fewest_products(layout: Layout, resources: Resources) -> Plan | None:
+    """The plan in slabs along z that has fewest, of all that fit."""
+    plans = column_planner.every(layout, resources)
+    return min(plans, key=lambda plan: products_over_least(layout, plan) or inf, default=None)
+
+
 def least_products(problem: Problem) -> float:
     """Of a voxel of a convolution's output, by the best cubic tile."""
     found = []
@@ -212,6 +222,7 @@ def main() -> None:
     parser.add_argument("--only", choices=[*NETWORKS], action="append")
     parser.add_argument("--limit", choices=LIMITS, action="append")
     parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--way", choices=WAYS, action="append")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -227,9 +238,11 @@ def main() -> None:
         for name in given.only or NETWORKS:
             reference = calibrated(team)
             for limit in given.limit or LIMITS:
-                row: dict[str, Any] = {"network": name, "limit": limit}
-                others = ["patches", *(["torch"] if name in PAPER_NETWORKS else [])]
-                for way in ("slabs", *(others if limit == LIMITS[-1] else [])):
+                row: dict[str, Any] = rows.get((name, limit), {"network": name, "limit": limit})
+                ways = WAYS if name in PAPER_NETWORKS else WAYS[:2]
+                for way in ways if limit == LIMITS[-1] else WAYS[:1]:
+                    if given.way and way not in given.way:
+                        continue
                     asked = (name, limit, str(given.threads), way)
                     row[way] = steady([sys.executable, __file__, "--one", *asked], team, reference)
                 rows[name, limit] = row
@@ -240,7 +253,7 @@ def main() -> None:
 def line(row: dict[str, Any]) -> str:
     """A row as it is told."""
     told = f"{row['network']} {row['limit']:>5}"
-    for way in ("slabs", "patches", "torch"):
+    for way in WAYS:
         found = row.get(way, {"refused": "not run"})
         if "voxels_per_second" not in found:
             told += f"; {way}: {found.get('refused', 'none fits')}"

@@ -31,7 +31,7 @@ from znni_dask.reading import Reads
 from znni_dask.report import forecast_lines
 from znni_dask.resources import Resources
 from znni_dask.schedule import Schedules
-from znni_dask.slabs import granules_of
+from znni_dask.slabs import Programs, granules_of
 
 
 def asked(network, size, **options):
@@ -241,3 +241,24 @@ def test_a_halo_of_ones_own_is_left_to_patches():
     made, _ = passes.plan_for(layout, resources, None)
     assert not made.granules
     assert volume(made.patch)
+
+
+@pytest.mark.parametrize(("thickness", "thin"), [(24, 8), (24, 16), (48, 32), (10, 7)])
+def test_a_few_periods_stand_for_a_whole_column(thickness, thin):
+    layout, _ = asked(simplify(graphs.graph("valid_unet", 0)), (600, 20, 20))
+    schedules = Schedules(layout, choose_primitives(layout))
+    granules = granules_of(layout, thickness, thin)
+    length = layout.output_size[0]
+    _, program = Programs(layout, granules).of(schedules, length)
+    box = Box((0, 0, 0), (length, 1, 1))
+    assert made(program) == pytest.approx(
+        made(Program.of(Column.of(schedules, box, granules))), abs=2 * thickness
+    )
+
+
+def made(program):
+    """Planes that every operation makes."""
+    found = np.zeros(1 + max(task.number for task in program.tasks))
+    for task in program.tasks:
+        found[task.number] += task.times * (task.planes[1] - task.planes[0])
+    return found

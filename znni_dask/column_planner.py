@@ -9,7 +9,7 @@ and costs only.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -103,15 +103,34 @@ def _turned(layout: Layout, resources: Resources, axis: int) -> tuple[Layout, Re
     return layout.turned(axis), resources.turned(axis, weights_bytes)
 
 
+def every(layout: Layout, resources: Resources) -> Iterator[Plan]:
+    """Those of columns along z for every place in the space that `search` goes through, where one
+    fits."""
+    ways = _ways(layout, resources.device)
+    for thickness, thin in product(_thicknesses(layout), _THIN):
+        programs = Programs(layout, granules_of(layout, thickness, thin))
+        for way, share in product(ways, _SHARES):
+            found = _tried(resources, way, programs, share, in_flight=1)
+            if found and (plan := _planned(resources, found.slabs, in_flight=1)):
+                yield plan
+
+
 def _along_z(layout: Layout, resources: Resources) -> Plan | None:
     """The fastest in columns along z."""
     for in_flight in (_IN_FLIGHT, 1):
         for slabs in _searched(layout, resources, in_flight):
-            for count in range(in_flight, 0, -1):
-                reading, needed_bytes = slabs.reading(count)
-                need = Need(needed_bytes, slabs.computing.device_bytes)
-                if resources.limit(need).over_bytes <= 0:
-                    return slabs.plan(count, reading, needed_bytes)
+            if plan := _planned(resources, slabs, in_flight):
+                return plan
+    return None
+
+
+def _planned(resources: Resources, slabs: Slabs, in_flight: int) -> Plan | None:
+    """With as many blocks in flight as fit, so many at most; None where not one does."""
+    for count in range(in_flight, 0, -1):
+        reading, needed_bytes = slabs.reading(count)
+        need = Need(needed_bytes, slabs.computing.device_bytes)
+        if resources.limit(need).over_bytes <= 0:
+            return slabs.plan(count, reading, needed_bytes)
     return None
 
 
@@ -141,7 +160,7 @@ def _searched(layout: Layout, resources: Resources, in_flight: int) -> list[Slab
     ]
     best = min(map(climbed, starts), key=seconds)
     best = min(best, climbed(best._replace(thin=16)), key=seconds)
-    best = _climb(seconds, best, [best._replace(thin=n) for n in _THIN])
+    best = climbed(_climb(seconds, best, [best._replace(thin=n) for n in _THIN]))
     _climb(seconds, best, [best._replace(share=share) for share in _SHARES])
     fitting = [one for one in found.values() if one is not None]
     return [one.slabs for one in sorted(fitting, key=lambda one: one.seconds)]

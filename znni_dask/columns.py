@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
-from math import ceil
+from math import lcm
 from typing import NamedTuple, cast
 
 from znni_dask.geometry import Box, Size
@@ -189,7 +190,7 @@ def period_of(layout: Arrangement, granules: Mapping[str, int]) -> int:
     network = layout.network
     finest = network.spacing[network.output][0] / layout.fragments[0]  # of a voxel
     planes = (granules.get(n.name, 1) * network.spacing[n.name][0] / finest for n in network)
-    return ceil(max(planes))
+    return lcm(*(Fraction(some).numerator for some in planes))
 
 
 def _with(box: Box, planes: Interval) -> Box:
