@@ -13,6 +13,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -163,6 +164,17 @@ def streaming(result: Row) -> Iterator[Line]:
         yield [row["network"], row["limit"], *told[0], products, *told[1][:-1], *times]
 
 
+def fewest(result: Row) -> Iterator[Line]:
+    """The fastest slabs beside those of fewest products."""
+    told = "slabs", "memory", "voxels/s", "of predicted", "products"
+    yield ["network", *(f"fastest: {told[0]}", *told[1:]), *(f"fewest: {told[0]}", *told[1:])]
+    for row in result["rows"]:
+        if "fewest" in row:
+            both = (row["slabs"], row["fewest"])
+            found = ([*_plan(one), f"{one['products_over_least']:.2f}"] for one in both)
+            yield [row["network"], *chain(*found)]
+
+
 def _times(row: Row, other: str) -> float | None:
     """Rate of slabs over another one; None where the machine was not steady for both."""
     found = [row.get(way, {}) for way in ("slabs", other)]
@@ -238,16 +250,15 @@ def simulation(result: Row) -> Iterator[Line]:
 def cluster(result: Row) -> Iterator[Line]:
     """What is made through dask, over what bare loops make."""
     yield [
-        *("by", "cores each", "blocks of", "a block takes", "rate over that of loops"),
-        *("best over best", "idle", "loops idle"),
+        *("by", "cores each", "blocks of", "a block takes", "rate over that of loops", "rounds"),
     ]
     for row in result["rows"]:
         for way, share in row.get("of_the_loop", {}).items():
             if way != "loop":
                 size, seconds = "·".join(map(str, row["block"])), f"{row['block_seconds']:.1f} s"
-                rates = (f"{one:.2f}" for one in (share, row["best_of_the_best_loop"][way]))
-                idle = (f"{100 * row['idle'][one]:.2f} %" for one in (way, "loop"))
-                yield [f"`{way}`", str(row["threads"]), size, seconds, *rates, *idle]
+                rounds = (f"{one[way] / one['loop']:.2f}" for one in row["blocks_per_second"])
+                rate = f"{share:.2f}"
+                yield [f"`{way}`", str(row["threads"]), size, seconds, rate, ", ".join(rounds)]
 
 
 def _plan(found: Row) -> Line:
@@ -317,6 +328,7 @@ TABLES: dict[str, Callable[[Row], Iterator[Line]]] = {
     "throughput": throughput,
     "complete": complete,
     "streaming": streaming,
+    "fewest": fewest,
     "study": study,
     "planning": planning,
     "promise": promise,

@@ -7,10 +7,10 @@ dask does by itself. *beside*: how much longer blocks take in a loop while it re
 process. *one*: all cores make the blocks of a volume, reading and writing them: in a loop without
 dask, by `znni_dask.run` in its own process, and by a worker that it starts. *two*: a process for
 every core, each in such a loop with its share of the blocks, and as many workers of one thread, in
-patches, so that there are blocks enough to share. Compared is what is made in a second after the
-first block of every process, for which kernels are compiled and prepared: the median of the rounds'
-ratios, and, as others use the machine, the best of the rounds; and in how much of the time nothing
-was computed. A round counts only between two probes of the machine's rate that agree within 10 %.
+patches, so that there are blocks enough to share. All ways are under way at once, and take turns of
+some seconds, the others being stopped meanwhile, so that all see the same machine, which others
+use, too. Compared are blocks made in a second of these turns, after the first of every process, for
+which kernels are compiled and prepared, and before the last, when others may be done.
 *reading*: how often two workers together decode the voxels of a large volume, through caches of
 1 GiB each, where the network sees far. The result is kept under `benchmarks/results/`.
 """
@@ -19,14 +19,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -38,14 +39,13 @@ import zarr
 from distributed import Client
 
 from machine import keep, kept
-from planning import noise, rate
+from planning import noise
 from znni_dask import run
 from znni_dask.asking import Options, asked
 from znni_dask.cluster import Crew, Means, connected
 from znni_dask.forecast import forecasts, plan_all
 from znni_dask.importers.to_onnx import save
 from znni_dask.job import BlockMaker
-from znni_dask.kernels.team import Team
 from znni_dask.kernels.warm import compile_kernels
 from znni_dask.machine import anonymous_bytes, cores
 from znni_dask.network.build import Builder
@@ -53,15 +53,14 @@ from znni_dask.options import allowed_bytes
 from znni_dask.passes import create_outputs
 from znni_dask.plan import Plan
 from znni_dask.storage.urls import location
-from znni_dask.timeline import Span, spans_of
 
 KEPT_AS = "cluster"
 NETWORK = "n337"
 MEMORY = "6GiB"  # of all processes
-AGREE, ROUNDS, TRIES = 0.1, 7, 11
+ROUNDS, TURN_SECONDS = 3, 3.0
 SIZES = {
-    "one": (128, 256),
-    "two": (128, 128),
+    "one": (128, 640),
+    "two": (128, 384),
     "beside": (192, 30),
 }  # how wide and how long the volume is
 HOW: dict[str, Options] = {
@@ -102,116 +101,114 @@ def looped(
     first, stop = (len(every) * n // parts for n in (part, part + 1))
     print("ready", flush=True)
     sys.stdin.readline()
+
+    def ended(at: tuple[Any, ...]) -> float:
+        maker.make(*at)
+        return time.time()
+
     with ThreadPoolExecutor(plan.blocks_in_flight) as pool:
-        blocks = [*pool.map(lambda at: maker.make(*at), every[first:stop])]
-    return told(("here", span) for one in blocks for span in one.spans)
+        return {"ends": [*pool.map(ended, every[first:stop])]}
 
 
-def told(spans: Iterable[tuple[str, Span]]) -> dict[str, float]:
-    """Of what some processes did: blocks that they make in a second, but for the first of each, and
-    the share of the time between these in which a process computes nothing."""
-    blocks: defaultdict[str, list[Span]] = defaultdict(list)
-    for worker, span in spans:
-        if span.what == "computing":
-            blocks[worker].append(span)
-    rate = idle = 0.0
-    for made in blocks.values():
-        first, *others = sorted(made, key=_end)
-        seconds = max(map(_end, others)) - _end(first)
-        rate += len(others) / seconds
-        idle += 1 - sum(span.seconds for span in others) / seconds
-    return {"blocks_per_second": rate, "idle": idle / len(blocks)}
-
-
-def _end(span: Span) -> float:
-    return span.start_seconds + span.seconds
-
-
-def through_dask(
-    name: str, volume: str, output: str, plan: Plan | None, workers: int
-) -> dict[str, Any]:
-    """Make all blocks by so many workers, or in this process where that is 0."""
-    how = HOW[name] if plan is None else planned(name, plan)
-    made = run(
+def through_dask(name: str, volume: str, output: str, plan: Plan, workers: int) -> dict[str, Any]:
+    """Make all blocks by so many workers, or in this process where that is 0, as soon as a line is
+    read."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+    ends: list[float] = []
+    run(
         *(NETWORK, volume, output),
         overwrite=True,
         workers=workers or None,
-        timeline=f"{output}.json",
-        **(how | {"memory": MEMORY}),
+        progress=lambda done, total: ends.append(time.time()),
+        **(planned(name, plan) | {"memory": MEMORY}),
     )
-    found = told(spans_of(Path(f"{output}.json")))
-    return found | {"plan": made.plan.to_json(), "blocks": made.blocks}
+    return {"ends": ends}
 
 
-def together(name: str, volume: str, plan: Path, kind: str, processes: int) -> dict[str, Any]:
-    """What so many processes of one kind tell that begin at the same time."""
-    began = []
-    for part in range(processes):
-        asked_of = [name, kind, volume, str(plan.with_name(f"{kind}-{part}.zarr")), str(plan)]
-        command = [sys.executable, __file__, "--one", *asked_of, str(part), str(processes)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        began.append(subprocess.Popen(command, text=True, **pipes))
-    if kind == "loop":
-        for process in began:
+class Way:
+    """Processes that make the blocks of a volume together, stopped but in their turns."""
+
+    def __init__(self, name: str, volume: str, plan: Path, kind: str, processes: int) -> None:
+        self.processes, self.turns = max(processes, int(kind) if kind.isdigit() else 0), []
+        self._began = []
+        for part in range(processes):
+            output = str(plan.with_name(f"{kind}-{part}.zarr"))
+            asked_of = [name, kind, volume, output, str(plan), str(part), str(processes)]
+            command = [sys.executable, __file__, "--one", *asked_of]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self._began.append(
+                subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+            )
+        for process in self._began:
             assert process.stdout
-            while process.stdout.readline() != "ready\n":
-                if process.poll() is not None:
-                    raise SystemExit(f"a {kind} failed with {process.returncode}")
-        for process in began:
+            while (line := process.stdout.readline()) != "ready\n":
+                if not line:
+                    raise SystemExit(f"{kind} failed with {process.wait()}")
+        for process in self._began:
             assert process.stdin
             process.stdin.write("\n")
             process.stdin.flush()
-    found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in began]
-    rate = sum(one["blocks_per_second"] for one in found)
-    idle = sum(one["idle"] for one in found) / len(found)
-    return found[0] | {"blocks_per_second": rate, "idle": idle}
+        self._signal(signal.SIGSTOP)
+
+    def turn(self) -> bool:
+        """Go on for a while; whether there is more to do."""
+        begin = time.time()
+        self._signal(signal.SIGCONT)
+        while time.time() < begin + TURN_SECONDS and (more := self._is_under_way()):
+            time.sleep(0.01)
+        self._signal(signal.SIGSTOP)
+        self.turns.append((begin, time.time()))
+        return more
+
+    def rate(self) -> float:
+        """Blocks in a second of the turns."""
+        found = [json.loads(one.communicate()[0].splitlines()[-1]) for one in self._began]
+        ends = sorted(self._awake(end) for one in found for end in one["ends"])
+        counted = ends[self.processes - 1 : len(ends) - self.processes + 1]
+        return (len(counted) - 1) / (counted[-1] - counted[0])
+
+    def _awake(self, moment: float) -> float:
+        """Seconds of the turns until then."""
+        return sum(max(0, min(end, moment) - begin) for begin, end in self.turns)
+
+    def _is_under_way(self) -> bool:
+        return any(process.poll() is None for process in self._began)
+
+    def _signal(self, which: signal.Signals) -> None:
+        for process in self._began:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, which)
 
 
 def compared(name: str) -> dict[str, Any]:
     """Blocks made in the ways of one ``name``: medians of rounds, and of their ratios."""
-    loops, ways = (1, (0, 1)) if name == "one" else (cores(), (cores(),))
-    rows: list[dict[str, dict[str, Any]]] = []
-    with tempfile.TemporaryDirectory() as place, Team(cores()) as team:
-        volume, plan = noise(place, *SIZES[name]), Path(place) / "plan.json"
-        first = together(name, volume, plan, str(ways[-1]), 1)
-        plan.write_text(first["plan"])
+    loops, others = (1, (0, 1)) if name == "one" else (cores(), (cores(),))
+    rates: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as place:
+        volume, path = noise(place, *SIZES[name]), Path(place) / "plan.json"
+        asked_for = asked(NETWORK, volume, **HOW[name])
+        with connected(workers=max(others), memory=MEMORY) as cluster:
+            (planned_for,) = plan_all(asked_for, cluster.crew())
+        plan = planned_for.job.plan
+        path.write_text(plan.to_json())
         called = {"loop": ("loop", loops)} | {
-            f"workers={way}" if way else "run": (str(way), 1) for way in ways
+            f"workers={number}" if number else "run": (str(number), 1) for number in others
         }
-        for turn in range(TRIES):
-            row, before, order = {}, rate(team), [*called]
-            order = order[turn % len(order) :] + order[: turn % len(order)]  # none is always first
-            for what in order:
-                row[what] = together(name, volume, plan, *called[what])
-            if abs(rate(team) / before - 1) <= AGREE:
-                shown = (
-                    f"{way} {v['blocks_per_second']:.4f} {v['idle']:.4f}" for way, v in row.items()
-                )
-                print(name, *shown, flush=True)
-                rows.append(row)
-            if len(rows) == ROUNDS:
-                break
-    if not rows:
-        return {"name": name, "unsteady": True}
-    chosen = Plan.from_json(first["plan"])
-
-    def medians(key: str) -> dict[str, float]:
-        return {way: median(row[way][key] for row in rows) for way in rows[0]}
-
-    rates = [{way: found["blocks_per_second"] for way, found in row.items()} for row in rows]
-    best = {way: max(row[way] for row in rates) for way in rates[0]}
+        for _ in range(ROUNDS):
+            ways = {what: Way(name, volume, path, *how) for what, how in called.items()}
+            left = [*ways.values()]
+            while left:
+                left = [way for way in left if way.turn()]
+            rates.append({what: way.rate() for what, way in ways.items()})
+            print(name, rates[-1], flush=True)
     return {
         "name": name,
-        "threads": chosen.threads,
-        "block": chosen.block,
-        "blocks": first["blocks"],
-        "block_seconds": loops / medians("blocks_per_second")["loop"],
-        "rounds": len(rows),
-        "blocks_per_second": medians("blocks_per_second"),
-        "idle": medians("idle"),
-        "rounds_blocks_per_second": rates,
+        "threads": plan.threads,
+        "block": plan.block,
+        "block_seconds": median(loops / row["loop"] for row in rates),
+        "blocks_per_second": rates,
         "of_the_loop": {way: median(row[way] / row["loop"] for row in rates) for way in rates[0]},
-        "best_of_the_best_loop": {way: best[way] / best["loop"] for way in best},
     }
 
 
@@ -304,9 +301,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         name, kind, volume, output, path, part, parts = given.one
-        plan = Plan.from_json(Path(path).read_text()) if Path(path).exists() else None
+        plan = Plan.from_json(Path(path).read_text())
         if kind == "loop":
-            assert plan
             found = looped(name, volume, output, plan, int(part), int(parts))
         else:
             found = through_dask(name, volume, output, plan, int(kind))

@@ -126,7 +126,7 @@ def draw(curves: Mapping[str, Any], allowed: int, predicted: int, path: Path) ->
     axes.axhline(allowed / 2**30, color="red", label="allowed")
     axes.axhline(predicted / 2**30, color="black", linestyle="--", label="predicted")
     axes.set(xlabel="minutes", ylabel="anonymous memory, GiB", ylim=(0, None), xlim=(0, None))
-    axes.legend(loc="center", bbox_to_anchor=(0.5, 0.7), ncols=2)
+    figure.legend(loc="outside lower center", ncols=5)
     figure.savefig(path)
 
 
