@@ -56,8 +56,8 @@ from znni_dask.storage.urls import location
 
 KEPT_AS = "cluster"
 NETWORK = "n337"
-MEMORY = "6GiB"  # of all processes
-ROUNDS, TURN_SECONDS = 3, 3.0
+PLANNED, MEMORY = "5GiB", "6GiB"  # of all processes: by a plan for less, which fits each of them
+ROUNDS, TURN_SECONDS = 2, 3.0
 SIZES = {
     "one": (128, 640),
     "two": (128, 384),
@@ -157,8 +157,9 @@ class Way:
         self._signal(signal.SIGCONT)
         while time.time() < begin + TURN_SECONDS and (more := self._is_under_way()):
             time.sleep(0.01)
-        self._signal(signal.SIGSTOP)
         self.turns.append((begin, time.time()))
+        if more:  # else what is left of them must come to an end
+            self._signal(signal.SIGSTOP)
         return more
 
     def rate(self) -> float:
@@ -188,7 +189,7 @@ def compared(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         volume, path = noise(place, *SIZES[name]), Path(place) / "plan.json"
         asked_for = asked(NETWORK, volume, **HOW[name])
-        with connected(workers=max(others), memory=MEMORY) as cluster:
+        with connected(workers=max(others), memory=PLANNED) as cluster:
             (planned_for,) = plan_all(asked_for, cluster.crew())
         plan = planned_for.job.plan
         path.write_text(plan.to_json())

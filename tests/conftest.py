@@ -14,7 +14,7 @@ import cuda_source
 import graphs
 from held import Held
 from test_identity import at_once
-from znni_dask import costs, job, planner, split_planner
+from znni_dask import column_planner, costs, job, planner, split_planner
 from znni_dask.devices.simulated import SimulatedDevice
 from znni_dask.errors import MemoryLimitError
 from znni_dask.importers.to_onnx import to_onnx
@@ -116,13 +116,15 @@ def client():
 
 @pytest.fixture
 def slabs_alone(monkeypatch):
-    """No plan is made in patches; calling a primitive costs nothing, nor sending it somewhere."""
+    """No plan is made in patches; calls of primitives and copies cost nothing; slabs are so thin
+    that columns of small volumes are several blocks."""
 
     def nothing(*_):
         raise MemoryLimitError("no patches here")
 
     for module in (planner, split_planner):
         monkeypatch.setattr(module, "search", nothing)
+    monkeypatch.setattr(column_planner, "_THICKNESSES", (1, 2, 4, 8))
     for name in ("STEP_SECONDS", "PIECE_SECONDS"):
         monkeypatch.setattr(costs, name, 0.0)
 

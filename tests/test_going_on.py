@@ -166,12 +166,13 @@ def test_a_block_that_goes_on_from_another_would_be_found_wrong(monkeypatch):
 
 @pytest.fixture
 def slabs_alone(monkeypatch):
-    """Runs in slabs, of volumes so small that patches would do."""
+    """Runs in thin slabs, of volumes so small that patches would do."""
 
     def nothing(*_):
         raise MemoryLimitError("no patches here")
 
     monkeypatch.setattr(planner, "search", nothing)
+    monkeypatch.setattr(column_planner, "_THICKNESSES", (1, 2, 4, 8))
     ways = column_planner._ways
     monkeypatch.setattr(column_planner, "_ways", lambda *given: ways(*given)[:1])
 
