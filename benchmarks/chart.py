@@ -166,8 +166,8 @@ def streaming(result: Row) -> Iterator[Line]:
 
 def fewest(result: Row) -> Iterator[Line]:
     """The fastest slabs beside those of fewest products."""
-    told = "slabs", "memory", "voxels/s", "of predicted", "products"
-    yield ["network", *(f"fastest: {told[0]}", *told[1:]), *(f"fewest: {told[0]}", *told[1:])]
+    told = "memory", "voxels/s", "of predicted", "products"
+    yield ["network", "fastest: slabs", *told, "fewest: slabs", *told]
     for row in result["rows"]:
         if "fewest" in row:
             both = (row["slabs"], row["fewest"])
@@ -249,9 +249,7 @@ def simulation(result: Row) -> Iterator[Line]:
 
 def cluster(result: Row) -> Iterator[Line]:
     """What is made through dask, over what bare loops make."""
-    yield [
-        *("by", "cores each", "blocks of", "a block takes", "rate over that of loops", "rounds"),
-    ]
+    yield ["by", "cores each", "blocks of", "a block takes", "rate over that of loops", "rounds"]
     for row in result["rows"]:
         for way, share in row.get("of_the_loop", {}).items():
             if way != "loop":

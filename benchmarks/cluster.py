@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -144,6 +144,7 @@ class Way:
             assert process.stdout
             while (line := process.stdout.readline()) != "ready\n":
                 if not line:
+                    self.end()
                     raise SystemExit(f"{kind} failed with {process.wait()}")
         for process in self._began:
             assert process.stdin
@@ -164,10 +165,16 @@ class Way:
 
     def rate(self) -> float:
         """Blocks in a second of the turns."""
+        if failed := [one.returncode for one in self._began if one.wait()]:
+            raise SystemExit(f"a process failed with {failed[0]}")
         found = [json.loads(one.communicate()[0].splitlines()[-1]) for one in self._began]
         ends = sorted(self._awake(end) for one in found for end in one["ends"])
         counted = ends[self.processes - 1 : len(ends) - self.processes + 1]
         return (len(counted) - 1) / (counted[-1] - counted[0])
+
+    def end(self) -> None:
+        """Whatever is left of the processes, which would stay stopped."""
+        self._signal(signal.SIGKILL)
 
     def _awake(self, moment: float) -> float:
         """Seconds of the turns until then."""
@@ -183,7 +190,7 @@ class Way:
 
 
 def compared(name: str) -> dict[str, Any]:
-    """Blocks made in the ways of one ``name``: medians of rounds, and of their ratios."""
+    """Blocks made in a second in the ways of one ``name``, by rounds, and medians of ratios."""
     loops, others = (1, (0, 1)) if name == "one" else (cores(), (cores(),))
     rates: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as place:
@@ -197,11 +204,15 @@ def compared(name: str) -> dict[str, Any]:
             f"workers={number}" if number else "run": (str(number), 1) for number in others
         }
         for _ in range(ROUNDS):
-            ways = {what: Way(name, volume, path, *how) for what, how in called.items()}
-            left = [*ways.values()]
-            while left:
-                left = [way for way in left if way.turn()]
-            rates.append({what: way.rate() for what, way in ways.items()})
+            with ExitStack() as stack:
+                ways: dict[str, Way] = {}
+                for what, how in called.items():
+                    ways[what] = Way(name, volume, path, *how)
+                    stack.callback(ways[what].end)
+                left = [*ways.values()]
+                while left:
+                    left = [way for way in left if way.turn()]
+                rates.append({what: way.rate() for what, way in ways.items()})
             print(name, rates[-1], flush=True)
     return {
         "name": name,

@@ -12,6 +12,7 @@ is predicted is of the same hour. The result is kept under `benchmarks/results/`
 ``products_over_least`` are the products of spectra of slabs in the middle of a column over those of
 the best cubic tiles, if nothing were computed but the answer; `fewest` is the plan in slabs that
 has fewest, of all ways to make fragments, thicknesses and shares of the memory that pages take.
+`--way` makes some ways alone; the others are kept as they were.
 """
 
 from __future__ import annotations

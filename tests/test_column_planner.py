@@ -251,12 +251,12 @@ def test_a_few_periods_stand_for_a_whole_column(thickness, thin):
     length = layout.output_size[0]
     _, program = Programs(layout, granules).of(schedules, length)
     box = Box((0, 0, 0), (length, 1, 1))
-    assert made(program) == pytest.approx(
-        made(Program.of(Column.of(schedules, box, granules))), abs=2 * thickness
+    assert planes_made(program) == pytest.approx(
+        planes_made(Program.of(Column.of(schedules, box, granules))), abs=2 * thickness
     )
 
 
-def made(program):
+def planes_made(program):
     """Planes that every operation makes."""
     found = np.zeros(1 + max(task.number for task in program.tasks))
     for task in program.tasks:

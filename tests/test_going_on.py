@@ -18,11 +18,11 @@ from distributed import Client, LocalCluster
 import graphs
 import znni_dask
 from test_identity import assert_same, at_once, extended, volume_for
-from znni_dask import column_planner, planner
+from znni_dask import column_planner
 from znni_dask.behind import Behind
 from znni_dask.choices import choose_primitives
 from znni_dask.columns import Column
-from znni_dask.errors import MemoryLimitError, RunError
+from znni_dask.errors import RunError
 from znni_dask.executors.columns import ColumnBlocks
 from znni_dask.executors.streaming import ColumnExecutor
 from znni_dask.network.build import Builder
@@ -165,14 +165,8 @@ def test_a_block_that_goes_on_from_another_would_be_found_wrong(monkeypatch):
 
 
 @pytest.fixture
-def slabs_alone(monkeypatch):
-    """Runs in thin slabs, of volumes so small that patches would do."""
-
-    def nothing(*_):
-        raise MemoryLimitError("no patches here")
-
-    monkeypatch.setattr(planner, "search", nothing)
-    monkeypatch.setattr(column_planner, "_THICKNESSES", (1, 2, 4, 8))
+def slabs_alone(slabs_alone, monkeypatch):
+    """Nor are columns made in several passes."""
     ways = column_planner._ways
     monkeypatch.setattr(column_planner, "_ways", lambda *given: ways(*given)[:1])
 
