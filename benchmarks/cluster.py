@@ -9,8 +9,8 @@ dask, by `znni_dask.run` in its own process, and by a worker that it starts. *tw
 every core, each in such a loop with its share of the blocks, and as many workers of one thread, in
 patches, so that there are blocks enough to share. All ways are under way at once, and take turns of
 some seconds, the others being stopped meanwhile, so that all see the same machine, which others
-use, too. Compared are blocks made in a second of these turns, after the first of every process, for
-which kernels are compiled and prepared, and before the last, when others may be done.
+use, too. Compared are blocks made in a second of these turns, after the first, for which kernels
+are compiled and prepared, and before the last, when others may be done.
 *reading*: how often two workers together decode the voxels of a large volume, through caches of
 1 GiB each, where the network sees far. The result is kept under `benchmarks/results/`.
 """
@@ -34,6 +34,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import zarr
 from distributed import Client
@@ -59,8 +60,8 @@ NETWORK = "n337"
 PLANNED, MEMORY = "5GiB", "6GiB"  # of all processes: by a plan for less, which fits each of them
 ROUNDS, TURN_SECONDS = 2, 3.0
 SIZES = {
-    "one": (128, 640),
-    "two": (128, 384),
+    "one": (192, 960),
+    "two": (128, 768),
     "beside": (192, 30),
 }  # how wide and how long the volume is
 HOW: dict[str, Options] = {
@@ -164,13 +165,14 @@ class Way:
         return more
 
     def rate(self) -> float:
-        """Blocks in a second of the turns."""
+        """Blocks in a second of the turns: of the line nearest to how many had ended when, which
+        does not depend on whether processes end theirs together or by turns."""
         if failed := [one.returncode for one in self._began if one.wait()]:
             raise SystemExit(f"a process failed with {failed[0]}")
         found = [json.loads(one.communicate()[0].splitlines()[-1]) for one in self._began]
         ends = sorted(self._awake(end) for one in found for end in one["ends"])
-        counted = ends[self.processes - 1 : len(ends) - self.processes + 1]
-        return (len(counted) - 1) / (counted[-1] - counted[0])
+        counted = ends[: len(ends) - self.processes + 1]
+        return float(np.polyfit(counted, range(len(counted)), 1)[0])
 
     def end(self) -> None:
         """Whatever is left of the processes, which would stay stopped."""
