@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 
 import h5py
@@ -384,3 +385,26 @@ def test_a_run_decodes_every_chunk_once_and_says_so(tmp_path, client, tiny_cells
     answer = volume_made.read(Box((0, 0, 0), volume_made.size))
     assert_same(answer, at_once(network, values[None], "reflect"))
     assert "decoded 1.00 times (at most 1.00 predicted)" in "\n".join(report.run_lines(made))
+
+
+def test_a_plan_given_back_keeps_no_more_of_what_is_decoded_than_it_says(
+    tmp_path, client, tiny_cells
+):
+    values = np.random.default_rng(0).standard_normal((50, 60, 70)).astype(np.float32)
+    zarr.create_array(str(tmp_path / "in.zarr"), data=values, chunks=(8, 8, 8))
+
+    def made(**options):
+        return znni_dask.run(
+            *(graphs.graph("unet", 0), tmp_path / "in.zarr", tmp_path / "out.zarr"),
+            **{"chunks": (16, 16, 16), "overwrite": True, "client": client, **options},
+        )
+
+    first = made(patch=(16, 16, 16))
+    for share in (2, 1e9):
+        most = int(first.plan.reading.cache_bytes / share)
+        less = replace(first.plan, reading=replace(first.plan.reading, cache_bytes=most))
+        again = made(plan=[less])
+        assert again.plan.reading.cache_bytes <= most
+        assert 1.2 < again.read_amplification <= again.plan.reading.amplification
+    with_all = made(plan=[first.plan])
+    assert with_all.plan.reading == first.plan.reading

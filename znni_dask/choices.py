@@ -63,9 +63,6 @@ def choose_primitives(
     return chosen
 
 
-_Libraries: TypeAlias = dict[type[Primitive], int]  # whose, and their memory
-
-
 @dataclass(frozen=True)
 class _Dish:
     """What may compute a layer: primitives, and what each takes in a whole run."""
@@ -138,54 +135,29 @@ class Menu:
 
     def best_within(self, room_bytes: float) -> tuple[float, dict[str, Primitive]] | None:
         """They, and the seconds that all together take."""
-        kinds, best, seconds = list(self._libraries), None, inf
-        for chosen in product((True, False), repeat=len(kinds)):
-            some = {k: self._libraries[k] for k, use in zip(kinds, chosen, strict=True) if use}
-            found = self._fastest(room_bytes - sum(some.values()), some, seconds)
-            if found is not None:
-                seconds, best = found
-        return None if best is None else (seconds, best)
-
-    def _fastest(
-        self, room_bytes: float, libraries: _Libraries, limit: float = inf
-    ) -> tuple[float, dict[str, Primitive]] | None:
-        """Seconds, less than ``limit``, and primitives that compute without libraries or with
-        these."""
-        dishes = [
-            [
-                (p, o)
-                for p, o in zip(dish.primitives, dish.options, strict=True)
-                if not p.library_bytes or type(p) in libraries
-            ]
-            for dish in self._dishes
-        ]
-        network = self.schedules.layout.network
-        knapsack = Knapsack(
-            tuple(
-                Course(dish.node.name, tuple(dish.node.inputs), tuple(o for _, o in some))
-                for dish, some in zip(self._dishes, dishes, strict=True)
-            ),
-            network.input.name,
-            network.output,
-            self._change_seconds,
-        )
-        if (chosen := knapsack.fastest(room_bytes, limit)) is None:
+        if (found := self._knapsack.fastest(room_bytes)) is None:
             return None
-        seconds, numbers = chosen
-        picked = zip(self._dishes, dishes, numbers, strict=True)
-        return seconds, {dish.node.name: some[number][0] for dish, some, number in picked}
+        seconds, numbers = found
+        picked = zip(self._dishes, numbers, strict=True)
+        return seconds, {dish.node.name: dish.primitives[number] for dish, number in picked}
 
     @cached_property
     def _fastest_of_all(self) -> dict[str, Primitive]:
-        found = self._fastest(inf, self._libraries)
+        found = self.best_within(inf)
         assert found is not None  # there is room for all
         return found[1]
 
     @cached_property
-    def _libraries(self) -> _Libraries:
-        """All that options compute with."""
+    def _knapsack(self) -> Knapsack:
+        network = self.schedules.layout.network
         primitives = (p for dish in self._dishes for p in dish.primitives)
-        return {type(p): p.library_bytes for p in primitives if p.library_bytes}
+        return Knapsack(
+            tuple(Course(d.node.name, tuple(d.node.inputs), d.options) for d in self._dishes),
+            network.input.name,
+            network.output,
+            self._change_seconds,
+            {type(p): p.library_bytes for p in primitives if p.library_bytes},
+        )
 
     @cached_property
     def _change_seconds(self) -> dict[tuple[str, Form], float]:
@@ -238,6 +210,7 @@ class Menu:
                     workspace_bytes=p.workspace_bytes(problem, self.threads) + copied,
                     takes=takes,
                     makes=makes,
+                    library=type(p) if p.library_bytes else None,
                 )
             )
         return _Dish(node, primitives, tuple(options))

@@ -286,8 +286,10 @@ def plan_for(
     slabs: bool = True,
 ) -> tuple[Plan, tuple[Alternative, ...]]:
     """The plan of an answer, in patches, in slabs if those are wanted, or in windows, and others
-    that it could have been; or the one that was ``given``, checked. Raises `MemoryLimitError`,
-    `OptionError`."""
+    that it could have been; or the one that was ``given``, checked, which keeps no more of what is
+    decoded than it says. Raises `MemoryLimitError`, `OptionError`."""
+    if given is not None:
+        resources = replace(resources, most_cache_bytes=given.reading.cache_bytes)
     if isinstance(laid, WindowGrid):
         if patch is not None:
             raise OptionError("windows are the patches of patchwise inference: give no patch")

@@ -207,7 +207,7 @@ class Reads:
             found.append(users)
         return found
 
-    def best(self, capacity_bytes: int) -> Reading:
+    def best(self, capacity_bytes: float) -> Reading:
         """The order that decodes least with so much memory for what is kept; of those that are
         alike in that the one that keeps least. Directly, where keeping does not help."""
         column = triple(self._widths(axis)[-1] for axis in range(3))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from math import ceil, prod
+from math import ceil, inf, prod
 from typing import NamedTuple, TypeVar
 
 from znni_dask.costs import Costs
@@ -70,7 +70,8 @@ class Resources:
     whether who made a block makes the next one, too. Only the outputs within ``hull`` are made; to
     tell which of them are selected takes ``selected_bytes`` for each voxel of a block. ``costs``
     are what the machine takes. The ``device`` is who computes, as plans call it, and has
-    ``device_bytes`` of memory if it is not the CPU alone. So many ``workers`` make the blocks.
+    ``device_bytes`` of memory if it is not the CPU alone. So many ``workers`` make the blocks, each
+    of which keeps ``most_cache_bytes`` of what it decoded.
     """
 
     unit: Size
@@ -90,6 +91,7 @@ class Resources:
     device: str = CPU
     device_bytes: int = 0
     workers: int = 1
+    most_cache_bytes: float = inf
 
     def limit(self, need: Need) -> Limit:
         """Of the process's memory and the device's what is exceeded most, or nearly."""
@@ -177,7 +179,7 @@ def shared_reading(
     """How blocks share what is decoded, in the memory that is left, and the bytes needed in all;
     ``needed_bytes`` are those needed without, where volumes are read directly or by cells."""
     by_cells = needed_bytes(True)
-    reading = reads.best(resources.allowed_bytes - by_cells)
+    reading = reads.best(min(resources.allowed_bytes - by_cells, resources.most_cache_bytes))
     if reading.cache_bytes:
         return reading, by_cells + reading.cache_bytes
     return reading, needed_bytes(False)
