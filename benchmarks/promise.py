@@ -1,12 +1,13 @@
 """Memory as a promise, under a limit that kills: random networks, volumes and limits.
 
-    python benchmarks/promise.py [--cases 200] [--seed 0]
+    python benchmarks/promise.py [--cases 200] [--go-on]
 
 Every case is a network, a volume of noise and options, drawn by its number. `znni plan` is asked
 for it within 16 MiB and says what the smallest plan needs; `znni infer` is run with 1.0 to 1.5
 times as much, in a memory cgroup whose limit is what it is allowed: a process that takes more is
 killed. Cases that are predicted to take more than a minute are drawn again. Only where memory
-cgroups of version 1 may be made: by root, mostly. The result is kept under `benchmarks/results/`.
+cgroups of version 1 may be made: by root, mostly. The result is kept under `benchmarks/results/`,
+case by case, so that another time goes on with the next.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from machine import keep
+from machine import keep, kept
 from planning import residual, sliding, unet, windowed
 from znni_dask.geometry import Size, text, triple
 from znni_dask.importers.to_onnx import to_onnx
@@ -156,11 +157,12 @@ def case(number: int, folder: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--cases", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--go-on", action="store_true", help="with the case after the last kept")
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    ends: Counter[str] = Counter()
-    number = 1000 * given.seed
+    before = kept("promise") if given.go_on else {}
+    rows: list[dict[str, Any]] = before.get("rows", [])
+    ends: Counter[str] = Counter(before.get("ends"))
+    number = before.get("next", 0)
     while ends["kept"] + ends["died"] < given.cases:
         with tempfile.TemporaryDirectory() as folder:
             row = case(number, folder)
@@ -175,9 +177,9 @@ def main() -> None:
         else:
             what = f"{end}: {row[end]}"
         print(f"{row['case']:4} {row['network']:32} {what}", flush=True)
-    many = sum(row.get("blocks", 0) >= 8 for row in rows)
+        many = sum(row.get("blocks", 0) >= 8 for row in rows)
+        keep("promise", {"next": number, "ends": ends, "many_blocks": many, "rows": rows})
     print(f"{dict(ends)}; {many} of 8 blocks or more")
-    print(f"kept in {keep('promise', {'ends': dict(ends), 'many_blocks': many, 'rows': rows})}")
 
 
 if __name__ == "__main__":
