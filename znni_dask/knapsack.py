@@ -110,7 +110,7 @@ class _Labels(NamedTuple):
             return self
         order = np.lexsort((self.seconds, self.nbytes, self.states))
         # by so much less from state to state that the least so far is always one of the same
-        seconds = self.seconds[order] - 2 * self.seconds.max() * self.states[order]
+        seconds = self.seconds[order] - 2 * (self.seconds.max() or 1.0) * self.states[order]
         least = np.minimum.accumulate(seconds)
         return self.those(order[np.concatenate([[True], seconds[1:] < least[:-1]])])
 
