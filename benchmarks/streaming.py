@@ -62,7 +62,8 @@ from znni_dask.slabs import Programs, across, typical
 
 LIMITS = ("2GB", "4GB", "12GB")
 SIZE, SIZE_OF_OTHERS = (1024, 1024, 1024), (512, 512, 512)
-NETWORKS = {**PAPER_NETWORKS, "U-Net 4, 32": partial(unet, 4, 32)}
+UNETS = {f"U-Net {depth}, {base}": partial(unet, depth, base) for depth, base in ((4, 32), (5, 16))}
+NETWORKS = {**PAPER_NETWORKS, **UNETS}
 BEFORE, SLABS = 1, 3  # thick slabs that do not count, and those that do
 WAYS = ("slabs", "patches", "fewest", "torch")  # the last ones of the papers' networks
 REPEATS = 2  # of a patch, of which the last counts

@@ -187,3 +187,23 @@ def test_memory_of_steps_is_within_what_is_promised(files):
     (told,) = forecasts(*files, **HOW)
     assert max(step.peak_bytes for step in told.steps) <= told.plan.predicted_bytes
     assert len({step.peak_bytes for step in told.steps}) > 1
+
+
+def test_what_a_refused_run_is_told_to_allow_is_enough_for_its_levels(tmp_path):
+    """Of many channels, which take levels more than blocks that are cut into small patches."""
+    b = Builder(1)
+    save(b.network(b.conv(b.input, 8, 1)), tmp_path / "net.onnx")
+    np.save(tmp_path / "in.npy", np.zeros((130, 130, 130), np.uint8))
+    places = tmp_path / "net.onnx", tmp_path / "in.npy"
+
+    def told(**options):
+        with pytest.raises(MemoryLimitError, match="allow at least") as found:
+            forecasts(*places, memory="16MiB", threads=1, **options)
+        return found.value
+
+    levels, blocks = told(), told(pyramid=False)
+    assert "the coarser levels" in str(levels)
+    assert "no plan fits" in str(blocks)
+    assert levels.needed_bytes > blocks.needed_bytes
+    enough = levels.needed_bytes + (8 << 20)  # what the process took meanwhile
+    forecasts(*places, memory=f"{enough}B", threads=1)

@@ -43,7 +43,12 @@ class OptionError(InputError):
 
 
 class MemoryLimitError(InputError):
-    """No plan fits into the memory allowed."""
+    """No plan fits into the memory allowed. ``needed_bytes`` of the process's would be enough; 0
+    where that is not known, or it is a device's that is short."""
+
+    def __init__(self, message: str, needed_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
 
 
 class RunError(ZnniError):

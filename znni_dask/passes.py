@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from znni_dask import column_planner, planner, pyramid, split_planner, timings, window_planner
@@ -115,9 +116,13 @@ def plan_pass(
     alone = "" if application.precision == FULL else f"{application.precision} is"
     alone = "windows are" if isinstance(laid, WindowGrid) else alone
     ways = _ways(resources, means, request, alone, given)
-    plan, others = _fastest(laid, ways, request.patch, given, slabs=whole_blocks)
-    held = OVERHEAD_BYTES + network_bytes(laid.network)
-    coarser = pyramid.plan(stored, resources.baseline_bytes + held, means.allowed_bytes)
+    held = resources.baseline_bytes + OVERHEAD_BYTES + network_bytes(laid.network)
+    levels = partial(pyramid.plan, stored, held, means.allowed_bytes)
+    try:
+        plan, others = _fastest(laid, ways, request.patch, given, slabs=whole_blocks)
+    except MemoryLimitError as error:
+        raise max([error, *_refusals(levels)], key=lambda one: one.needed_bytes) from None
+    coarser = levels()
     needed = max(plan.predicted_bytes, coarser.predicted_bytes)
     plan = replace(plan, predicted_bytes=needed)
     kinds = [] if given else stronger
@@ -128,6 +133,15 @@ def plan_pass(
     )
     resources = next(way for way in ways if way.device == plan.device)
     return PlannedPass(names, stored, job, coarser, resources, others)
+
+
+def _refusals(planned: Callable[[], object]) -> list[MemoryLimitError]:
+    """Whether that is refused as well: who allows more is not to be refused again."""
+    try:
+        planned()
+    except MemoryLimitError as error:
+        return [error]
+    return []
 
 
 def _ways(

@@ -85,7 +85,7 @@ def search(request: Request) -> tuple[Plan, tuple[Alternative, ...]]:
     if not found and (least := best_of(plain, sizes)) is not None:
         found.append(least)
     if not found:
-        raise MemoryLimitError(_refusal(plain, sizes))
+        raise _refusal(plain, sizes)
     _, fit, _ = preferred(found)
     pair = fit.candidate.block, fit.candidate.patch
     fits, _ = _fastest(plain, *pair)
@@ -394,7 +394,7 @@ def _patches(start: int, stop: int, block: int, patch: int) -> int:
     return number(stop - 1) - number(start) + 1
 
 
-def _refusal(fits: Fits, sizes: list[Pair]) -> str:
+def _refusal(fits: Fits, sizes: list[Pair]) -> MemoryLimitError:
     request, schedules = fits.request, fits.schedules
     block, patch = min(
         sizes, key=lambda s: (request.limit(fits.least(s[1])).over_bytes, volume(s[0]))
@@ -408,9 +408,10 @@ def _refusal(fits: Fits, sizes: list[Pair]) -> str:
     elif volume(request.unit) > 32**3:
         remedy += ", or choose smaller chunks for the output"
     used = f", of which {show_bytes(request.baseline_bytes)} the process already uses"
-    return (
+    return MemoryLimitError(
         f"no plan fits {show_bytes(limit.allowed_bytes)}{limit.where}: the smallest patch "
         f"(output {text(patch)}, in blocks of {text(block)}) needs "
         f"{needed}{'' if limit.where else used}; its largest layer is "
-        f"{layer!r} ({request.layout.network[layer].layer.kind}). To go on, {remedy}"
+        f"{layer!r} ({request.layout.network[layer].layer.kind}). To go on, {remedy}",
+        0 if limit.where else limit.needed_bytes,
     )

@@ -63,10 +63,12 @@ def plan(layouts: Sequence[OutputLayout], used_bytes: int, allowed_bytes: int) -
         if needed <= allowed_bytes or not per_block:
             return Pyramid(in_flight, needed)
     block = f"{show_bytes(per_block)} for a block of {text(_block(layouts[0], 1))}"
+    enough = show_bytes(needed, enough=True)
     raise MemoryLimitError(
-        f"the coarser levels of the output need {show_bytes(needed, enough=True)}, "
-        f"{show_bytes(allowed_bytes)} are allowed: {block}. To go on, allow at least so much, "
-        "choose smaller chunks or shards, or leave the levels out (pyramid=False, --no-pyramid)"
+        f"the coarser levels of the output need {enough}, {show_bytes(allowed_bytes)} are "
+        f"allowed: {block}. To go on, allow at least {enough}, choose smaller chunks or shards, or "
+        "leave the levels out (pyramid=False, --no-pyramid)",
+        needed,
     )
 
 

@@ -106,7 +106,7 @@ def search(grid: WindowGrid, resources: Resources) -> tuple[Plan, tuple[Alternat
         partial(_best, grid, resources, ways, candidates), lambda fit: fit.seconds
     )
     if best is None:
-        raise MemoryLimitError(_refusal(grid, ways[0], resources, smallest))
+        raise _refusal(grid, ways[0], resources, smallest)
     return _told(grid, resources, *best), tuple(_alternatives(grid, resources, ways, candidates))
 
 
@@ -237,16 +237,19 @@ def _best(
     )
 
 
-def _refusal(grid: WindowGrid, plain: _Way, resources: Resources, smallest: _Candidate) -> str:
+def _refusal(
+    grid: WindowGrid, plain: _Way, resources: Resources, smallest: _Candidate
+) -> MemoryLimitError:
     limit = resources.limit(_predicted_need(grid, plain, resources, smallest, 1, False))
     layer = plain.schedules.largest_layer(grid.layout.sizes)
     needed = show_bytes(limit.needed_bytes, enough=True)
-    return (
+    return MemoryLimitError(
         f"windows of {text(grid.window)} need {needed}{limit.where}, "
         f"{show_bytes(limit.allowed_bytes)} are allowed; the largest layer is {layer!r} "
         f"({grid.network[layer].layer.kind}); a block of {text(smallest.block)} reads "
         f"{text(smallest.region)} voxels. To go on, allow at least {needed}, or choose smaller "
-        "windows or chunks"
+        "windows or chunks",
+        0 if limit.where else limit.needed_bytes,
     )
 
 
