@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zarr
 from distributed import Client
+from hypothesis import settings
 
 import cuda_source
 import graphs
@@ -27,6 +28,13 @@ def pytest_addoption(parser):
         "--kills", type=int, metavar="N", help="how often runs are killed at random (default: few)"
     )
     parser.addoption("--thorough", action="store_true", help="what repeats much of others, too")
+
+
+def pytest_configure(config):
+    """Examples that are drawn are the same ones every time, unless it is to be ``thorough``."""
+    if not config.getoption("--thorough"):
+        settings.register_profile("the same", derandomize=True)
+        settings.load_profile("the same")
 
 
 def pytest_collection_modifyitems(config, items):

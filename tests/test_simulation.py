@@ -197,7 +197,9 @@ def test_many_blocks_go_in_bundles(blocks, shared, monkeypatch):
     more=st.floats(1, 4),
 )
 def test_more_of_anything_makes_no_run_slower(counts, seconds, after, blocks, rate, task, more):
-    """But for what is in hand at the end, by another order; never faster than any of its parts."""
+    """But for what is in hand at the end, by another order; never faster than any of its parts.
+    With one block in flight what is quicker may bring workers into step, who then all read, and all
+    write: with 5 workers, a scheduler twice as fast was seen to cost 15 %."""
     groups = [
         Group(n, s, after * number, rate / 2, rate / 2)
         for number, (n, s) in enumerate(zip(counts, seconds, strict=False))
@@ -216,7 +218,8 @@ def test_more_of_anything_makes_no_run_slower(counts, seconds, after, blocks, ra
         Shared(rate, more * rate, task, 0.01),
         Shared(rate, rate, task / more, 0.01),
     ):
-        assert simulate(groups, blocks, better).seconds <= found.seconds + 2 * hand
+        quicker = simulate(groups, blocks, better)
+        assert blocks.in_flight == 1 or quicker.seconds <= found.seconds + 2 * hand
 
 
 @pytest.mark.parametrize(
