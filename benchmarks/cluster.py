@@ -167,9 +167,10 @@ class Way:
     def rate(self) -> float:
         """Blocks in a second of the turns: of the line nearest to how many had ended when, which
         does not depend on whether processes end theirs together or by turns."""
-        if failed := [one.returncode for one in self._began if one.wait()]:
+        told = [one.communicate()[0] for one in self._began]
+        if failed := [one.returncode for one in self._began if one.returncode]:
             raise SystemExit(f"a process failed with {failed[0]}")
-        found = [json.loads(one.communicate()[0].splitlines()[-1]) for one in self._began]
+        found = [json.loads(one.splitlines()[-1]) for one in told]
         ends = sorted(self._awake(end) for one in found for end in one["ends"])
         counted = ends[: len(ends) - self.processes + 1]
         return float(np.polyfit(counted, range(len(counted)), 1)[0])

@@ -7,7 +7,7 @@ for it within 16 MiB and says what the smallest plan needs; `znni infer` is run 
 times as much, in a memory cgroup whose limit is what it is allowed: a process that takes more is
 killed. Cases that are predicted to take more than a minute are drawn again. Only where memory
 cgroups of version 1 may be made: by root, mostly. The result is kept under `benchmarks/results/`,
-case by case, so that another time goes on with the next.
+case by case; `--go-on` goes on with the next.
 """
 
 from __future__ import annotations

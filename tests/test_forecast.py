@@ -158,6 +158,8 @@ def test_plans_are_refused_with_what_to_do(files, tmp_path):
     how = {"chunks": 16, "plan": told.plan}
     with pytest.raises(MemoryLimitError, match="allow as much"):
         forecasts(*files, memory=told.plan.predicted_bytes - 1, **how)
+    with pytest.raises(MemoryLimitError, match="allow as much"):  # more than levels need
+        forecasts(*files, memory="16MiB", **how)
     with pytest.raises(OptionError, match="either"):
         forecasts(*files, patch=16, **how)
     with pytest.raises(OptionError, match="2 plans"):

@@ -274,10 +274,10 @@ class _Ways:
         takes less than ``limit`` seconds, as seconds and options, None where there is none;
         ``price`` is one of a byte at which the bound is high."""
         one = np.array([workspace])
-        (seconds,), (nbytes,) = self._way(1.0, price, one)
-        limit = min(limit, seconds if nbytes <= room else inf)
         prices = list(dict.fromkeys((0.0, float(price))))
-        bounds = [self._to_go(1.0, p, one)[0] for p in prices]
+        bounds, costs = zip(*(self._to_go(1.0, p, one) for p in prices), strict=True)
+        (seconds,), (nbytes,) = self._along(costs[-1])
+        limit = min(limit, seconds if nbytes <= room else inf)
         fewest, _ = self._to_go(0.0, 1.0, one)
         trail = [_FIRST]
         for layer, stage in enumerate(self.stages, 1):
@@ -321,8 +321,12 @@ class _Ways:
     ) -> tuple[_Floats, _Floats]:
         """Seconds and bytes of the ways that are cheapest, for workspaces."""
         _, costs = self._to_go(a_second, a_byte, workspaces)
-        every, states = np.arange(workspaces.size), np.zeros(workspaces.size, int)
-        seconds, nbytes = np.zeros((2, workspaces.size))
+        return self._along(costs)
+
+    def _along(self, costs: Sequence[_Floats]) -> tuple[_Floats, _Floats]:
+        """The same of ways that cost so much by every option of every layer."""
+        every = np.arange(len(costs[0]))
+        states, (seconds, nbytes) = np.zeros(every.size, int), np.zeros((2, every.size))
         for stage, cost in zip(self.stages, costs, strict=True):
             options = cost[every, states].argmin(axis=1)
             seconds += stage.seconds[states, options]

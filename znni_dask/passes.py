@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import inf
 from typing import Any
 
 from znni_dask import column_planner, planner, pyramid, split_planner, timings, window_planner
@@ -121,7 +122,8 @@ def plan_pass(
     try:
         plan, others = _fastest(laid, ways, request.patch, given, slabs=whole_blocks)
     except MemoryLimitError as error:
-        raise max([error, *_refusals(levels)], key=lambda one: one.needed_bytes) from None
+        every = [error, *_refusals(levels)]  # what is not known may be most
+        raise max(every, key=lambda one: one.needed_bytes or inf) from None
     coarser = levels()
     needed = max(plan.predicted_bytes, coarser.predicted_bytes)
     plan = replace(plan, predicted_bytes=needed)

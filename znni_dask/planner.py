@@ -408,10 +408,9 @@ def _refusal(fits: Fits, sizes: list[Pair]) -> MemoryLimitError:
     elif volume(request.unit) > 32**3:
         remedy += ", or choose smaller chunks for the output"
     used = f", of which {show_bytes(request.baseline_bytes)} the process already uses"
-    return MemoryLimitError(
+    return limit.refusal(
         f"no plan fits {show_bytes(limit.allowed_bytes)}{limit.where}: the smallest patch "
         f"(output {text(patch)}, in blocks of {text(block)}) needs "
         f"{needed}{'' if limit.where else used}; its largest layer is "
-        f"{layer!r} ({request.layout.network[layer].layer.kind}). To go on, {remedy}",
-        0 if limit.where else limit.needed_bytes,
+        f"{layer!r} ({request.layout.network[layer].layer.kind}). To go on, {remedy}"
     )

@@ -57,6 +57,10 @@ class Limit(NamedTuple):
         """How much more is needed than there is; not positive where there is enough."""
         return self.needed_bytes - self.allowed_bytes
 
+    def refusal(self, message: str) -> MemoryLimitError:
+        """The error that says so, and knows how much of the process's memory would be enough."""
+        return MemoryLimitError(message, 0 if self.where else self.needed_bytes)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Resources:
@@ -71,7 +75,7 @@ class Resources:
     tell which of them are selected takes ``selected_bytes`` for each voxel of a block. ``costs``
     are what the machine takes. The ``device`` is who computes, as plans call it, and has
     ``device_bytes`` of memory if it is not the CPU alone. So many ``workers`` make the blocks, each
-    of which keeps ``most_cache_bytes`` of what it decoded.
+    of which keeps no more than ``most_cache_bytes`` of what it decoded.
     """
 
     unit: Size
@@ -221,7 +225,7 @@ def check_room(resources: Resources, need: Need) -> None:
     """Raise `MemoryLimitError` where a plan that was given back needs more than is allowed."""
     limit = resources.limit(need)
     if limit.over_bytes > 0:
-        raise MemoryLimitError(
+        raise limit.refusal(
             f"the plan needs {show_bytes(limit.needed_bytes)}{limit.where}, "
             f"{show_bytes(limit.allowed_bytes)} are allowed: allow as much, or run without the plan"
         )

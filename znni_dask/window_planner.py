@@ -243,13 +243,12 @@ def _refusal(
     limit = resources.limit(_predicted_need(grid, plain, resources, smallest, 1, False))
     layer = plain.schedules.largest_layer(grid.layout.sizes)
     needed = show_bytes(limit.needed_bytes, enough=True)
-    return MemoryLimitError(
+    return limit.refusal(
         f"windows of {text(grid.window)} need {needed}{limit.where}, "
         f"{show_bytes(limit.allowed_bytes)} are allowed; the largest layer is {layer!r} "
         f"({grid.network[layer].layer.kind}); a block of {text(smallest.block)} reads "
         f"{text(smallest.region)} voxels. To go on, allow at least {needed}, or choose smaller "
-        "windows or chunks",
-        0 if limit.where else limit.needed_bytes,
+        "windows or chunks"
     )
 
 
