@@ -396,7 +396,7 @@ def test_lower_precision_is_used_when_asked_for_and_its_error_is_measured(
 ):
     monkeypatch.setitem(conv_torch.RATES, "bfloat16", Rate("fast", 1e15))
     monkeypatch.setattr(conv_torch.ConvTorch, "setup_seconds", 0.0)
-    monkeypatch.setattr(Costs, "touching_seconds", lambda costs, nbytes: 0.0)
+    monkeypatch.setattr(Costs, "touching_seconds", lambda *_: 0.0)
     network = graphs.graph("unet", 2)
     values = np.random.default_rng(4).standard_normal((1, 24, 32, 40)).astype(np.float32)
     np.save(tmp_path / "in.npy", values)

@@ -88,11 +88,12 @@ def test_there_is_nothing_where_there_is_no_room():
 
 @pytest.mark.parametrize("family", ["chain", "unet", "residual"])
 def test_what_is_chosen_for_less_room_takes_no_more(family):
-    asked = menu(graphs.graph(family, 3), edge=48)
-    _, need = costs(asked, asked.fastest())
+    edge = 48
+    asked = menu(graphs.graph(family, 3), edge)
+    _, need = costs(asked, asked.fastest(), edge)
     for share in (1, 0.7, 0.4, 0.2):
         chosen = asked.fastest_within(share * need)
-        assert chosen is None or costs(asked, chosen)[1] <= share * need
+        assert chosen is None or costs(asked, chosen, edge)[1] <= share * need
     assert asked.fastest_within(need) == asked.fastest()
 
 

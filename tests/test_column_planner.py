@@ -196,12 +196,12 @@ def test_a_run_in_slabs_equals_the_oracle_within_its_memory(
 
 def test_flat_volumes_are_made_along_another_axis(tmp_path):
     network = graphs.graph("unet", 3)
-    size = (20, 60, 300)
+    size = (20, 120, 400)
     layout, resources = asked(simplify(network), size)
     made = search(layout, resources)
     assert made.axis == 2
     assert made.reading.axes[-1] == 2
-    assert made.block[2] * made.blocks_in_column >= 300
+    assert made.block[2] * made.blocks_in_column >= 400
     assert Plan.from_json(made.to_json()) == made
     assert checked(layout, resources, made) == made
     values = np.random.default_rng(0).standard_normal((network.in_channels, *size))
@@ -217,7 +217,7 @@ def test_flat_volumes_are_made_along_another_axis(tmp_path):
     assert_same(got.reshape(-1, *size), at_once(network, values, "reflect"))
     (told,) = forecasts(*arguments, **options)
     shapes = [step.output[2:] for step in told.steps]
-    assert all(z <= 20 < 60 < y + 64 for z, y, _ in shapes)
+    assert all(z <= 20 < 120 < y + 64 for z, y, _ in shapes)
     assert any("along x" in line for line in forecast_lines(told))
 
 

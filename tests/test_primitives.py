@@ -395,8 +395,14 @@ def test_processors_with_short_vectors_make_the_same(label, name, monkeypatch, t
         anew = cache(getattr(module, library).__wrapped__)  # nothing compiled for this processor
         monkeypatch.setattr(module, library, anew)
     monkeypatch.setattr(conv_winograd, "_told", conv_winograd._told.__wrapped__)
+    layer = LAYERS[label][0]
+    primitive = named(name, layer)
+    assert primitive.is_compiled(layer) == ((label, name) in IN_ROWS)
     test_any_box_of_the_output_equals_the_oracle(label, name, 1)
     assert list(tmp_path.iterdir())
+    assert primitive.is_compiled(layer)
+    monkeypatch.setattr(compiled, "_LIBRARIES", {})  # as another process finds it
+    assert primitive.is_compiled(layer)
 
 
 @pytest.mark.parametrize(

@@ -459,9 +459,10 @@ def test_a_run_by_fourier_transforms_is_right_and_keeps_its_promise(tmp_path, mo
     volume = np.random.default_rng(0).standard_normal((70, 66, 75)).astype(np.float32)
     np.save(tmp_path / "in.npy", volume)
     how = {"memory": "4GiB", "patch": (32, 40, 48), "chunks": 32, "threads": 2}
+    monkeypatch.setattr(ConvTiledFFT, "is_compiled", lambda *_: False)
     plain = znni_dask.run(network, tmp_path / "in.npy", tmp_path / "plain.zarr", **how)
     assert not any("fft" in name for name in plain.plan.primitives.values())
-    monkeypatch.setattr(ConvTiledFFT, "setup_seconds", 0.0)  # else not worth it for so little
+    monkeypatch.setattr(ConvTiledFFT, "is_compiled", lambda *_: True)  # or it is not worth it
     made = znni_dask.run(network, tmp_path / "in.npy", tmp_path / "made.zarr", **how)
     assert sum("tiled fft" in name for name in made.plan.primitives.values()) >= 2
     assert made.peak_bytes <= made.plan.predicted_bytes

@@ -189,7 +189,7 @@ def test_only_blocks_of_the_roi_are_ever_enumerated(tmp_path, client):
 
 
 def test_a_small_roi_is_made_of_small_patches(monkeypatch):
-    monkeypatch.setattr(Costs, "touching_seconds", lambda costs, nbytes: 0.0)
+    monkeypatch.setattr(Costs, "touching_seconds", lambda *_: 0.0)
     layout = Layout(graphs.graph("unet", 0), (384, 384, 384), "reflect")
     common = {
         "layout": layout,

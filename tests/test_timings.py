@@ -11,6 +11,7 @@ from znni_dask.calibration import Study, measured
 from znni_dask.choices import Menu, choose_primitives
 from znni_dask.costs import Costs, model_seconds
 from znni_dask.geometry import Box
+from znni_dask.kernels import compiled
 from znni_dask.network.build import Builder
 from znni_dask.network.layers import Conv
 from znni_dask.network.rewrites import simplify
@@ -18,9 +19,11 @@ from znni_dask.patches import Layout
 from znni_dask.primitives.base import Problem
 from znni_dask.primitives.conv_direct_blocked import ConvDirectBlocked
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
+from znni_dask.primitives.conv_winograd import ConvWinograd
 from znni_dask.primitives.gpu.conv_direct import GpuConvDirect
 from znni_dask.primitives.gpu.joining import GpuConcatenation
 from znni_dask.primitives.gpu.rates import MEMORY
+from znni_dask.primitives.work import COMPILE_SECONDS
 from znni_dask.schedule import Schedules
 from znni_dask.timings import Timing, Timings
 
@@ -84,6 +87,27 @@ def test_what_was_measured_slow_is_not_chosen():
     slow = Timings(tuple(Timing("tiled fft", 2, (4, 4, 9, 8, 1, 13), r) for r in (50.0, 60.0)))
     others = Menu.of_patches(plain, box, 1e9, 2, Costs(slow)).fastest()
     assert "tiled fft" not in {primitive.family for primitive in others.values()}
+
+
+@pytest.mark.parametrize("primitive", [ConvTiledFFT((8, 8, 8)), ConvWinograd()])
+def test_compiling_counts_where_it_was_not_done_yet(primitive, tmp_path, monkeypatch):
+    monkeypatch.setenv("ZNNI_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiled, "_LIBRARIES", {})
+    layer = Conv(20, 20, (3, 3, 3))
+    before = Costs().setup_seconds(primitive, layer)
+    monkeypatch.setattr(type(primitive), "is_compiled", lambda *_: True)
+    assert before - Costs().setup_seconds(primitive, layer) == pytest.approx(COMPILE_SECONDS)
+
+
+def test_memory_is_touched_as_fast_as_was_measured(monkeypatch):
+    monkeypatch.setattr(calibration, "studies", lambda: iter(()))
+    monkeypatch.setattr(calibration, "_TOUCHED_BYTES", 1 << 24)
+    found = calibration.calibrate(2)
+    (one,) = found.found
+    assert (one.family, one.threads) == ("touching", 2)
+    seconds = Costs(found).touching_seconds(1 << 30, 2)
+    assert seconds == pytest.approx(one.ratio * Costs().touching_seconds(1 << 30, 2))
+    assert Costs().touching_seconds(1 << 30, 1) == 2 * Costs().touching_seconds(1 << 30, 2)
 
 
 def test_a_study_times_every_family_that_takes_a_layer():

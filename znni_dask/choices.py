@@ -25,7 +25,7 @@ from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Node
 from znni_dask.patches import Layout
 from znni_dask.plan import Choice, Plan, Stage
-from znni_dask.primitives.base import FEWEST_PRODUCTS, Form, Primitive, Problem, products_of
+from znni_dask.primitives.base import Form, Primitive, Problem, may_transform
 from znni_dask.primitives.conv_fft_planes import LONGEST_OF_PLANES, ConvPlanesFFT
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
 from znni_dask.primitives.forms import FormChange
@@ -220,7 +220,7 @@ def tiled(problem: Problem) -> Iterator[ConvTiledFFT | ConvPlanesFFT]:
     """Tiled convolutions worth trying for a problem: those that transform fewest values for its
     outputs, and smaller ones, kernels' spectra kept or, for where memory is short, remade. Of few
     products the sum itself is faster, and loses less."""
-    if not isinstance(problem.layer, Conv) or products_of(problem.layer) < FEWEST_PRODUCTS:
+    if not isinstance(problem.layer, Conv) or not may_transform(problem.layer):
         return
     conv, kernel = problem.layer, without_stride(problem.layer).kernel
 

@@ -14,7 +14,7 @@ from znni_dask.primitives.gpu.joining import GpuConcatenation
 from znni_dask.primitives.gpu.rates import BUS, LAUNCHES
 from znni_dask.primitives.gpu.rates import MEMORY as OF_GPU
 from znni_dask.primitives.offloaded import PIECE_SECONDS, Offloaded, Pieces, PiecesSeconds
-from znni_dask.primitives.work import MEMORY, READING, TOUCHING, WRITING, Work
+from znni_dask.primitives.work import COMPILE_SECONDS, MEMORY, READING, TOUCHING, WRITING, Work
 from znni_dask.schedule import Step
 from znni_dask.timings import Timings
 
@@ -63,13 +63,16 @@ class Costs:
         """Seconds to copy so much to a device, or back."""
         return self.timings.ratio(BUS.name, 1, bus_features(nbytes)) * nbytes / BUS.per_second
 
-    def touching_seconds(self, nbytes: int) -> float:
+    def touching_seconds(self, nbytes: int, threads: int) -> float:
         """Seconds until so much memory was touched once."""
-        return nbytes / TOUCHING.per_second
+        ratio = self.timings.ratio(TOUCHING.name, threads, ())
+        return ratio * nbytes / TOUCHING.per_second / threads
 
     def setup_seconds(self, primitive: Primitive, layer: Layer) -> float:
         """Seconds before a layer can be computed for the first time."""
-        return primitive.setup_seconds + primitive.prepared_bytes(layer) / MEMORY.per_second
+        compiling = 0.0 if primitive.is_compiled(layer) else COMPILE_SECONDS
+        preparing = primitive.prepared_bytes(layer) / MEMORY.per_second
+        return primitive.setup_seconds + compiling + preparing
 
     def pieces_seconds(self, pieces: Pieces, threads: int) -> PiecesSeconds:
         """Of what a device computes of arrays that the host holds."""

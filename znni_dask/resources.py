@@ -127,7 +127,7 @@ class Resources:
     def touching_seconds(self, nbytes: int) -> float:
         """Until the process came to hold so many bytes; none where a device computes meanwhile."""
         fresh = 0 if self.device == GPU else nbytes - self.baseline_bytes
-        return self.costs.touching_seconds(fresh)
+        return self.costs.touching_seconds(fresh, self.threads)
 
     @property
     def answers(self) -> int:

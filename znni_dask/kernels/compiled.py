@@ -98,8 +98,13 @@ def kept_library(write: Callable[..., ir.Module], *arguments: Hashable) -> Libra
     """The functions of ``write(*arguments)``, compiled for this machine or taken from the cache on
     disk. What is kept is known by the arguments and the source that writes it: where it is there,
     nothing need be written. ``write`` is a function of a module and reads nothing else."""
-    about = _sources(write.__code__.co_filename), write.__qualname__, arguments
-    return _library(repr(about), lambda: _told(write(*arguments)))
+    return _library(_about(write, arguments), lambda: _told(write(*arguments)))
+
+
+def is_kept(write: Callable[..., ir.Module], *arguments: Hashable) -> bool:
+    """Whether this machine has `kept_library` of that already, and need not compile it."""
+    key = _key(_about(write, arguments))
+    return key in _LIBRARIES or _place(key).exists()
 
 
 def compiled_library(module: ir.Module) -> Library:
@@ -124,6 +129,19 @@ def _told(module: ir.Module) -> tuple[str, Parameters]:
     return str(module), parameters
 
 
+def _about(write: Callable[..., ir.Module], arguments: tuple[Hashable, ...]) -> str:
+    return repr((_sources(write.__code__.co_filename), write.__qualname__, arguments))
+
+
+def _key(about: str) -> str:
+    """The name of what is kept of a library for this machine."""
+    return hashlib.sha256(repr((about, host(), llvm.llvm_version_info)).encode()).hexdigest()
+
+
+def _place(key: str) -> Path:
+    return cache_folder() / f"{key}.kernels"
+
+
 @cache
 def _sources(file: str) -> str:
     """A digest of this folder's modules and of another."""
@@ -136,7 +154,7 @@ def _sources(file: str) -> str:
 def _library(about: str, write: Callable[[], tuple[str, Parameters]]) -> Library:
     """The one of this process: all who ask have the same, also those who do at once, and its code
     stays where they were told that it is."""
-    key = hashlib.sha256(repr((about, host(), llvm.llvm_version_info)).encode()).hexdigest()
+    key = _key(about)
     if key not in _LIBRARIES:
         _LIBRARIES.setdefault(key, _loaded(key, write))
     return _LIBRARIES[key]
@@ -145,7 +163,7 @@ def _library(about: str, write: Callable[[], tuple[str, Parameters]]) -> Library
 def _loaded(key: str, write: Callable[[], tuple[str, Parameters]]) -> Library:
     """From the cache on disk, or else written and compiled. A file holds what the functions take
     in its first line, and then their code."""
-    place = cache_folder() / f"{key}.kernels"
+    place = _place(key)
     try:
         told, code = place.read_bytes().split(b"\n", 1)
         return Library(code, json.loads(told))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from znni_dask.kernels.code import FLOAT_BYTES, VECTOR_BYTES, Function, Number
-from znni_dask.kernels.compiled import Library, host, kept_library
+from znni_dask.kernels.compiled import Library, host, is_kept, kept_library
 
 CONVOLVE, PAD = "convolve", "pad"
 _VOXELS = {True: 14, False: 4}  # summed at once, with 32 long registers, and without
@@ -35,6 +35,11 @@ class Shape(NamedTuple):
 def from_few_library(shape: Shape) -> Library:
     """The compiled functions for a shape of kernels."""
     return kept_library(from_few_module, shape, host().wide)
+
+
+def from_few_kept(shape: Shape) -> bool:
+    """Whether they are compiled already."""
+    return is_kept(from_few_module, shape, host().wide)
 
 
 def from_few_module(shape: Shape, wide: bool) -> ir.Module:

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from znni_dask.geometry import ceil_divide
 from znni_dask.kernels.axes import NUMBER_BYTES
 from znni_dask.kernels.code import LANES, VECTOR_BYTES, Function
-from znni_dask.kernels.compiled import Library, host, kept_library
+from znni_dask.kernels.compiled import Library, host, is_kept, kept_library
 from znni_dask.kernels.complex_product import PAIR_BYTES
 from znni_dask.kernels.lines import complex_line, restored_line
 from znni_dask.kernels.memory import odd_lines
@@ -84,6 +84,11 @@ def waves(length: int) -> NDArray[np.float32]:
 def planes_library(tile: Tile, relu: bool) -> Library:
     """The compiled function for a tile, with or without ReLU after it."""
     return kept_library(planes_module, tile, relu, host().wide)
+
+
+def planes_kept(tile: Tile, relu: bool) -> bool:
+    """Whether they are compiled already."""
+    return is_kept(planes_module, tile, relu, host().wide)
 
 
 def planes_module(tile: Tile, relu: bool, wide: bool) -> ir.Module:

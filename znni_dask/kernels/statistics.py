@@ -1,7 +1,7 @@
 """Compiled loops of normalisation: means and variances, and what is done with them.
 
-Sums are kept in double precision and always added in the same order, so that the answer does not
-depend on the number of threads.
+Sums are kept in double precision and always added in the same order, one that compilers choose, so
+that the answer does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from numba import njit
 
 from znni_dask.kernels.direct import OPTIONS
 
+_IN_VECTORS = OPTIONS | {"fastmath": {"contract", "nsz", "reassoc"}}
 
-@njit(**OPTIONS)
+
+@njit(**_IN_VECTORS)
 def moments(rows, mean, spread, first, last):
     """Mean of every row, and the sum of squared differences from it."""
     width = rows.shape[1]

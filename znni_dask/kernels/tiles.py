@@ -46,7 +46,7 @@ from znni_dask.kernels.code import (
     Integer,
     Number,
 )
-from znni_dask.kernels.compiled import Library, host, kept_library
+from znni_dask.kernels.compiled import Library, host, is_kept, kept_library
 from znni_dask.kernels.complex_product import PAIR_BYTES, TRIPLE_BYTES, Ahead, Product
 from znni_dask.kernels.lines import complex_line, gathered_line, real_line, restored_line
 
@@ -125,6 +125,11 @@ class Tile:
 def stages(tile: Tile, relu: bool) -> Library:
     """The compiled stages for a tile, with or without ReLU after them."""
     return kept_library(stages_module, tile, relu, host().wide)
+
+
+def stages_kept(tile: Tile, relu: bool) -> bool:
+    """Whether they are compiled already."""
+    return is_kept(stages_module, tile, relu, host().wide)
 
 
 def stages_module(tile: Tile, relu: bool, wide: bool) -> ir.Module:

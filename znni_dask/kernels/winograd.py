@@ -31,7 +31,7 @@ from znni_dask.kernels.axes import (
     strides_from,
 )
 from znni_dask.kernels.code import VECTOR_BYTES, Address, Function, Number, Vector
-from znni_dask.kernels.compiled import Library, kept_library
+from znni_dask.kernels.compiled import Library, is_kept, kept_library
 from znni_dask.kernels.turns import Turn
 
 CONVOLVE = "convolve"
@@ -105,6 +105,11 @@ def kernel_matrix(kernel: int) -> NDArray[np.float32]:
 def winograd_library(tile: Tile, relu: bool) -> Library:
     """The compiled function."""
     return kept_library(winograd_module, tile, relu)
+
+
+def winograd_kept(tile: Tile, relu: bool) -> bool:
+    """Whether they are compiled already."""
+    return is_kept(winograd_module, tile, relu)
 
 
 def winograd_module(tile: Tile, relu: bool) -> ir.Module:

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import log2, prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from znni_dask.devices.base import Device
-from znni_dask.geometry import Size, ceil_divide
+from znni_dask.geometry import Size, ceil_divide, volume
 from znni_dask.kernels.code import LANES
 from znni_dask.machine import CPU, GPU
-from znni_dask.network.layers import FULL, ONES, Layer
+from znni_dask.network.layers import FULL, ONES, Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives.work import LOOPS, Work
 
@@ -76,10 +76,10 @@ class Primitive(ABC):
     ``in_place``: `apply` may be given its first input as output. ``fragments``: the layer is
     evaluated at all offsets of its stride, the fragments joining the batch. ``library_bytes``: what
     a library takes that it computes with, once in a process, ``process_bytes`` beside those on a
-    device; ``setup_seconds`` what this takes before the first patch, compiling for a layer
-    included. ``takes``: where `fits` holds not for all layers of its kind, in words. ``precision``:
-    what it computes in. ``device``: where, "cpu" or "gpu". ``beside``: whether what it computes in
-    is not all scratch memory, which others keep meanwhile.
+    device; ``setup_seconds`` what this takes before the first patch. ``takes``: where `fits` holds
+    not for all layers of its kind, in words. ``precision``: what it computes in. ``device``: where,
+    "cpu" or "gpu". ``beside``: whether what it computes in is not all scratch memory, which others
+    keep meanwhile.
     """
 
     name: ClassVar[str]
@@ -132,6 +132,10 @@ class Primitive(ABC):
         """In which form inputs of so many channels are taken, and the output is made; None: in
         either form, all inputs in the same, and in that one."""
         return Form.PLAIN, Form.PLAIN
+
+    def is_compiled(self, layer: Layer) -> bool:
+        """Whether this machine has already what is compiled for a layer; also where nothing is."""
+        return True
 
     def prepared_bytes(self, layer: Layer) -> int:
         """Memory of what `prepare` makes."""
@@ -199,6 +203,12 @@ def products_of(layer: Layer) -> int:
     """How many products an output of a convolution is the sum of."""
     _, *fan_in = layer.weight_shapes()["weight"]
     return prod(fan_in)
+
+
+def may_transform(layer: Layer) -> bool:
+    """Whether transforms may pay for a convolution: of one voxel, or of few products, the sum
+    itself is faster, and loses less."""
+    return products_of(layer) >= FEWEST_PRODUCTS and volume(cast("Conv", layer).kernel) > 1
 
 
 def weights_bytes(layer: Layer) -> int:

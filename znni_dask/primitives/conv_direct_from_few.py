@@ -15,14 +15,13 @@ import numpy as np
 from znni_dask.geometry import Size, ceil_divide, round_up, triple, volume
 from znni_dask.kernels import from_few
 from znni_dask.kernels.code import LANES, VECTOR_BYTES
-from znni_dask.kernels.compiled import Library
 from znni_dask.kernels.memory import allocate, allocated_bytes
 from znni_dask.kernels.team import Team
 from znni_dask.network.layers import Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Problem, direct_flops
 from znni_dask.primitives.planes import OfPlanes, Planes
-from znni_dask.primitives.work import COMPILE_SECONDS, STREAMED, Rate, Work
+from znni_dask.primitives.work import STREAMED, Rate, Work
 
 SUMS = Rate("direct from few channels", 2.2e11)  # operations
 MOST_CHANNELS = 4
@@ -43,7 +42,6 @@ class ConvDirectFromFew(OfPlanes):
 
     name: ClassVar[str] = "direct from few channels"
     layer: ClassVar[type[Layer]] = Conv
-    setup_seconds: ClassVar[float] = COMPILE_SECONDS
     takes: ClassVar[str] = (
         f"at most {MOST_CHANNELS} channels and {MOST_TAPS} taps of a plane, no groups or whole "
         "window"
@@ -64,6 +62,9 @@ class ConvDirectFromFew(OfPlanes):
         wasted = round_up(problem.output[1], LANES) / problem.output[1]
         moved = Form.PLAIN.nbytes(problem.inputs[0]) + Form.BLOCKED.nbytes(problem.output)
         return Work({SUMS: wasted * self.flops(problem)}, {STREAMED: moved})
+
+    def is_compiled(self, layer: Layer) -> bool:
+        return from_few.from_few_kept(_shape(cast("Conv", layer)))
 
     def prepared_bytes(self, layer: Layer) -> int:
         return sum(map(allocated_bytes, _prepared_bytes(cast("Conv", layer))))
@@ -130,13 +131,13 @@ def _convolve(
     )
     addresses = source, *(array.ctypes.data for array in (*prepared, made))
     items = batch * planes * ceil_divide(rows, ROWS_TOGETHER) * blocks
-    team.run(_library(conv)[from_few.CONVOLVE], (*addresses, *told), items)
+    library = from_few.from_few_library(_shape(conv))
+    team.run(library[from_few.CONVOLVE], (*addresses, *told), items)
 
 
-def _library(conv: Conv) -> Library:
-    """The compiled functions."""
-    shape = from_few.Shape(conv.kernel[1], conv.kernel[2], conv.stride[2], conv.dilation[2])
-    return from_few.from_few_library(shape)
+def _shape(conv: Conv) -> from_few.Shape:
+    """What its compiled functions are made for."""
+    return from_few.Shape(conv.kernel[1], conv.kernel[2], conv.stride[2], conv.dilation[2])
 
 
 def _prepared_bytes(conv: Conv) -> tuple[int, int]:
@@ -167,6 +168,6 @@ def _padded(problem: Problem, x: Planes, team: Team) -> Array:
     pages = np.ascontiguousarray(x.addresses)
     told = (*there, *problem.offsets[0], *size, channels, x.step_bytes)
     places = pages.ctypes.data, out.ctypes.data
-    library = _library(cast("Conv", problem.layer))
+    library = from_few.from_few_library(_shape(cast("Conv", problem.layer)))
     team.run(library[from_few.PAD], (*places, *told), batch * channels * size[0])
     return out

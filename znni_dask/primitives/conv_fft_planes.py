@@ -28,7 +28,7 @@ from znni_dask.network.network import Weights
 from znni_dask.primitives.base import FEWEST_PRODUCTS, Array, Form, Problem, products_of
 from znni_dask.primitives.planes import OfPlanes, Planes
 from znni_dask.primitives.stacks import Stacks, stacks_of
-from znni_dask.primitives.work import COMPILE_SECONDS, MEMORY, Rate, Work
+from znni_dask.primitives.work import MEMORY, Rate, Work
 
 TRANSFORMS = Rate("transforms of planes", 1.6e11)  # operations; they stay in the caches
 PRODUCTS = Rate("products of planes", 2.4e11)  # operations
@@ -58,7 +58,6 @@ class ConvPlanesFFT(OfPlanes):
 
     tile: tuple[int, ...]
     layer: ClassVar[type[Layer]] = Conv
-    setup_seconds: ClassVar[float] = COMPILE_SECONDS
     takes: ClassVar[str] = "no stride, groups or whole window"
 
     @property
@@ -119,6 +118,10 @@ class ConvPlanesFFT(OfPlanes):
         traffic = Form.BLOCKED.nbytes(problem.output) + Form.PLAIN.nbytes(problem.inputs[0])
         transforms = read * conv.in_channels * forward + made * blocks * back
         return Work({TRANSFORMS: transforms, PRODUCTS: made * blocks * products}, {MEMORY: traffic})
+
+    def is_compiled(self, layer: Layer) -> bool:
+        conv = cast("Conv", layer)
+        return planes.planes_kept(self._tile(conv), conv.relu)
 
     def prepared_bytes(self, layer: Layer) -> int:
         conv = cast("Conv", layer)

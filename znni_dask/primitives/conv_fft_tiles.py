@@ -38,7 +38,7 @@ from znni_dask.primitives.phases import (
 )
 from znni_dask.primitives.planes import OfPlanes, Planes
 from znni_dask.primitives.stacks import Stacks, stacks_of
-from znni_dask.primitives.work import COMPILE_SECONDS, MEMORY, Rate, Work
+from znni_dask.primitives.work import MEMORY, Rate, Work
 
 TRANSFORMS = Rate("transforms of tiles", 8e10)  # operations
 PRODUCTS = Rate("products of transforms", 2.6e11)  # operations
@@ -66,7 +66,6 @@ class ConvTiledFFT(OfPlanes):
     tile: Size
     remade: bool = False
     layer: ClassVar[type[Layer]] = Conv
-    setup_seconds: ClassVar[float] = COMPILE_SECONDS
     takes: ClassVar[str] = "no groups or whole window"
 
     @property
@@ -134,6 +133,10 @@ class ConvTiledFFT(OfPlanes):
             transforms += batches * made_blocks * conv.in_channels * LANES * pruned
             traffic += batches * kernels
         return Work({TRANSFORMS: transforms, PRODUCTS: products, MEMORY: traffic})
+
+    def is_compiled(self, layer: Layer) -> bool:
+        conv = without_stride(cast("Conv", layer))
+        return tiles.stages_kept(Tile(self.tile, conv.kernel), conv.relu)
 
     def prepared_bytes(self, layer: Layer) -> int:
         conv = without_stride(cast("Conv", layer))

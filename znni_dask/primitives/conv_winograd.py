@@ -30,7 +30,7 @@ from znni_dask.network.layers import ONES, Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives import rows
 from znni_dask.primitives.base import ITEM_BYTES, Array, Form, Primitive, Problem
-from znni_dask.primitives.work import COMPILE_SECONDS, MEMORY, Rate, Work
+from znni_dask.primitives.work import MEMORY, Rate, Work
 
 SUMS = Rate("sums at points", 2e10)  # operations of transforms, to and from the caches
 PRODUCTS = Rate("products at points", 1.9e11)  # operations
@@ -51,7 +51,6 @@ class ConvWinograd(Primitive):
 
     name: ClassVar[str] = "winograd"
     layer: ClassVar[type[Layer]] = Conv
-    setup_seconds: ClassVar[float] = COMPILE_SECONDS
     takes: ClassVar[str] = "kernels of 2 and 3 voxels along an axis, no stride, dilation or groups"
 
     def fits(self, layer: Layer) -> bool:
@@ -75,6 +74,10 @@ class ConvWinograd(Primitive):
         products = 2 * points * batches.tiles * conv.in_channels * LANES * batches.made
         sums = 3 * points * batches.tiles * channels
         return Work({SUMS: sums, PRODUCTS: products, MEMORY: batches.count * kernels})
+
+    def is_compiled(self, layer: Layer) -> bool:
+        conv = cast("Conv", layer)
+        return winograd.winograd_kept(Tile(conv.kernel), conv.relu)
 
     def prepared_bytes(self, layer: Layer) -> int:
         conv, made = cast("Conv", layer), rows.blocks_at_once(cast("Conv", layer).out_channels)

@@ -20,6 +20,9 @@ from znni_dask.network.layers import Layer, Normalize, Reduce, Softmax
 from znni_dask.network.network import Weights
 from znni_dask.primitives.base import ITEM_BYTES, Array, Primitive, Problem
 from znni_dask.primitives.pointwise import PIECE, bring, crop
+from znni_dask.primitives.work import Rate, Work
+
+NORMALISING = Rate("normalising", 8e8)  # values
 
 Doubles = NDArray[np.float64]
 _DOUBLE_BYTES = 8
@@ -148,6 +151,9 @@ class Normalization(Primitive):
 
     def flops(self, problem: Problem) -> int:
         return 6 * prod(problem.output)
+
+    def work(self, problem: Problem, threads: int) -> Work:
+        return Work({NORMALISING: prod(problem.output)})
 
     def workspace_bytes(self, problem: Problem, threads: int) -> int:
         batch, channels, z, y, x = problem.output

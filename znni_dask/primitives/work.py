@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-COMPILE_SECONDS = 2.0  # of what is compiled for a layer, if it never was on a machine
+COMPILE_SECONDS = 1.0  # of what is compiled for a layer, where it was not yet
 
 
 class Rate(NamedTuple):

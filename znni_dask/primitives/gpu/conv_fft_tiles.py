@@ -34,11 +34,10 @@ from znni_dask.machine import GPU
 from znni_dask.network.layers import ONES, Conv, Layer
 from znni_dask.network.network import Weights
 from znni_dask.primitives.base import (
-    FEWEST_PRODUCTS,
     ITEM_BYTES,
     DevicePrimitive,
     Problem,
-    products_of,
+    may_transform,
     weights_bytes,
 )
 from znni_dask.primitives.conv_fft_tiles import ConvTiledFFT
@@ -265,7 +264,7 @@ def gpu_tiles(problem: Problem) -> Iterator[GpuTiledFFT]:
     """Tiled convolutions worth trying for a problem: those that are estimated to take least time,
     and others that are slower, but prepare less. Of few products the sum itself is faster, and
     loses less."""
-    if isinstance(problem.layer, Conv) and products_of(problem.layer) >= FEWEST_PRODUCTS:
+    if isinstance(problem.layer, Conv) and may_transform(problem.layer):
         yield from _tried(problem)
 
 
