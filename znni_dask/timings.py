@@ -1,8 +1,9 @@
 """What steps took on this machine, over what is estimated for them: kept on disk, as FFTW's wisdom.
 
 Estimates know how seconds grow with a problem, and not how fast a machine is. So of every step
-that was measured the ratio is kept, and a step is expected to be off as those measured that are
-most like it: a weighted mean of logarithms (Nadaraya 1964, Watson 1964).
+that was measured the ratio is kept, and a step is expected to be off as those measured are, most of
+all those that are like it: by a Gaussian process of logarithms around their median, also known as
+kriging (Krige 1951; Rasmussen and Williams 2006, section 2.2).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +26,10 @@ from znni_dask.errors import OutputError
 from znni_dask.kernels.compiled import cache_folder, host, keep
 from znni_dask.machine import CPU, GPU, cores
 
-_ALIKE = 0.7  # how far apart features of problems are that are off alike
-_COMMON = 1e-3  # weight of all problems of a family, for those that are like none
-_Known = tuple[NDArray[np.float64], NDArray[np.float64], float]  # features, logarithms of ratios
-# and their median
+# Both as leave least error when what is known of every step in turn is told by the others:
+_ALIKE = 5.0  # how far apart features of problems are that are off alike
+_NOISE = 0.1  # variance of what is measured of one problem, over that of all problems
+_Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,7 @@ class Timings:
         if known is None:
             return 1.0
         nearest = min(known, key=lambda count: abs(count - threads))
-        places, logarithms, median = known[nearest]
-        apart = ((places - np.array(features)) ** 2).sum(axis=1)
-        weights = np.exp(-apart / (2 * _ALIKE**2))
-        mean = (weights @ logarithms + _COMMON * median) / (weights.sum() + _COMMON)
-        return float(np.exp(mean))
+        return known[nearest].ratio(np.array(features))
 
     def joined(self, others: Iterable[Timing]) -> Timings:
         """These and others, which replace those of the same problem."""
@@ -77,14 +75,38 @@ class Timings:
         for one in self.found:
             groups.setdefault(one.family, {}).setdefault(one.threads, []).append(one)
         return {
-            family: {threads: _known(some) for threads, some in by_threads.items()}
+            family: {threads: _Known.of(some) for threads, some in by_threads.items()}
             for family, by_threads in groups.items()
         }
 
 
-def _known(some: list[Timing]) -> _Known:
-    logarithms = np.log([one.ratio for one in some])
-    return np.array([one.features for one in some]), logarithms, float(np.median(logarithms))
+class _Known(NamedTuple):
+    """What is known of a family: the features of what was measured, what each counts, and the
+    median of the logarithms."""
+
+    places: _Floats
+    weights: _Floats
+    median: float
+
+    @classmethod
+    def of(cls, some: list[Timing]) -> _Known:
+        """By its timings."""
+        places = np.array([one.features for one in some])
+        logarithms = np.log([one.ratio for one in some])
+        median = float(np.median(logarithms))
+        alike = np.array([_alike(places, place) for place in places]) + _NOISE * np.eye(len(some))
+        weights = np.asarray(np.linalg.solve(alike, logarithms - median), np.float64)
+        return cls(places, weights, median)
+
+    def ratio(self, place: _Floats) -> float:
+        """What is expected of a problem."""
+        return float(np.exp(self.median + _alike(self.places, place) @ self.weights))
+
+
+def _alike(places: _Floats, place: _Floats) -> _Floats:
+    """How much what was measured tells of a problem: 1 of the same, 0 of what is far."""
+    found: _Floats = np.exp(-((places - place) ** 2).sum(axis=1) / (2 * _ALIKE**2))
+    return found
 
 
 def machine() -> dict[str, object]:

@@ -117,15 +117,9 @@ def _alternatives(
     for way in ways:
         samples = way.schedules.samples
         candidate = next(c for c in candidates if c.most >= samples)
-        seconds = resources.costs.estimated_seconds(
-            way.schedules.steps(grid.layout.sizes), resources.threads
-        )
-        computing = candidate.windows * seconds / (resources.hull.voxels * samples)
-        moving = moving_seconds(grid, resources, 1, 1)
-        rate = 1 / resources.together(computing, moving)
-        need = _predicted_need(grid, way, resources, candidate, 1, False)
-        block, size = candidate.block, grid.layout.output_size
-        yield Alternative(size, block, samples, rate, need.process_bytes)
+        nbytes = _predicted_need(grid, way, resources, candidate, 1, False).process_bytes
+        rate = _rate(grid, resources, _Fit(way, candidate), 1, nbytes)
+        yield Alternative(grid.layout.output_size, candidate.block, samples, rate, nbytes)
 
 
 def checked(grid: WindowGrid, resources: Resources, given: Plan) -> Plan:
@@ -166,8 +160,6 @@ def _told(grid: WindowGrid, resources: Resources, fit: _Fit, in_flight: int) -> 
     choices = planned(schedules, sizes, voxels, resources.threads, resources.costs)
     steps = schedules.steps(sizes)
     flops = sum(step.primitive.flops(step.problem) for step in steps)
-    seconds = resources.costs.estimated_seconds(steps, resources.threads)
-    moved = moving_seconds(grid, resources, reading.amplification, 1)
     return Plan(
         patch=grid.layout.output_size,
         block=block,
@@ -178,10 +170,27 @@ def _told(grid: WindowGrid, resources: Resources, fit: _Fit, in_flight: int) -> 
         predicted_bytes=needed_bytes,
         allowed_bytes=resources.allowed_bytes,
         flops_per_voxel=flops / voxels,
-        voxels_per_second=1 / (fit.candidate.waiting * resources.together(seconds / voxels, moved)),
+        voxels_per_second=_rate(grid, resources, fit, reading.amplification, needed_bytes),
         device_bytes=directly.device_bytes,
         allowed_device_bytes=resources.device_bytes or 0,
     )
+
+
+def _rate(
+    grid: WindowGrid, resources: Resources, fit: _Fit, reads: float, needed_bytes: int
+) -> float:
+    """Voxels a second of a run that reads all so many times. Windows' answers are added by one
+    thread: weights are read and added, answers multiplied by them and added."""
+    costs, hull, schedules = resources.costs, resources.hull, fit.way.schedules
+    steps = schedules.steps(grid.layout.sizes)
+    window = costs.estimated_seconds(steps, resources.threads) / schedules.samples
+    if not grid.classifies:
+        nbytes = ITEM_BYTES * volume(grid.window) * (1 + 3 * grid.network.out_channels)
+        window += costs.copying_seconds(nbytes, threads=1)
+    computing = fit.candidate.windows * window / hull.voxels
+    a_voxel = resources.together(computing, moving_seconds(grid, resources, reads, 1))
+    once = fit.way.setup_seconds + resources.touching_seconds(needed_bytes)
+    return 1 / (fit.candidate.waiting * a_voxel + once / hull.voxels)
 
 
 def _ways(grid: WindowGrid, resources: Resources, candidates: list[_Candidate]) -> Iterator[_Way]:
