@@ -37,6 +37,7 @@ STAIRS = [
         "graph",
         "lazy",
         "running",
+        "refining",
         "asking",
         "making",
         "statistics",

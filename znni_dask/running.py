@@ -36,6 +36,7 @@ from znni_dask.passes import (
     read_by,
 )
 from znni_dask.plan import Plan
+from znni_dask.refining import refine
 from znni_dask.statistics import measure
 from znni_dask.storage import output as store
 from znni_dask.storage.urls import Location, location
@@ -205,6 +206,8 @@ def run(
             begin = time.perf_counter()
             passes = make_all(cluster, crew, ready, journal, progress, line)
             seconds = time.perf_counter() - begin
+            if cluster.alone:
+                refine(planned, passes)
             images = places((name for one in passes for name in one.outputs), place)
             for one in passes:
                 for name in one.outputs:

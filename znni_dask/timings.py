@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
+from math import dist
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +27,11 @@ from znni_dask.errors import OutputError
 from znni_dask.kernels.compiled import cache_folder, host, keep
 from znni_dask.machine import CPU, GPU, cores
 
-# Both as leave least error when what is known of every step in turn is told by the others:
+# As leave little error when what is known of every step in turn is told by the others:
 _ALIKE = 5.0  # how far apart features of problems are that are off alike
-_NOISE = 0.1  # variance of what is measured of one problem, over that of all problems
+_SAME = 0.3  # and those of problems that are nearly the same,
+_OWN = 0.1  # which share so much more: variance over that of all problems
+_NOISE = 0.02  # the same of what is measured twice of one problem
 _Floats = NDArray[np.float64]
 
 
@@ -41,6 +44,11 @@ class Timing:
     threads: int
     features: tuple[float, ...]
     ratio: float
+
+    def is_like(self, other: Timing) -> bool:
+        """Whether another tells nearly the same."""
+        alike = self.family == other.family and self.threads == other.threads
+        return alike and dist(self.features, other.features) < _SAME
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,12 @@ class Timings:
         """These and others, which replace those of the same problem."""
         found = {(t.family, t.threads, t.features): t for t in (*self.found, *others)}
         return Timings(tuple(found.values()))
+
+    def refined(self, others: Iterable[Timing]) -> Timings:
+        """These and others, which replace all that are nearly of the same problem: of however many
+        runs, no more are kept than there are kinds of problems."""
+        others = tuple(others)
+        return Timings((*(t for t in self.found if not any(map(t.is_like, others))), *others))
 
     @cached_property
     def _known(self) -> Mapping[str, Mapping[int, _Known]]:
@@ -104,8 +118,9 @@ class _Known(NamedTuple):
 
 
 def _alike(places: _Floats, place: _Floats) -> _Floats:
-    """How much what was measured tells of a problem: 1 of the same, 0 of what is far."""
-    found: _Floats = np.exp(-((places - place) ** 2).sum(axis=1) / (2 * _ALIKE**2))
+    """How much what was measured tells of a problem."""
+    apart = -((places - place) ** 2).sum(axis=1) / 2
+    found: _Floats = np.exp(apart / _ALIKE**2) + _OWN * np.exp(apart / _SAME**2)
     return found
 
 
