@@ -27,6 +27,7 @@ class Costs:
     """What a machine takes for what primitives do, by its ``timings``."""
 
     timings: Timings = field(default_factory=Timings)
+    _setups: dict[tuple[Primitive, Layer], float] = field(default_factory=dict, compare=False)
 
     def step_seconds(self, primitive: Primitive, problem: Problem, threads: int) -> float:
         """Seconds of one step; a device is one, however many threads there are."""
@@ -70,9 +71,12 @@ class Costs:
 
     def setup_seconds(self, primitive: Primitive, layer: Layer) -> float:
         """Seconds before a layer can be computed for the first time."""
-        compiling = 0.0 if primitive.is_compiled(layer) else COMPILE_SECONDS
-        preparing = primitive.prepared_bytes(layer) / MEMORY.per_second
-        return primitive.setup_seconds + compiling + preparing
+        about = primitive, layer
+        if about not in self._setups:
+            compiling = 0.0 if primitive.is_compiled(layer) else COMPILE_SECONDS
+            preparing = primitive.prepared_bytes(layer) / MEMORY.per_second
+            self._setups[about] = primitive.setup_seconds + compiling + preparing
+        return self._setups[about]
 
     def pieces_seconds(self, pieces: Pieces, threads: int) -> PiecesSeconds:
         """Of what a device computes of arrays that the host holds."""

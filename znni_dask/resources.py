@@ -245,8 +245,7 @@ def computing_need(
 
 def device_bytes(schedules: Schedules, sizes: Mapping[str, Size], patch: Size) -> int:
     """Memory of a device that computes patches."""
-    scratch = schedules.workspace_bytes(sizes, threads=1)
-    computing = scratch + schedules.workspace_bytes(sizes, threads=1, beside=True)
+    computing = sum(schedules.workspace_bytes(sizes, threads=1))
     return DEVICE_SLACK_BYTES + device_need(schedules, sizes, patch).device_bytes + computing
 
 

@@ -201,18 +201,18 @@ class Schedules:
         """Memory of what the primitives prepare of the weights, of the libraries that they compute
         with, and of the largest workspace of any on boxes of ``sizes``, of those beside the scratch
         memory once more; also of fewer samples, of which one may compute more in a pass."""
-        largest, beside = (self.workspace_bytes(sizes, threads, b) for b in (False, True))
+        largest, beside = self.workspace_bytes(sizes, threads)
         return self.prepared_bytes + allocated_bytes(largest) + beside
 
-    def workspace_bytes(self, sizes: Mapping[str, Size], threads: int, beside: bool = False) -> int:
-        """The largest workspace, or of those ``beside`` the scratch memory."""
-        workspaces = (
-            step.primitive.workspace_bytes(step.problem, threads)
+    def workspace_bytes(self, sizes: Mapping[str, Size], threads: int) -> tuple[int, int]:
+        """The largest workspace, and that of those beside the scratch memory."""
+        workspaces = [
+            (step.primitive.beside, step.primitive.workspace_bytes(step.problem, threads))
             for some in (self, *(replace(self, samples=n) for n in range(1, self.samples)))
             for step in some.steps(sizes)
-            if step.primitive.beside or not beside
-        )
-        return max(workspaces, default=0)
+        ]
+        beside = (nbytes for apart, nbytes in workspaces if apart)
+        return max((nbytes for _, nbytes in workspaces), default=0), max(beside, default=0)
 
     @property
     def prepared_bytes(self) -> int:

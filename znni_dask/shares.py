@@ -161,8 +161,7 @@ def _with_sub_layers(
     lent = offloading((step.primitive, step.problem) for step in head.steps(sizes)) or Offloading()
     told: set[type[Primitive]] = set()
     if tail is not None:
-        scratch = tail.workspace_bytes(sizes, threads=1)
-        aside = tail.workspace_bytes(sizes, threads=1, beside=True)
+        scratch, aside = tail.workspace_bytes(sizes, threads=1)
         lent = lent.or_more(Offloading(scratch=scratch, beside=aside))
         told = {type(p) for p in tail.primitives.values()}
     inner = (p for p in inner_of(head.primitives.values()) if type(p) not in told)

@@ -50,7 +50,8 @@ class DeviceExecutor(Closing):
         self._placed: dict[str, Any] = placed(network, schedules.primitives, device)
         self._places = arena.places
         self._arena = device.empty(arena.bytes)
-        device.scratch(schedules.workspace_bytes(sizes, threads=1))  # or there is no room: now
+        scratch, _ = schedules.workspace_bytes(sizes, threads=1)
+        device.scratch(scratch)  # or there is no room: now
         self._slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         for _ in range(SLOTS):
             self._slots.put(_Slot(device, given_bytes, made_bytes))
