@@ -1,13 +1,13 @@
 """The plan that is chosen, beside others that were run: is there a faster one?
 
-    python benchmarks/neighbours.py [--only NAME] [--limit 2GiB] [--seconds 6]
+    python benchmarks/neighbours.py [--only NAME] [--limit 2GiB] [--seconds 4]
 
-For some networks, within some limits and within what is free, a volume of noise is made by the plan
-that is chosen without any option; by the ten patches that were predicted to be the next best; by
-patches of `GRID`, as one would try by hand, with all else chosen for them; and by twenty plans that
-differ from the chosen one in a single place: a primitive, a tile, planes at once, a block or a
-patch. All are run once, the fastest again beside the chosen one, in turns. The result is kept under
-`benchmarks/results/`.
+For some networks a volume of noise is made by the plan that is chosen. Within some limits also by
+the ten patches that were predicted to be the next best, and by twenty plans that differ from the
+chosen one in a single place: a primitive, a tile, planes at once, a block or a patch. Within what
+is free, which is what `infer` takes without any option, by patches of `GRID`, as one would try by
+hand, with all else chosen for them. All are run once, the fastest again beside the chosen one, in
+turns. The result is kept under `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from machine import keep, kept
-from planning import FIRST, LEAST, MOST, NETWORKS, STEP, calibrated, noise
+from planning import FIRST, LEAST, MOST, NETWORKS, STEP, Probe, calibrated, noise
 from znni_dask import run
 from znni_dask.asking import Options
 from znni_dask.forecast import Forecast, forecasts
@@ -44,26 +44,29 @@ from znni_dask.primitives.table import candidates
 KEPT_AS = "neighbours"
 CHOSEN = "chosen"
 NAMES = ("n337", "n726", "U-Net 3, 16", "residual 32, stride 2", "sliding 24, anisotropic")
-LIMITS = ("2GiB", "8GiB", "free")  # the last is what `infer` takes by itself
+FREE = "free"
+LIMITS = ("2GiB", "8GiB", FREE)
 GRID = (32, 48, 64, 96, 128, 160, 192, 256)
 NEXT, NEIGHBOURS = 10, 20
-AGAIN, TURNS = 4, 3  # of the fastest, run as often beside the chosen one
+AGAIN, TURNS = 2, 3  # of the fastest, run as often beside the chosen one
 _TILES = re.compile(r"\d+")
 
 
 def options_of(limit: str) -> Options:
     """How all is asked for."""
     options: Options = {"dtype": "uint8", "pyramid": False}
-    return options if limit == "free" else options | {"memory": limit}
+    return options if limit == FREE else options | {"memory": limit}
 
 
-def others(network: Network, found: Forecast) -> Iterator[tuple[str, Options]]:
+def others(network: Network, found: Forecast, limit: str) -> Iterator[tuple[str, Options]]:
     """What else is run, and how it is asked for."""
+    if limit == FREE:
+        for edge in (edge for edge in GRID if edge <= max(found.size)):
+            yield f"by hand: patch {edge}", {"patch": edge}
+        return
     fitting = [a for a in found.others if a.needed_bytes <= found.plan.allowed_bytes]
     for other in sorted(fitting, key=lambda a: -a.voxels_per_second)[:NEXT]:
         yield f"next: patch {text(other.patch)}", {"patch": other.patch}
-    for edge in GRID:
-        yield f"by hand: patch {edge}", {"patch": edge}
     for what, plan in neighbours(network, found.plan):
         yield f"neighbour: {what}", {"plan": [plan]}
 
@@ -169,7 +172,7 @@ def compared(name: str, limit: str, seconds: float, folder: str) -> dict[str, An
     asked: dict[str, Options] = {CHOSEN: {"plan": [found.plan]}}
     rates: dict[str, float] = {}
     counts = {"next": 0, "by hand": 0, "neighbour": 0}
-    for what, how in others(network, found):
+    for what, how in others(network, found, limit):
         kind = what.partition(":")[0]
         if what not in rates and (made := rate(how)) is not None:
             asked[what], rates[what] = how, made
@@ -209,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", choices=NAMES, action="append")
     parser.add_argument("--limit", choices=LIMITS, action="append")
-    parser.add_argument("--seconds", type=float, default=6)
+    parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -219,7 +222,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         os.environ["ZNNI_TIMINGS"] = f"{place}/timings.json"
         with Team(cores()) as team:
-            calibrated(team)
+            calibrated(Probe(team))
         for name in given.only or NAMES:
             with tempfile.TemporaryDirectory() as folder:
                 for limit in given.limit or LIMITS:

@@ -18,9 +18,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from math import sqrt
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -29,7 +31,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from machine import flops_per_second, keep, kept
+from machine import copy, flops_per_second, keep, kept
 from rounds import AGREE
 from znni_dask import run, timings
 from znni_dask.asking import Options
@@ -47,6 +49,7 @@ from znni_dask.plan import Plan
 LIMITS = ("512MiB", "1GiB", "2GiB", "4GiB", "8GiB", "16GiB")
 TRIES = 3  # of a run between probes that do not agree
 PROBES = 15  # of which the median counts, after as many
+COPIED_BYTES = 64 << 20  # beyond caches
 FIRST, LEAST, MOST, STEP = 256, 128, 640, 64  # edges of a volume
 CHUNKS = (64, 64, 64)
 LONGEST = 6  # times the seconds that were asked for: what takes longer is not run
@@ -179,28 +182,48 @@ def noise(folder: str, edge: int, length: int = 0) -> str:
     return str(place)
 
 
-def rate(team: Team) -> float:
-    """What the machine gives just now, its threads awake and on cores of their own."""
-    return median([flops_per_second(team) for _ in range(2 * PROBES)][PROBES:])
+class Probe:
+    """How fast the machine is just now."""
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
+        self._copied, _ = copy(team, COPIED_BYTES)
+
+    @property
+    def rate(self) -> float:
+        """The geometric mean of operations and of copies in a second, as layers wait for either,
+        of threads that are awake and on cores of their own."""
+        flops, copies = ([one() for _ in range(2 * PROBES)] for one in (self._flops, self._copies))
+        return sqrt(median(flops[PROBES:]) * median(copies[PROBES:]))
+
+    def _flops(self) -> float:
+        return flops_per_second(self.team)
+
+    def _copies(self) -> float:
+        begin = time.perf_counter()
+        self._copied()
+        return 1 / (time.perf_counter() - begin)
 
 
-def calibrated(team: Team, also: Sequence[int] = ()) -> float:
+def calibrated(probe: Probe, also: Sequence[int] = ()) -> float:
     """Measure the machine, for plans to be made by, with other numbers of threads ``also``; the
     rate that it gives meanwhile."""
-    before = rate(team)
-    found = calibrate(team.threads)
+    before = probe.rate
+    found = calibrate(probe.team.threads)
     for threads in also:
         found = found.joined(calibrate(threads).found)
     timings.keep_timings(found)
-    return (before + rate(team)) / 2
+    return (before + probe.rate) / 2
 
 
-def steady(command: list[str], team: Team, reference: float, tries: int = TRIES) -> dict[str, Any]:
+def steady(
+    command: list[str], probe: Probe, reference: float, tries: int = TRIES
+) -> dict[str, Any]:
     """What a command tells that runs between probes that agree, and the machine's rate then."""
     for _ in range(tries):
-        before = rate(team)
+        before = probe.rate
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        after = rate(team)
+        after = probe.rate
         if done.returncode:
             return {"refused": done.stderr.strip().splitlines()[-1]}
         told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -226,7 +249,8 @@ def main() -> None:
     rows = {(r["network"], r["limit"]): r for r in kept(kept_as).get("rows", ())}
     with tempfile.TemporaryDirectory() as place, Team(given.threads) as team:
         os.environ["ZNNI_TIMINGS"] = f"{place}/timings.json"
-        reference = calibrated(team, also=[1] if given.threads > 1 else [])
+        probe = Probe(team)
+        reference = calibrated(probe, also=[1] if given.threads > 1 else [])
         for name in given.only or NETWORKS:
             with tempfile.TemporaryDirectory() as folder:
                 network = to_onnx(NETWORKS[name]()).SerializeToString()
@@ -234,7 +258,7 @@ def main() -> None:
                 for limit in given.limit or LIMITS:
                     asked = (name, limit, str(given.threads), str(given.seconds), folder)
                     command = [sys.executable, __file__, "--one", *asked]
-                    row = {"network": name, "limit": limit, **steady(command, team, reference)}
+                    row = {"network": name, "limit": limit, **steady(command, probe, reference)}
                     rows[name, limit] = row
                     print(line(row), flush=True)
                     keep(kept_as, {"rows": list(rows.values())})

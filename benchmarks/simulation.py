@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import keep, kept
-from planning import calibrated, noise, steady, unet
+from planning import Probe, calibrated, noise, steady, unet
 from sleeping import SLEEPING, Case, Sleepers, fed, make, nothing, sleeping
 from znni_dask import run
 from znni_dask.asking import Options
@@ -129,10 +129,11 @@ def real_rows(rate: float) -> Iterator[tuple[str, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as folder, Team(cores()) as team:
         os.environ["ZNNI_TIMINGS"] = f"{folder}/timings.json"
         save(unet(2, 8), Path(folder) / "network.onnx")
-        reference = calibrated(team)
+        probe = Probe(team)
+        reference = calibrated(probe)
         for workers in (1, 2):
             command = [sys.executable, __file__, "--one", str(workers), folder, str(rate)]
-            told = steady(command, team, reference)
+            told = steady(command, probe, reference)
             if "seconds" in told:
                 told["predicted_seconds"] /= told["rate"]
             yield f"{workers} real", told

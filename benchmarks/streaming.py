@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from machine import keep, kept
 from networks import OUTPUTS, layers_by_torch
-from planning import calibrated, steady, unet
+from planning import Probe, calibrated, steady, unet
 from znni_dask import column_planner, planner, timings
 from znni_dask.choices import chosen_primitives
 from znni_dask.columns import Column, period_of
@@ -238,7 +238,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place, Team(given.threads) as team:
         os.environ["ZNNI_TIMINGS"] = f"{place}/timings.json"
         for name in given.only or NETWORKS:
-            reference = calibrated(team)
+            probe = Probe(team)
+            reference = calibrated(probe)
             for limit in given.limit or LIMITS:
                 row: dict[str, Any] = rows.get((name, limit), {"network": name, "limit": limit})
                 ways = WAYS if name in PAPER_NETWORKS else WAYS[:2]
@@ -246,7 +247,7 @@ def main() -> None:
                     if given.way and way not in given.way:
                         continue
                     asked = (name, limit, str(given.threads), way)
-                    row[way] = steady([sys.executable, __file__, "--one", *asked], team, reference)
+                    row[way] = steady([sys.executable, __file__, "--one", *asked], probe, reference)
                 rows[name, limit] = row
                 print(line(row), flush=True)
                 keep(kept_as, {"rows": list(rows.values())})

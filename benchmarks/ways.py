@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from machine import keep, kept
-from planning import calibrated, noise, steady, unet
+from planning import Probe, calibrated, noise, steady, unet
 from znni_dask import calibration, job, run, timings
 from znni_dask.asking import Options
 from znni_dask.calibration import calibrate
@@ -200,7 +200,8 @@ def main() -> None:
     rows = {(r["network"], r["way"], r["share"]): r for r in kept(KEPT_AS).get("rows", ())}
     with tempfile.TemporaryDirectory() as place, Team(threads) as team:
         os.environ["ZNNI_TIMINGS"] = f"{place}/timings.json"
-        reference = calibrated(team)
+        probe = Probe(team)
+        reference = calibrated(probe)
         with idle_gpu():
             of_gpu = calibrate(1, device_bytes=parse_bytes(GPU_MEMORY))
         timings.keep_timings(timings.kept().joined(of_gpu.found))
@@ -211,7 +212,7 @@ def main() -> None:
 
                 def measure(name: str, way: str, memory: str, folder: str = folder) -> Any:
                     asked = (name, way, memory, str(threads), folder)
-                    return steady([sys.executable, __file__, "--one", *asked], team, reference)
+                    return steady([sys.executable, __file__, "--one", *asked], probe, reference)
 
                 for share in (1, SHARE):
                     memory = GPU_MEMORY

@@ -59,7 +59,7 @@ def wide():
     return b.network(b.conv(x, 32, 3))
 
 
-@pytest.mark.parametrize("tried", [1, 2])
+@pytest.mark.parametrize("tried", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_the_fastest_primitives_that_have_room_are_chosen(tried, monkeypatch):
     """Against every combination of them."""
     monkeypatch.setattr(choices, "_TRIED", tried)

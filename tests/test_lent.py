@@ -76,7 +76,7 @@ def test_of_sub_layers_the_fastest_are_found(batch, room):
 # ---- slabs
 
 
-@pytest.mark.parametrize("sub", [SubLayer(2, 3, 2, (2, 9, 12)), SubLayer(1, 99, 99, (99, 99, 99))])
+@pytest.mark.parametrize("sub", [SubLayer(2, 5, 3, (4, 14, 19)), SubLayer(1, 99, 99, (99, 99, 99))])
 @pytest.mark.parametrize(("family", "seed"), [("chain", 0), ("unet", 2), ("residual", 1)])
 def test_sub_layers_of_slabs_equal_the_oracle(family, seed, sub):
     network = graphs.graph(family, seed)

@@ -242,7 +242,7 @@ def test_a_run_tells_the_next_plan_what_layers_took(how, tmp_path, monkeypatch, 
     x = b.normalize(x, groups=4) if how == "windows" else x
     made, place = b.network(b.conv(x, 2, 3, padding="same")), tmp_path / "in.npy"
     np.save(place, np.random.default_rng(0).standard_normal((64, 64, 64)).astype(np.float32))
-    options = {"memory": "2GiB", "chunks": 32, "pyramid": False}
+    options = {"memory": "4GiB", "chunks": 32, "pyramid": False}
     options |= {"patchwise": (32, 32, 32)} if how == "windows" else {}
     if how == "slabs":
         monkeypatch.setattr(planner, "search", no_patches)
@@ -271,6 +271,6 @@ def test_what_tells_little_is_not_kept(why, tmp_path, monkeypatch, refined_by_al
         monkeypatch.setattr(timings, "keep", lambda *_: (_ for _ in ()).throw(OSError("full")))
     np.save(tmp_path / "in.npy", np.zeros((40, 40, 40), np.float32))
     files = network(), tmp_path / "in.npy", tmp_path / "out.zarr"
-    assert run(*files, memory="1GiB", threads=2).passes
+    assert run(*files, memory="4GiB", threads=2).passes
     assert timings.kept() == (Timings() if why == "not measured" else refined_by_all)
     assert bool(said) == (why == "cannot be kept")
