@@ -48,6 +48,7 @@ FREE = "free"
 LIMITS = ("2GiB", "8GiB", FREE)
 GRID = (32, 48, 64, 96, 128, 160, 192, 256)
 NEXT, NEIGHBOURS = 10, 20
+WORTH = 1 / 3  # of what is predicted of the chosen one: what is slower is not run
 AGAIN, TURNS = 2, 3  # of the fastest, run as often beside the chosen one
 _TILES = re.compile(r"\d+")
 
@@ -64,8 +65,10 @@ def others(network: Network, found: Forecast, limit: str) -> Iterator[tuple[str,
         for edge in (edge for edge in GRID if edge <= max(found.size)):
             yield f"by hand: patch {edge}", {"patch": edge}
         return
+    least = WORTH * found.plan.voxels_per_second
     fitting = [a for a in found.others if a.needed_bytes <= found.plan.allowed_bytes]
-    for other in sorted(fitting, key=lambda a: -a.voxels_per_second)[:NEXT]:
+    some = (a for a in fitting if a.voxels_per_second >= least)
+    for other in sorted(some, key=lambda a: -a.voxels_per_second)[:NEXT]:
         yield f"next: patch {text(other.patch)}", {"patch": other.patch}
     for what, plan in neighbours(network, found.plan):
         yield f"neighbour: {what}", {"plan": [plan]}
@@ -88,7 +91,9 @@ def neighbours(network: Network, plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 def _layer(network: Network, plan: Plan, random: np.random.Generator) -> Iterator[tuple[str, Plan]]:
     """Another primitive for a layer."""
-    choice = random.choice(np.array(plan.stages[0].choices, object))
+    known = {node.name for node in network}
+    choices = [choice for choice in plan.stages[0].choices if choice.layer in known]
+    choice = random.choice(np.array(choices, object))
     names = {p.name for p in candidates(network[choice.layer].layer)} - {choice.primitive}
     if names:
         name = str(random.choice(sorted(names)))
